@@ -1,0 +1,39 @@
+# make sft dpo ARGS="model=gpt2 dataset=hh_rlhf beta=0.3"      ARGS goes to every target named
+ARGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+# The first interpreter of a version that TRL and bitsandbytes run on; `make PYTHON=...` names another.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: help install sft dpo test test-real lint clean
+.DEFAULT_GOAL := help
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed  ## make .venv and install what constraints.txt pins
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "dpo-pipeline needs Python 3.11, 3.12 or 3.13 and found none on PATH: install one, or name it with make PYTHON=/path/to/python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+sft: install  ## fine-tune the base model on the answers to imitate
+	@$(PY) -m dpo_pipeline.sft $(ARGS)
+
+dpo: install  ## align the SFT policy with the pairs; ends with the table
+	@$(PY) -m dpo_pipeline.dpo $(ARGS)
+
+test: install  ## run every test that needs nothing but this checkout
+	@$(PY) -m pytest -m "not real"
+
+test-real: install  ## run the tests on the real models and data of ../shared
+	@$(PY) -m pytest -m real
+
+lint: install  ## check style
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+clean:  ## remove .venv (results in outputs/ stay)
+	rm -rf $(VENV)

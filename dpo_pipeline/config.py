@@ -1,0 +1,347 @@
+"""The one config of every command: its schema, composing and checking it, and what a wrong one is told."""
+
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+CHOICES = {
+    "precision.mixed": ("auto", "bf16", "fp16", "fp32"),
+    "reference.mode": ("frozen", "adapter", "cached"),
+    "model.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "sft_best": ("perplexity", "last"),
+    "sft_target": (None, "chosen", "demonstration"),
+    "policy": ("sft", "base"),
+}
+SPLIT_KEYS = ("test_rows", "split_seed", "sft_target")  # of each data set; its other keys are its loader's arguments
+
+
+class PipelineError(Exception):
+    """What a person gave cannot be: the message says what it was, why not, and what to type instead."""
+
+
+@dataclass
+class LearningRate:
+    sft: float = MISSING
+    sft_lora: float = MISSING
+    dpo: float = MISSING
+    dpo_lora: float = MISSING
+
+
+@dataclass
+class Model:
+    builder: dict[str, Any] | None = MISSING
+    path: str | None = MISSING
+    revision: str | None = None
+    dtype: str = MISSING
+    attn_implementation: str = MISSING
+    use_safetensors: bool | None = MISSING
+    trust_remote_code: bool = MISSING
+    activation_checkpointing: bool = MISSING
+    micro_size: int = MISSING
+    learning_rate: LearningRate = field(default_factory=LearningRate)
+
+
+@dataclass
+class Precision:
+    mixed: str = MISSING
+
+
+@dataclass
+class Reference:
+    mode: str = MISSING
+
+
+@dataclass
+class Batch:
+    global_size: int = MISSING
+    micro_size: int | None = None
+
+
+@dataclass
+class Length:
+    max: int | None = None
+    max_prompt: int | None = None
+
+
+@dataclass
+class Evaluation:
+    pairs: int = MISSING
+    prompts: int = MISSING
+    max_new_tokens: int = MISSING
+
+
+@dataclass
+class Run:
+    """Every key that our code reads; conf/config.yaml gives the defaults and says what moving each one does."""
+
+    model: Model = field(default_factory=Model)
+    dataset: dict[str, Any] = field(default_factory=dict)
+    sft_dataset: dict[str, Any] | None = None
+    lora: dict[str, Any] | None = None
+    precision: Precision = field(default_factory=Precision)
+    reference: Reference = field(default_factory=Reference)
+    judge: dict[str, Any] = field(default_factory=dict)
+    root: str = MISSING
+    name: str | None = None
+    variant: str | None = None
+    sft_variant: str | None = None
+    seed: int = MISSING
+    beta: float = MISSING
+    policy: str = MISSING
+    sft_best: str = MISSING
+    sft_target: str | None = None
+    report_to: str = MISSING
+    debug: bool = MISSING
+    overwrite: bool = MISSING
+    batch: Batch = field(default_factory=Batch)
+    length: Length = field(default_factory=Length)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    sft: dict[str, Any] = field(default_factory=dict)
+    dpo: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def home(self) -> Path:
+        """The folder of all runs of this name."""
+        return Path(self.root) / str(self.name)
+
+    @property
+    def sft_folder(self) -> Path:
+        return self.home / "sft" / str(self.sft_variant)
+
+    @property
+    def dpo_folder(self) -> Path:
+        return self.home / "dpo" / str(self.variant)
+
+
+def register() -> None:
+    """Make the schema known to Hydra, under the name that conf/config.yaml asks for."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=Run)
+
+
+def main(stage: Callable[[Run], Any]) -> None:
+    """Run a command: compose its config from the command line, check it, and call `stage` with it.
+
+    Ends the process with 1 and one sentence where the config or the input is wrong, with 75 where it was interrupted.
+    """
+    import hydra
+
+    # Hydra then raises instead of printing; the libraries' many small bars are off, the training's own is not.
+    os.environ.update(HYDRA_FULL_ERROR="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false")
+    register()
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def task(cfg: DictConfig) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
+        hydra_cfg = HydraConfig.get()
+        stage(check(cfg, list(hydra_cfg.overrides.task), dict(hydra_cfg.runtime.choices)))
+
+    try:
+        task()
+    except KeyboardInterrupt:
+        sys.exit(75)
+    except PipelineError as error:
+        sys.exit(f"error: {error}")
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        sys.exit(f"error: {sentence}")
+
+
+def compose(overrides: list[str]) -> Run:
+    """The checked config that a command line of these overrides makes."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    register()
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = hydra.compose("config", overrides, return_hydra_config=True)
+    except Exception as error:
+        raise PipelineError(explain(error) or str(error)) from error
+    choices = dict(cfg.hydra.runtime.choices)
+    with_hydra = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    return check(with_hydra, overrides, choices)
+
+
+def check(cfg: DictConfig, typed: list[str], choices: dict[str, str]) -> Run:
+    """The typed config, with every null that means a default of its own filled in.
+
+    `typed` are the overrides of the command line, `choices` the option of each group: names and folders follow from
+    them. Raises PipelineError where a key is unknown or missing or a value cannot be.
+    """
+    try:
+        # Once more through the schema: composition lets `+bta=0.3` and an unset `???` pass.
+        merged = OmegaConf.merge(OmegaConf.structured(Run), OmegaConf.to_container(cfg, resolve=True))
+        for key in sorted(OmegaConf.missing_keys(cfg)):
+            raise PipelineError(f"{key} has no value: type {key}=...")
+        run: Run = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise PipelineError(explain(error)) from error
+    for key, allowed in CHOICES.items():
+        value = OmegaConf.select(merged, key)
+        if value not in allowed:
+            names = ", ".join("null" if a is None else a for a in allowed)
+            raise PipelineError(f"{key}={value} is none of its values: {names}{nearest(value, allowed)}")
+    for key in (
+        *("beta", "batch.global_size", "evaluation.pairs", "evaluation.prompts", "evaluation.max_new_tokens"),
+        *("batch.micro_size", "length.max", "length.max_prompt"),
+    ):
+        value = OmegaConf.select(merged, key)
+        if value is not None and not value > 0:
+            raise PipelineError(f"{key}={value}: it must be larger than 0")
+    for key in ("dataset", "sft_dataset"):
+        if getattr(run, key) is not None:
+            check_arguments(key, {k: v for k, v in getattr(run, key).items() if k not in SPLIT_KEYS})
+    fill(run, typed, choices)
+    return run
+
+
+def fill(run: Run, typed: list[str], choices: dict[str, str]) -> None:
+    """Replace in place each null that stands for a default: names, variants, learning rates, the micro batch."""
+    lora = choices["lora"]
+    rates = dataclasses.asdict(run.model.learning_rate)
+    for stage in ("sft", "dpo"):
+        fields = getattr(run, stage)
+        if fields["learning_rate"] is None:
+            fields["learning_rate"] = rates[stage if run.lora is None else f"{stage}_lora"]
+    run.batch.micro_size = run.batch.micro_size or min(run.model.micro_size, run.batch.global_size)
+    run.sft_target = run.sft_target or (run.sft_dataset or run.dataset)["sft_target"]
+    model, dataset = choices["model"], choices["dataset"]
+    if model == "path":
+        model = Path(run.model.path).name
+    if dataset == "json":
+        dataset = Path(run.dataset["path"]).name.split(".")[0]
+    run.name = clean(run.name or f"{model}-{dataset}") + ("-debug" if run.debug else "")
+    if run.sft_variant is None:
+        other = choices["dataset@sft_dataset"]
+        run.sft_variant = clean("-".join(["full" if run.lora is None else lora, *([other] if run.sft_dataset else [])]))
+    if run.variant is None:
+        loss = run.dpo["loss_type"]
+        parts = [loss if isinstance(loss, str) else "+".join(loss), f"beta{run.beta:g}"]
+        parts += [lora] if run.lora is not None else []
+        parts += [run.policy] if run.policy != "sft" else []
+        run.variant = clean("-".join([*parts, f"seed{run.seed}", *typed_differences(typed)]))
+    if run.model.builder:
+        run.model.path = str((run.home / "base" / "model").resolve())
+    elif Path(run.model.path).expanduser().is_dir():
+        run.model.path = str(Path(run.model.path).expanduser().resolve())  # adapters name it, from wherever loaded
+
+
+def typed_differences(typed: list[str]) -> list[str]:
+    """`key_value` for each key on the command line that is of DPO's identity and that no other part of a name tells."""
+    told = r"(model|dataset|experiment|lora|loss|beta|seed|policy|dpo\.loss_type|.*path)$"
+    ours = r"(model\.|dataset\.|lora\.|precision|reference|batch\.global_size|length\.|sft_variant|dpo\.)"
+    pairs = sorted(item.lstrip("+~").partition("=")[::2] for item in typed)
+    parts = [(key, value) for key, value in pairs if re.match(ours, key) and not re.match(told, key)]
+    return [f"{key}_{value}" for key, value in parts if key.split(".")[-1] not in NOT_IDENTITY]
+
+
+# Training arguments that cannot change `final/`: they may differ when a run is continued.
+NOT_IDENTITY = frozenset(
+    "logging_steps logging_first_step logging_strategy eval_steps eval_strategy eval_on_start save_steps save_strategy "
+    "save_total_limit activation_checkpointing dataloader_num_workers dataloader_prefetch_factor run_name".split()
+)
+
+
+def clean(name: str) -> str:
+    """A name that every file system takes."""
+    return re.sub(r"[^A-Za-z0-9._+-]", "_", name)
+
+
+def check_arguments(key: str, node: dict[str, Any]) -> None:
+    """Raise PipelineError where the `_target_` of a node does not take its other keys; imports that target."""
+    from hydra.utils import get_method
+
+    given = {name for name in node if name != "_target_"}
+    parameters = inspect.signature(get_method(node["_target_"])).parameters
+    for name in sorted(given - set(parameters)):
+        raise PipelineError(f"{key}.{name} is no option of this data set{nearest(name, parameters)}")
+
+
+def build(node: dict[str, Any], **extra: Any) -> Any:
+    """What the `_target_` of a config node makes of its other keys and `extra`: the only call of Hydra's instantiate.
+
+    Lists and dicts arrive as Python's own: PEFT could not save its config otherwise. Raises PipelineError where the
+    target does not take a key.
+    """
+    from hydra.utils import get_class, get_method, instantiate
+
+    target = node["_target_"]
+    named = get_class(target) if target.split(".")[-1][0].isupper() else get_method(target)
+    parameters = inspect.signature(named).parameters
+    for name in node:
+        if not name.startswith("_") and name not in parameters:
+            raise PipelineError(f"{target} takes no {name}{nearest(name, parameters)}")
+    return instantiate(node, _convert_="all", **extra)
+
+
+def nearest(name: Any, names: Any) -> str:
+    """`: did you mean a or b?`, or nothing where no name is near; a name's last dotted part counts too."""
+    names = [str(n) for n in names]
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
+    near += [n for n in names if n not in near and n.split(".")[-1] == str(name).split(".")[-1]]
+    return f": did you mean {' or '.join(near[:3])}?" if near else ""
+
+
+def known_keys() -> list[str]:
+    """Every dotted key that conf/config.yaml or the schema lists."""
+
+    def walk(node: Any, prefix: str) -> list[str]:
+        if not isinstance(node, dict):
+            return []
+        return [key for k, v in node.items() for key in (f"{prefix}{k}", *walk(v, f"{prefix}{k}."))]
+
+    schema = OmegaConf.to_container(OmegaConf.structured(Run))
+    listed = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"))
+    return sorted({*walk(schema, ""), *(k for k in walk(listed, "") if not k.startswith(("hydra", "defaults")))})
+
+
+def explain(error: BaseException) -> str | None:
+    """One sentence for the innermost error of Hydra or OmegaConf, or None where the error is none of theirs."""
+    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    for inner in reversed(chain):
+        text = str(inner).strip().split("\n")[0]
+        if "$" in text and inner is not error:
+            continue  # OmegaConf's template of the message that the next one fills in
+        if isinstance(inner, PipelineError):
+            return str(inner)
+        if isinstance(inner, MissingConfigException):
+            option = (inner.missing_cfg_file or "").split("/")[-1]
+            group = "/".join((inner.missing_cfg_file or "").split("/")[:-1])
+            options = sorted(inner.options or [])
+            if not group:
+                return f"there is no config named {option}"
+            return f"{group}={option} is no option{nearest(option, options) or ': there are ' + ', '.join(options)}"
+        if isinstance(inner, OmegaConfBaseException):
+            key = inner.full_key or inner.key
+            if key is not None and re.search(r"not in|is not in struct", text):
+                return f"{key} is no key of the config{nearest(key, known_keys()) or ': --cfg job lists them all'}"
+            return f"{key}: {text[:1].lower()}{text[1:]}" if key is not None else text
+        if isinstance(inner, ConfigCompositionException | HydraException):
+            override = re.search(r"Could not override '([^']*)'|In '.*': (.*)", text)
+            key = override.group(1) if override and override.group(1) else None
+            groups = [p.name for p in CONF.iterdir() if p.is_dir()]
+            if key and key.split("@")[0] not in groups:
+                return f"{key} is no key of the config{nearest(key, [*known_keys(), *groups])}"
+            return " ".join(str(inner).split())
+    return None

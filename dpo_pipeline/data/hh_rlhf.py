@@ -1,0 +1,25 @@
+"""Anthropic's HH-RLHF (arXiv:2204.05862): two dialogues that differ in the last reply, as plain text."""
+
+from dpo_pipeline.data.files import read, require
+
+REPLY = "\n\nAssistant:"
+
+
+def load(path: str, subsets: list[str] | None) -> dict[str, list[dict]]:
+    """Pairs of each split; the prompt is the dialogue up to and with its last `Assistant:`.
+
+    A row whose two dialogues differ before that carries the reason as `problem`.
+    """
+    splits: dict[str, list[dict]] = {}
+    for subset in subsets or [None]:
+        for split, rows in read(path, data_dir=subset).items():
+            require(rows, ("chosen", "rejected"), path)
+            splits.setdefault(split, []).extend(pair(row["chosen"], row["rejected"]) for row in rows)
+    return splits
+
+
+def pair(chosen: str, rejected: str) -> dict:
+    """One row from two whole dialogues."""
+    at, other = chosen.rfind(REPLY) + len(REPLY), rejected.rfind(REPLY) + len(REPLY)
+    row = {"prompt": chosen[:at], "chosen": chosen[at:], "rejected": rejected[other:]}
+    return row if chosen[:at] == rejected[:other] else {**row, "problem": "prompts differ"}

@@ -1,0 +1,122 @@
+"""A preference task whose truth is known: short film reviews from a grammar, and a reward that scores any answer.
+
+The sentiment experiment of the DPO paper (arXiv:2305.18290, section 6) in miniature: there the ground truth is a
+classifier, here a formula, so that no result depends on a judge. Words are separated by single spaces, punctuation
+included, and all of them are in `VOCABULARY`.
+"""
+
+import math
+import random
+
+TITLES = "silent broken golden last hidden lonely crimson distant little burning frozen secret wild quiet".split()
+NOUNS = """river garden station winter letter mountain harbor city road shadow mirror island bridge train forest
+    desert castle clock""".split()
+GENRES = "comedy drama western thriller musical mystery romance documentary".split()
+KINDS = "young retired lost famous shy stubborn".split()
+PEOPLE = "pilot teacher singer doctor farmer painter soldier dancer sailor widow".split()
+ASPECTS = "acting story script music ending cast pacing dialogue humor camera plot direction".split()
+ADJECTIVES = {
+    **dict.fromkeys("superb wonderful brilliant delightful gripping magnificent".split(), 2.0),
+    **dict.fromkeys("charming warm clever fresh solid funny".split(), 1.0),
+    **dict.fromkeys("clumsy weak stale cold slow flat".split(), -1.0),
+    **dict.fromkeys("dreadful boring terrible painful hopeless miserable".split(), -2.0),
+}
+VERBS = {"loved": 2.0, "enjoyed": 1.0, "disliked": -1.0, "hated": -2.0}
+SENTIMENT = {**ADJECTIVES, **VERBS, "gladly": 1.0, "never": -1.0}
+DEGREE = {"rather": 0.5, "very": 1.5, "truly": 1.5}
+GRAMMAR = "film review : , . the a about was were and but not i is what would see again felt".split()
+VOCABULARY = sorted({*TITLES, *NOUNS, *GENRES, *KINDS, *PEOPLE, *ASPECTS, *SENTIMENT, *DEGREE, *GRAMMAR, "it"})
+
+
+def reward(answer: str, ended: bool = True) -> float:
+    """True reward of an answer, in [-1, 1]: its sentiment, less what makes it a bad text.
+
+    Sentiment is tanh of a quarter of the signed word scores, `not` turning the next scored word round and a degree
+    word scaling it. Repeated three-word sequences cost their share of the text, each unknown word 0.2, and an answer
+    that never ends (`ended`: it closed with its end token) 0.5; an empty answer is worth -1.
+    """
+    words = answer.split()
+    if not words:
+        return -1.0
+    score, factor = 0.0, 1.0
+    for word in words:
+        if word == "not":
+            factor = -factor
+        elif word in DEGREE:
+            factor *= DEGREE[word]
+        elif word in SENTIMENT:
+            score, factor = score + factor * SENTIMENT[word], 1.0
+        elif word in ".,":
+            factor = 1.0
+    triples = list(zip(words, words[1:], words[2:], strict=False))
+    repeated = 1 - len(set(triples)) / len(triples) if triples else 0.0
+    unknown = sum(word not in VOCABULARY for word in words)
+    return max(-1.0, math.tanh(score / 4) - repeated - 0.2 * unknown - 0.5 * (not ended))
+
+
+def title(rng: random.Random) -> str:
+    """A film with its genre and subject, one of 120,960, such as `the silent river , a western about a shy pilot`."""
+    name = f"the {rng.choice(TITLES)} {rng.choice(NOUNS)}"
+    return f"{name} , a {rng.choice(GENRES)} about a {rng.choice(KINDS)} {rng.choice(PEOPLE)}"
+
+
+def sentence(rng: random.Random, good: bool) -> str:
+    """One sentence of a review, of good or bad sentiment."""
+
+    def word(of: dict[str, float], positive: bool) -> str:
+        return rng.choice([w for w, value in of.items() if (value > 0) == positive])
+
+    adjective, verb = word(ADJECTIVES, good), word(VERBS, good)
+    degree = rng.choice(["", "", *DEGREE])
+    one, two = rng.sample(ASPECTS, 2)
+    forms = [
+        f"the {one} was {degree} {adjective} .",
+        f"the {one} felt {degree} {adjective} .",
+        f"the {one} and the {two} were {degree} {adjective} .",
+        f"the {one} was not {word(ADJECTIVES, not good)} .",
+        f"the {one} was {adjective} but the {two} was {word(ADJECTIVES, rng.random() < 0.5)} .",
+        f"i {verb} the {one} .",
+        f"i {verb} the {one} and the {two} .",
+        f"what a {adjective} {rng.choice(GENRES)} .",
+        f"i would {'gladly' if good else 'never'} see it again .",
+    ]
+    return " ".join(rng.choice(forms).split())
+
+
+def review(rng: random.Random) -> str:
+    """A review of two to four sentences in a mood drawn evenly between bad and good, so sentiments are mixed."""
+    mood = rng.random()
+    return " ".join(sentence(rng, rng.random() < mood) for _ in range(rng.randint(2, 4)))
+
+
+def plain_text(rng: random.Random) -> str:
+    """Sentences of the same words in no order and without the form of a prompt: what the base model has read."""
+    about = [title(rng).replace(" , a ", " is a ") + " ." for _ in range(2)]
+    said = [sentence(rng, rng.random() < 0.5) for _ in range(2)]
+    return " ".join(rng.sample(about + said, 4))
+
+
+def load(rows: int, slope: float, seed: int) -> dict:
+    """Pairs with a demonstration each: `{"train": [...], "test": [...]}`, prompts disjoint, drawn from `seed`.
+
+    The answer of higher true reward is chosen. In train the label is drawn from the Bradley-Terry model with `slope`
+    on the difference of rewards, as an annotator errs; test is true to the reward. `demonstration` is a third review
+    of any mood. A tenth of `rows`, at most 1,000, are test.
+    """
+    rng = random.Random(seed)
+    films: dict[str, None] = {}
+    while len(films) < rows:
+        films[f"film : {title(rng)} . review :"] = None
+    held_out = min(rows // 10, 1000)
+    splits: dict[str, list] = {"test": [], "train": []}
+    for i, prompt in enumerate(films):
+        one, two = review(rng), review(rng)
+        while abs(reward(one) - reward(two)) < 0.2:
+            two = review(rng)
+        better, worse = sorted((one, two), key=reward, reverse=True)
+        test = i < held_out
+        if not test and rng.random() > 1 / (1 + math.exp(-slope * (reward(better) - reward(worse)))):
+            better, worse = worse, better
+        answers = {"chosen": f" {better}", "rejected": f" {worse}", "demonstration": f" {review(rng)}"}
+        splits["test" if test else "train"].append({"prompt": prompt, **answers})
+    return splits

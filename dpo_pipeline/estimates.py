@@ -1,0 +1,67 @@
+"""Means with their 95% intervals: `{"value", "low", "high", "n"}`, never a bare mean."""
+
+import math
+from collections.abc import Sequence
+
+Estimate = dict[str, float | int | None]
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """The mean with Student's t interval; of one value, or of equal values, the interval is what it can be.
+
+    Raises ValueError for no values.
+    """
+    from scipy.stats import t
+
+    n = len(values)
+    if not n:
+        raise ValueError("the mean of no values")
+    value = math.fsum(values) / n
+    if n == 1:
+        return {"value": value, "low": None, "high": None, "n": 1}
+    error = math.sqrt(math.fsum((v - value) ** 2 for v in values) / (n - 1) / n)
+    half = float(t.ppf(0.975, n - 1)) * error
+    return {"value": value, "low": value - half, "high": value + half, "n": n}
+
+
+def share(values: Sequence[float]) -> Estimate:
+    """The mean of values 0, 0.5 (a tie) or 1, with Wilson's interval.
+
+    A tie counts half a success: its variance is below that of a trial, so the interval is, if anything, too wide.
+    """
+    n = len(values)
+    if not n:
+        raise ValueError("the share of no values")
+    value, z = math.fsum(values) / n, 1.959963984540054
+    centre = (value + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
+    return {"value": value, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": n}
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
+    """Sum of numerators over sum of denominators, with a bootstrap interval over rows (2,000 draws, seeded)."""
+    import numpy as np
+
+    n = len(numerators)
+    if not n:
+        raise ValueError("the ratio of no values")
+    top, bottom = np.asarray(numerators, float), np.asarray(denominators, float)
+    rows = np.random.default_rng(0).integers(0, n, (2000, n))
+    low, high = np.quantile(top[rows].sum(1) / bottom[rows].sum(1), [0.025, 0.975])
+    return {"value": float(top.sum() / bottom.sum()), "low": float(low), "high": float(high), "n": n}
+
+
+def perplexity(answer_logprobs: Sequence[float], answer_tokens: Sequence[int]) -> Estimate:
+    """exp of the summed negative log-prob of all answer tokens over their number, all rows together."""
+    nats = ratio([-logprob for logprob in answer_logprobs], answer_tokens)
+    return {key: value if key == "n" else math.exp(value) for key, value in nats.items()}
+
+
+def scaled(estimate: Estimate, factor: float) -> Estimate:
+    """The estimate of `factor` times the quantity, for a factor above 0."""
+    return {key: value if key == "n" or value is None else value * factor for key, value in estimate.items()}
+
+
+def accuracy(margins: Sequence[float]) -> Estimate:
+    """Share of pairs whose margin is above 0; a tie counts half."""
+    return share([1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins])

@@ -1,0 +1,251 @@
+"""Run folders: where a run lies, what it is, and whether it is new, to be continued, done, or another one's place."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dpo_pipeline.config import CONF, NOT_IDENTITY, PipelineError, Run
+from dpo_pipeline.data.files import content_hash
+
+log = logging.getLogger(__name__)
+
+LIBRARIES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file so that a reader sees the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds, or None where there is no such file."""
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def identity(run: Run, stage: str) -> dict[str, Any]:
+    """What decides the bytes of `final/`, flat: the part of the config that a stage reads, local paths by content.
+
+    For `dpo` on an SFT policy that includes the hash of its weights. Raises PipelineError where there is none yet.
+    """
+    fields = dict(getattr(run, stage))
+    chosen_by_evaluation = stage == "sft" and run.sft_best == "perplexity"
+    kept = {k: v for k, v in fields.items() if k not in NOT_IDENTITY or (chosen_by_evaluation and k == "eval_steps")}
+    model = {key: getattr(run.model, key) for key in ("builder", "revision", "dtype", "attn_implementation")}
+    parts: dict[str, Any] = {
+        "model": model if run.model.builder else {**model, "path": by_content(run.model.path)},
+        "lora": run.lora,
+        "precision": run.precision.mixed,
+        "seed": run.seed,
+        "global_size": run.batch.global_size,
+        "length": dataclasses.asdict(run.length),
+        "debug": run.debug,
+        stage: kept,
+    }
+    if stage == "sft":
+        parts |= {"dataset": run.sft_dataset or run.dataset, "sft_target": run.sft_target, "sft_best": run.sft_best}
+    else:
+        parts |= {"dataset": run.dataset, "beta": run.beta, "reference": run.reference.mode, "policy": run.policy}
+        if run.policy == "sft":
+            parts["starting_policy"] = finished_sft(run)["final"]["sha256"]
+    parts["dataset"] = {k: by_content(v) if k.endswith("path") else v for k, v in parts["dataset"].items()}
+    return dict(sorted(flat(parts).items()))
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested dict with dotted keys."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {key: value for k, v in node.items() for key, value in flat(v, f"{prefix}.{k}" if prefix else k).items()}
+
+
+def by_content(path: str | None) -> str | None:
+    """A hash of what lies at a local path, or the path itself where nothing does (a hub id)."""
+    local = Path(path).expanduser() if path else None
+    return f"sha256:{content_hash(local)}" if local and local.exists() else path
+
+
+def finished_sft(run: Run) -> dict[str, Any]:
+    """The manifest of the SFT that a DPO starts from; raises PipelineError where it is not done."""
+    if state(run.sft_folder) == "done":
+        return read_json(run.sft_folder / "manifest.json")
+    raise PipelineError(
+        f"there is no finished SFT in {run.sft_folder} ({state(run.sft_folder)}): run `make sft` or `python -m "
+        "dpo_pipeline.sft` with the same arguments first, or start from the base model with policy=base"
+    )
+
+
+def state(folder: Path) -> str:
+    """`none`, `running`, `done`, `interrupted` or `failed`; a run whose process is gone reads as interrupted."""
+    status = read_json(folder / "status.json")
+    if status is None:
+        return "none"
+    if status["state"] == "running" and not (status["host"] != socket.gethostname() or alive(status["pid"])):
+        return "interrupted"
+    return status["state"]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this machine runs, other than this one."""
+    if pid == os.getpid():
+        return False
+    if os.name == "nt":  # os.kill would end the process there
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint: the trainer writes trainer_state.json last."""
+    complete = (folder / "checkpoints").glob("checkpoint-*/trainer_state.json")
+    return max((c.parent for c in complete), key=lambda c: int(c.name.split("-")[1]), default=None)
+
+
+def decide(folder: Path, mine: dict[str, Any], overwrite: bool) -> str:
+    """`new`, `resume` or `done` for a run of this identity; clears what may be replaced.
+
+    Raises PipelineError where another run lies there that is worth keeping, or one that is still running.
+    """
+    manifest, found = read_json(folder / "manifest.json"), state(folder)
+    if found == "running":
+        status = read_json(folder / "status.json")
+        raise PipelineError(f"{folder} is in use by process {status['pid']} on {status['host']}: wait for it or end it")
+    if manifest is None:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise PipelineError(f"{folder} holds files but no run: choose another place with variant=, name= or root=")
+        return "new"
+    theirs = manifest["identity"]
+    differing = [key for key in {**theirs, **mine} if theirs.get(key) != mine.get(key)]
+    if not differing:
+        return "done" if found == "done" else "resume"
+    if overwrite or (found != "done" and newest_checkpoint(folder) is None):
+        log.info("replacing the %s run in %s", found, folder)
+        shutil.rmtree(folder)
+        return "new"
+    listed = "; ".join(f"{key} is {theirs.get(key)} there, {mine.get(key)} here" for key in sorted(differing))
+    typed = "sft_variant=NAME" if folder.parent.name == "sft" else "variant=NAME"
+    raise PipelineError(
+        f"{folder} holds another run ({listed}): keep both with {typed} or name=NAME, or replace it with overwrite=true"
+    )
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and prints: rank 0, or the only one."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+@contextlib.contextmanager
+def recording(run: Run, stage: str, folder: Path, mine: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Keep the folder's status, manifest, config and log while a run goes on.
+
+    Gives the manifest as a dict to add to; what is in it at the end is written. The status ends as `done`, as
+    `interrupted` (KeyboardInterrupt) or as `failed` with the error's first line.
+    """
+    from omegaconf import OmegaConf
+
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    manifest: dict[str, Any] = {
+        "stage": stage,
+        "command": [sys.executable.rsplit(os.sep, 1)[-1], "-m", f"dpo_pipeline.{stage}", *sys.argv[1:]],
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": git_state(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "machine": {"platform": platform.platform(), "host": socket.gethostname()},
+        "seed": run.seed,
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "identity": mine,
+    }
+    status = {"state": "running", "step": 0, "error": None, "pid": os.getpid(), "host": socket.gethostname()}
+    main_process = is_main_process()
+
+    def save(**changes: Any) -> None:
+        status.update(changes, updated=datetime.now(UTC).isoformat(timespec="seconds"))
+        if main_process:
+            write_json(folder / "status.json", status)
+
+    manifest["save_status"] = save
+    if main_process:
+        save()
+        write_json(folder / "manifest.json", {k: v for k, v in manifest.items() if k != "save_status"})
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
+    with logged(folder / "train.log" if main_process else None):
+        try:
+            yield manifest
+        except KeyboardInterrupt:
+            save(state="interrupted")
+            log.info("interrupted: type the same command to go on from %s", newest_checkpoint(folder) or "the start")
+            raise
+        except BaseException as error:
+            save(state="failed", error=(str(error).strip() or type(error).__name__).splitlines()[0])
+            raise
+        if main_process:
+            manifest["seconds"] = round(time.monotonic() - started, 1)
+            manifest["peak_memory_bytes"] = peak_memory()
+            write_json(folder / "manifest.json", {k: v for k, v in manifest.items() if k != "save_status"})
+            save(state="done")
+
+
+@contextlib.contextmanager
+def logged(file: Path | None) -> Iterator[None]:
+    """Show our messages on the screen, and keep them with every library's warnings in `file`."""
+    root, ours = logging.getLogger(), logging.getLogger("dpo_pipeline")
+    handlers: list[tuple[logging.Logger, logging.Handler]] = []
+    if file is not None:
+        handlers = [(ours, logging.StreamHandler(sys.stdout)), (root, logging.FileHandler(file, encoding="utf-8"))]
+        for logger, handler in handlers:
+            logger.addHandler(handler)
+    before = ours.level
+    ours.setLevel(logging.INFO if file is not None else logging.ERROR)
+    try:
+        yield
+    finally:
+        ours.setLevel(before)
+        for logger, handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit and dirtiness of the checkout that this code runs from, or None where it is none."""
+    call = ["git", "-C", str(CONF.parent)]
+    try:
+        commit = subprocess.run([*call, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run([*call, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit, "dirty": bool(changes.strip())}
+
+
+def peak_memory() -> int | None:
+    """Peak memory of this process in bytes: the GPU's where there is one, else resident; None where unknown."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,44 @@
+"""Fine-tune the base model on the answers to imitate: `python -m dpo_pipeline.sft key=value ...`."""
+
+import logging
+from pathlib import Path
+
+from dpo_pipeline import runs
+from dpo_pipeline.config import Run, build, main
+
+log = logging.getLogger("dpo_pipeline.sft")  # __name__ is __main__ when run as a command
+
+
+def run_sft(run: Run) -> Path:
+    """Train the SFT policy of a run, or find it trained; its folder, with `final/` in it."""
+    folder, mine = run.sft_folder, runs.identity(run, "sft")
+    if runs.decide(folder, mine, run.overwrite) == "done":
+        print(f"already done: {folder}")
+        return folder
+    with runs.recording(run, "sft", folder, mine) as manifest:
+        from dpo_pipeline.policies import load_policy, load_tokenizer
+        from dpo_pipeline.training import callbacks, start, trainer
+        from dpo_pipeline.training.arguments import training_arguments, weights_dtype
+
+        args, dtype = training_arguments(run, "sft", folder), weights_dtype(run)
+        start.prepare_base(run)
+        tokenizer = load_tokenizer(run.model)
+        rows = start.tokenized(run, "sft", tokenizer, ("train", "validation"))
+        start.limit_steps(run, args, len(rows["train"]))
+        policy = load_policy(run.model.path, run.model, dtype, trainable=True)
+        sft = trainer.build_sft(policy, run.lora and build(run.lora), tokenizer, args, rows)
+        manifest |= start.facts(sft, rows, run.model.path)
+        log.info("SFT of %s on %d answers -> %s", run.model.path, len(rows["train"]), folder)
+        metrics = callbacks.Metrics(folder / "metrics.jsonl", manifest["save_status"])
+        trainer.train(sft, folder, [callbacks.ValidationPerplexity(sft), metrics])
+        manifest["final"] = trainer.save_final(sft, tokenizer, folder, run.model, dtype)
+        best = sft.state.best_model_checkpoint
+        if best:
+            manifest["final"]["step"] = int(best.rsplit("-", 1)[1])
+            log.info("final/ is step %d: lowest validation perplexity, %.3f", manifest["final"]["step"], sft.state.best_metric)
+    log.info("SFT done in %.0f s: %s", manifest["seconds"], folder / "final")
+    return folder
+
+
+if __name__ == "__main__":
+    main(run_sft)

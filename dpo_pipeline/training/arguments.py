@@ -1,0 +1,108 @@
+"""The trainer's arguments of a run: TRL's SFTConfig or DPOConfig, made from the config and the machine."""
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from dpo_pipeline.config import PipelineError, Run, nearest
+from dpo_pipeline.policies import device
+
+log = logging.getLogger(__name__)
+
+
+def mixed_precision(run: Run) -> str:
+    """`bf16`, `fp16` or `fp32`: what `precision` asks for, `auto` by what the device can do."""
+    import torch
+
+    if run.precision.mixed != "auto":
+        return run.precision.mixed
+    if device() != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def weights_dtype(run: Run) -> Any:
+    """The torch dtype that weights are loaded in: float32 where they are trained, the precision's under an adapter."""
+    import torch
+
+    if run.model.dtype != "auto":
+        return getattr(torch, run.model.dtype)
+    if run.lora is None:
+        return torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[mixed_precision(run)]
+
+
+def training_arguments(run: Run, stage: str, folder: Path) -> Any:
+    """A `trl.SFTConfig` or `trl.DPOConfig`; reads no weight and no row.
+
+    Raises PipelineError for a field that TRL does not know, one that another key decides, a value that it refuses, or
+    a global batch that the processes do not divide.
+    """
+    import trl
+
+    world, micro, size = int(os.environ.get("WORLD_SIZE", 1)), run.batch.micro_size, run.batch.global_size
+    if size % (micro * world):
+        raise PipelineError(
+            f"batch.global_size={size} is no multiple of batch.micro_size={micro} times {world} process(es): set "
+            f"batch.global_size={max(1, round(size / (micro * world))) * micro * world} or another batch.micro_size"
+        )
+    steps = size // (micro * world)
+    log.info("batch of %d rows = %d at once x %d process(es) x %d accumulated", size, micro, world, steps)
+    precision = mixed_precision(run)
+    decided = {
+        "seed": run.seed,
+        "data_seed": run.seed,
+        "report_to": run.report_to,
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
+        "gradient_accumulation_steps": steps,
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "output_dir": str(folder / "checkpoints"),
+        "run_name": str(run.variant if stage == "dpo" else run.sft_variant),
+        "max_length": None,  # rows come cut to length, with their end token
+        "disable_tqdm": True,  # callbacks.py shows one bar
+        "use_cpu": device() == "cpu",
+        "dataloader_pin_memory": device() == "cuda",
+        "logging_first_step": True,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+    }
+    if stage == "sft":
+        decided |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "load_best_model_at_end": run.sft_best != "last"}
+        if run.sft_best == "perplexity":
+            decided |= {"metric_for_best_model": "eval_perplexity", "greater_is_better": False}
+    else:
+        decided |= {"beta": run.beta, "precompute_ref_log_probs": run.reference.mode == "cached"}
+    arguments, fields = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}[stage], getattr(run, stage)
+    known = {field.name for field in dataclasses.fields(arguments) if field.init}
+    for name in fields:
+        if name in decided:
+            owner = OWNERS.get(name, "the pipeline itself")
+            raise PipelineError(f"{stage}.{name} is decided by {owner}: take it out")
+        if name not in known:
+            raise PipelineError(f"{stage}.{name} is no field of trl.{arguments.__name__}{nearest(name, known)}")
+    try:
+        return arguments(**decided, **fields)
+    except (ValueError, TypeError) as error:
+        raise PipelineError(f"trl.{arguments.__name__} refuses what stands under {stage}: {error}") from error
+
+
+OWNERS = {
+    "seed": "seed=",
+    "data_seed": "seed=",
+    "beta": "beta=",
+    "report_to": "report_to=",
+    "per_device_train_batch_size": "batch.micro_size=",
+    "per_device_eval_batch_size": "batch.micro_size=",
+    "gradient_accumulation_steps": "batch.global_size= and batch.micro_size=",
+    "bf16": "precision=",
+    "fp16": "precision=",
+    "max_length": "length.max=",
+    "output_dir": "root=, name= and variant=",
+    "precompute_ref_log_probs": "reference=",
+    "load_best_model_at_end": "sft_best=",
+    "metric_for_best_model": "sft_best=",
+}

@@ -1,0 +1,108 @@
+"""What happens beside the training steps: one bar, metrics.jsonl, exact perplexity, a checkpoint on Ctrl-C."""
+
+import json
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from dpo_pipeline.estimates import perplexity
+from dpo_pipeline.logprobs import answer_logprobs
+
+
+class Metrics(TrainerCallback):
+    """One line of metrics.jsonl for each log event, all of TRL's numbers, and one progress bar with the loss."""
+
+    def __init__(self, file: Path, save_status: Callable[..., None], beta: float | None = None):
+        self.file, self.save_status, self.beta = file, save_status, beta
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = None
+        if state.is_world_process_zero:
+            # What was logged after the checkpoint that is resumed from will be logged again.
+            lines = self.file.read_text().splitlines() if self.file.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            self.file.write_text("".join(f"{line}\n" for line in kept))
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", disable=False)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is None:
+            return
+        row = {"step": state.global_step, **logs}
+        for prefix in ("", "eval_"):
+            if self.beta and f"{prefix}rewards/margins" in row:
+                row[f"{prefix}margins_nats"] = row[f"{prefix}rewards/margins"] / self.beta
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.save_status(step=state.global_step)
+        shown = {"loss": "loss", "rewards/accuracies": "accuracy", "eval_perplexity": "perplexity"}
+        self.bar.set_postfix({name: f"{row[key]:.3f}" for key, name in shown.items() if key in row})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+class ValidationPerplexity(TrainerCallback):
+    """Perplexity of the validation answers as the table defines it, logged and used to choose the best checkpoint.
+
+    TRL's own `eval_loss` is a mean of batch means: it moves with the batch size.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        rows = trainer.eval_dataset
+        starts = [next(i for i, label in enumerate(row) if label != -100) for row in rows["labels"]]
+        self.prompts = [ids[:at] for ids, at in zip(rows["input_ids"], starts, strict=True)]
+        self.answers = [ids[at:] for ids, at in zip(rows["input_ids"], starts, strict=True)]
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        with self.trainer.compute_loss_context_manager():
+            logprobs = answer_logprobs(
+                self.trainer.model, self.prompts, self.answers, args.per_device_eval_batch_size
+            )
+        value = perplexity([float(row.sum()) for row in logprobs], [len(row) for row in logprobs])["value"]
+        metrics["eval_perplexity"] = value
+        self.trainer.log({"eval_perplexity": value, "eval_nats_per_token": math.log(value)})
+
+
+class KeepRandomState(TrainerCallback):
+    """Evaluating draws from the global random state; training must not notice how often that happens."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        import torch
+
+        self.state = torch.get_rng_state()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        import torch
+
+        torch.set_rng_state(self.state)
+
+
+class CheckpointOnInterrupt(TrainerCallback):
+    """Ctrl-C ends the step at hand, writes a checkpoint and stops; a second Ctrl-C stops at once."""
+
+    interrupted = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.before = signal.signal(signal.SIGINT, self.note)
+
+    def note(self, signum, frame):
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self.before)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGINT, self.before)
