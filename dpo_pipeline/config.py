@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 import inspect
 import os
 import re
@@ -138,6 +139,9 @@ def main(stage: Callable[[Run], Any]) -> None:
     """
     import hydra
 
+    from dpo_pipeline.quiet import quiet
+
+    quiet()
     # Hydra then raises instead of printing; the libraries' many small bars are off, the training's own is not.
     os.environ.update(HYDRA_FULL_ERROR="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false")
     register()
@@ -147,14 +151,15 @@ def main(stage: Callable[[Run], Any]) -> None:
         from hydra.core.hydra_config import HydraConfig
 
         hydra_cfg = HydraConfig.get()
-        stage(check(cfg, list(hydra_cfg.overrides.task), dict(hydra_cfg.runtime.choices)))
+        try:
+            stage(check(cfg, list(hydra_cfg.overrides.task), dict(hydra_cfg.runtime.choices)))
+        except PipelineError as error:
+            sys.exit(f"error: {error}")
 
     try:
         task()
     except KeyboardInterrupt:
         sys.exit(75)
-    except PipelineError as error:
-        sys.exit(f"error: {error}")
     except Exception as error:
         sentence = explain(error)
         if sentence is None:
@@ -260,8 +265,9 @@ NOT_IDENTITY = frozenset(
 
 
 def clean(name: str) -> str:
-    """A name that every file system takes."""
-    return re.sub(r"[^A-Za-z0-9._+-]", "_", name)
+    """A name that every file system takes; the end of one longer than 150 characters becomes a hash of it."""
+    name = re.sub(r"[^A-Za-z0-9._+-]", "_", name)
+    return name if len(name) <= 150 else f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def check_arguments(key: str, node: dict[str, Any]) -> None:
@@ -328,7 +334,7 @@ def explain(error: BaseException) -> str | None:
         if isinstance(inner, MissingConfigException):
             option = (inner.missing_cfg_file or "").split("/")[-1]
             group = "/".join((inner.missing_cfg_file or "").split("/")[:-1])
-            options = sorted(inner.options or [])
+            options = sorted(inner.options or [p.stem for p in (CONF / group).glob("*.yaml")])
             if not group:
                 return f"there is no config named {option}"
             return f"{group}={option} is no option{nearest(option, options) or ': there are ' + ', '.join(options)}"

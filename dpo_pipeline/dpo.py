@@ -24,10 +24,11 @@ def run_dpo(run: Run) -> dict[str, Any]:
         from dpo_pipeline.training.arguments import training_arguments, weights_dtype
 
         args, dtype = training_arguments(run, "dpo", folder), weights_dtype(run)
+        rows = start.load_rows(run, "dpo")
         start.prepare_base(run)
         starting = run.model.path if run.policy == "base" else run.sft_folder / "final"
         tokenizer = load_tokenizer(run.model, None if run.policy == "base" else starting)
-        rows = start.tokenized(run, "dpo", tokenizer, ("train", "validation"))
+        rows = start.tokenized(run, "dpo", tokenizer, rows, "train", "validation")
         start.limit_steps(run, args, len(rows["train"]))
         policy, reference = start.starting_policy(run), start.frozen_reference(run)
         lora = build(run.lora) if run.lora and run.policy == "base" else None
@@ -73,7 +74,7 @@ def compare(run: Run) -> dict[str, Any]:
             f"context of {context} tokens: lower it"
         )
     on = compare.material(
-        start.tokenized(run, "dpo", tokenizer, ("test",))["test"], context=context, dataset=run.dataset["_target_"].split(".")[-2],
+        start.tokenized(run, "dpo", tokenizer, start.load_rows(run, "dpo"), "test")["test"], context=context, dataset=run.dataset["_target_"].split(".")[-2],
         pairs=min(run.evaluation.pairs, 100) if run.debug else run.evaluation.pairs,
         prompts=min(run.evaluation.prompts, 8) if run.debug else run.evaluation.prompts,
         max_new_tokens=run.evaluation.max_new_tokens, tokenizer=tokenizer,

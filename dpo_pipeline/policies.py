@@ -14,6 +14,8 @@ def is_adapter(path: str | Path) -> bool:
 
 def explained(load: Any, path: str | Path, **options: Any) -> Any:
     """`load(path, **options)`, with one sentence where nothing can be loaded from there."""
+    if str(path).startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise PipelineError(f"there is no model folder {path} (from {Path.cwd()}): check model.path")
     try:
         return load(str(path), **options)
     except (OSError, ValueError, ImportError) as error:

@@ -21,9 +21,10 @@ def run_sft(run: Run) -> Path:
         from dpo_pipeline.training.arguments import training_arguments, weights_dtype
 
         args, dtype = training_arguments(run, "sft", folder), weights_dtype(run)
+        rows = start.load_rows(run, "sft")
         start.prepare_base(run)
         tokenizer = load_tokenizer(run.model)
-        rows = start.tokenized(run, "sft", tokenizer, ("train", "validation"))
+        rows = start.tokenized(run, "sft", tokenizer, rows, "train", "validation")
         start.limit_steps(run, args, len(rows["train"]))
         policy = load_policy(run.model.path, run.model, dtype, trainable=True)
         sft = trainer.build_sft(policy, run.lora and build(run.lora), tokenizer, args, rows)

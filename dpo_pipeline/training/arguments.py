@@ -49,7 +49,6 @@ def training_arguments(run: Run, stage: str, folder: Path) -> Any:
             f"batch.global_size={max(1, round(size / (micro * world))) * micro * world} or another batch.micro_size"
         )
     steps = size // (micro * world)
-    log.info("batch of %d rows = %d at once x %d process(es) x %d accumulated", size, micro, world, steps)
     precision = mixed_precision(run)
     decided = {
         "seed": run.seed,
@@ -85,9 +84,14 @@ def training_arguments(run: Run, stage: str, folder: Path) -> Any:
         if name not in known:
             raise PipelineError(f"{stage}.{name} is no field of trl.{arguments.__name__}{nearest(name, known)}")
     try:
-        return arguments(**decided, **fields)
+        made = arguments(**decided, **fields)
     except (ValueError, TypeError) as error:
         raise PipelineError(f"trl.{arguments.__name__} refuses what stands under {stage}: {error}") from error
+    log.info(
+        "%s on %s: batch of %d rows = %d at once x %d process(es) x %d accumulated",
+        *(precision, made.device, size, micro, world, steps),
+    )
+    return made
 
 
 OWNERS = {

@@ -23,10 +23,11 @@ class Metrics(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = None
         if state.is_world_process_zero:
-            # What was logged after the checkpoint that is resumed from will be logged again.
+            # What was logged after the checkpoint that is resumed from, and the summary of a part, come again.
             lines = self.file.read_text().splitlines() if self.file.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            self.file.write_text("".join(f"{line}\n" for line in kept))
+            rows = [json.loads(line) for line in lines]
+            kept = [row for row in rows if row["step"] <= state.global_step and "train_runtime" not in row]
+            self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", disable=False)
 
     def on_step_end(self, args, state, control, **kwargs):

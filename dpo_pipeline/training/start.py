@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,21 @@ def prepare_base(run: Run) -> None:
         build(run.model.builder, folder=run.model.path)
 
 
-def tokenized(run: Run, stage: str, tokenizer: Any, splits: Iterable[str]) -> dict[str, Any]:
-    """The rows of a stage as token ids, by split: `answer_ids` for SFT, `chosen_ids` and `rejected_ids` for DPO."""
+def load_rows(run: Run, stage: str) -> dict[str, list[dict]]:
+    """The rows that a stage learns from, as text or messages, by split."""
     node = (run.sft_dataset or run.dataset) if stage == "sft" else run.dataset
-    answers = (str(run.sft_target),) if stage == "sft" else ("chosen", "rejected")
-    rows = load_splits(node, answers, run.debug)
+    return load_splits(node, answers(run, stage), run.debug)
+
+
+def answers(run: Run, stage: str) -> tuple[str, ...]:
+    """The columns that a stage learns from."""
+    return (str(run.sft_target),) if stage == "sft" else ("chosen", "rejected")
+
+
+def tokenized(run: Run, stage: str, tokenizer: Any, rows: dict[str, list[dict]], *splits: str) -> dict[str, Any]:
+    """The rows of a stage as token ids, by split: `answer_ids` for SFT, `chosen_ids` and `rejected_ids` for DPO."""
     ends, lengths = ends_and_lengths(run, tokenizer)
-    ids = {split: tokenize(rows[split], answers, tokenizer, ends, lengths) for split in splits}
+    ids = {split: tokenize(rows[split], answers(run, stage), tokenizer, ends, lengths) for split in splits}
     if stage == "sft":
         ids = {split: table.rename_column(f"{run.sft_target}_ids", "answer_ids") for split, table in ids.items()}
     return ids

@@ -1,0 +1,25 @@
+"""Silences exactly those messages of the libraries that tell a person nothing: each is named, with why."""
+
+import logging
+import warnings
+
+WARNINGS = (
+    # TRL 1.16 asks transformers for a property under its old name, in each reference pass.
+    "`is_gradient_checkpointing` is deprecated",
+)
+LOG_LINES = {
+    # 4-bit kernels of the CPU, which would be downloaded; the slower built-in ones work.
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    # Tied weights are saved once: an lm_head is "missing" whenever the best checkpoint is loaded.
+    "transformers.trainer": "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",
+    # How checkpoints are sorted for deletion on some file systems; by number is what is wanted.
+    "transformers.trainer_utils": "mtime may not be reliable on this filesystem",
+}
+
+
+def quiet() -> None:
+    """Install the filters; before the libraries are imported."""
+    for message in WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name, start in LOG_LINES.items():
+        logging.getLogger(name).addFilter(lambda record, start=start: not record.getMessage().startswith(start))

@@ -1,0 +1,62 @@
+"""The two commands on the embedded task, as typed: they learn, say so with intervals, and print nothing else."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+CALL = ("dataset.rows=3000", "batch.global_size=32", "evaluation.prompts=60", "sft.num_train_epochs=2")
+
+
+def command(stage: str, root, *more: str) -> subprocess.CompletedProcess:
+    call = [sys.executable, "-m", f"dpo_pipeline.{stage}", f"root={root}", *CALL, *more]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_two_commands_align_the_tiny_model_and_a_third_finds_it_done(tmp_path):
+    sft, dpo = command("sft", tmp_path), command("dpo", tmp_path)
+    for done in (sft, dpo):
+        assert "arn" not in done.stderr.replace("learn", ""), done.stderr  # warn, Warning
+        assert "training: 100%" in done.stderr
+    home = tmp_path / "tiny-reviews"
+    policies = json.loads((home / "results.json").read_text())["policies"]
+    variant = next(name for name in policies if name.startswith("dpo/"))
+    assert list(policies) == ["base", "sft/full", variant]
+
+    base = policies["base"]["against"]["base"]
+    assert base["preference_accuracy"]["value"] == 0.5
+    assert {base[key][bound] for key in ("margin", "margin_nats", "kl") for bound in ("value", "low", "high")} == {0.0}
+
+    own = policies[variant]["against"]["reference"]
+    assert own["preference_accuracy"]["low"] > 0.6
+    assert own["margin_nats"]["low"] > 0
+    assert own["margin"]["value"] == pytest.approx(0.1 * own["margin_nats"]["value"])
+    assert 0 < own["kl"]["low"] < own["kl"]["high"] < 20
+    reward = {name: policies[name]["own"]["score.truth"] for name in policies}
+    assert reward[variant]["low"] > reward["sft/full"]["high"]
+    perplexity = {name: policies[name]["own"]["perplexity_chosen"] for name in policies}
+    assert perplexity["sft/full"]["high"] < perplexity["base"]["low"]
+
+    samples = json.loads((home / "generation_samples.json").read_text())
+    assert len(samples) == 60
+    assert set(samples[0]["answers"]) == set(policies)
+    for text in ("| preference accuracy", "All against the base model: 300 test pairs", "own reference, sft/full", "> film"):
+        assert text in dpo.stdout
+
+    train_log = home / variant / "train.log"
+    assert "| preference accuracy" in train_log.read_text()
+    status = json.loads((home / variant / "status.json").read_text())
+    assert (status["state"], status["error"]) == ("done", None)
+    manifest = json.loads((home / variant / "manifest.json").read_text())
+    assert manifest["rows"]["train"] == 2565
+    assert manifest["peak_memory_bytes"] > 1e8
+    assert {"command", "git", "versions", "seed", "data_fingerprint", "world_size", "seconds"} <= set(manifest)
+
+    again = command("dpo", tmp_path)
+    assert again.stdout.startswith("already done: ")
+    assert json.loads((home / "results.json").read_text())["policies"] == policies

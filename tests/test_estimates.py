@@ -1,0 +1,132 @@
+"""Each estimate against an independent computation of its value and of its interval."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest, ttest_1samp
+
+from dpo_pipeline import estimates
+
+RNG = np.random.default_rng(7)
+VALUES = RNG.exponential(2.0, 12).tolist()
+TOKENS = RNG.integers(1, 60, 200)
+SUMS = 0.7 * TOKENS + RNG.normal(0, 3, 200)
+
+
+def delta_method(numerators, denominators):
+    """A ratio of sums and the half-width of its 95% interval, by linearization."""
+    value = numerators.sum() / denominators.sum()
+    residuals = (numerators - value * denominators) / denominators.mean()
+    return value, 1.96 * residuals.std(ddof=1) / math.sqrt(len(numerators))
+
+
+@pytest.mark.parametrize("n", [2, 3, 12])
+def test_mean_has_the_t_interval(n):
+    found = estimates.mean(VALUES[:n])
+    interval = ttest_1samp(VALUES[:n], 0).confidence_interval(0.95)
+    assert found == pytest.approx(
+        {"value": np.mean(VALUES[:n]), "low": interval.low, "high": interval.high, "n": n}, rel=1e-12
+    )
+
+
+def test_mean_of_one_value_has_no_interval():
+    assert estimates.mean([3.5]) == {"value": 3.5, "low": None, "high": None, "n": 1}
+
+
+def test_mean_of_equal_values_is_exact():
+    assert estimates.mean([0.0] * 5) == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 5}
+
+
+@pytest.mark.parametrize(("wins", "n"), [(0, 1), (1, 1), (0, 20), (20, 20), (7, 20), (531, 1000)])
+def test_share_has_the_wilson_interval(wins, n):
+    found = estimates.share([1.0] * wins + [0.0] * (n - wins))
+    interval = binomtest(wins, n).proportion_ci(0.95, method="wilson")
+    expected = {"value": wins / n, "low": interval.low, "high": interval.high, "n": n}
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_tie_counts_half_a_win_in_a_share():
+    assert estimates.share([1.0, 0.5, 0.5, 0.0, 0.0, 0.5, 0.5, 0.0]) == estimates.share([1.0] * 3 + [0.0] * 5)
+
+
+def test_accuracy_is_the_share_above_0_with_ties_half():
+    assert estimates.accuracy([2.0, 1e-9, -0.1, 0.0]) == estimates.share([1.0, 1.0, 0.0, 0.5])
+    assert estimates.accuracy([2.0, 1e-9, -0.1, 0.0])["value"] == 0.625
+    assert estimates.accuracy([0.0, -0.0, 0.0])["value"] == 0.5
+    assert estimates.accuracy([-5.0, -1e-9])["value"] == 0.0
+
+
+def test_ratio_is_of_sums_with_an_interval_as_wide_as_the_delta_method_s():
+    found = estimates.ratio(SUMS.tolist(), TOKENS.tolist())
+    value, half = delta_method(SUMS, TOKENS)
+    assert found["value"] == pytest.approx(value, rel=1e-12)
+    assert found["value"] != pytest.approx((SUMS / TOKENS).mean(), rel=1e-3)
+    assert value - found["low"] == pytest.approx(half, rel=0.15)
+    assert found["high"] - value == pytest.approx(half, rel=0.15)
+    assert found["n"] == 200
+
+
+def test_the_interval_of_a_ratio_holds_the_truth_at_its_rate():
+    rng, held = np.random.default_rng(3), 0
+    for _ in range(200):
+        tokens = rng.integers(1, 60, 60)
+        found = estimates.ratio(0.7 * tokens + rng.normal(0, 3, 60), tokens)
+        held += found["low"] < 0.7 < found["high"]
+    assert 0.90 <= held / 200 <= 0.99
+
+
+def test_ratio_is_the_same_each_time():
+    assert estimates.ratio(SUMS, TOKENS) == estimates.ratio(SUMS, TOKENS)
+
+
+def test_perplexity_is_over_the_tokens_of_all_rows_together():
+    rows = [np.log(RNG.uniform(0.02, 1.0 / (1 + i % 3), length)) for i, length in enumerate(TOKENS)]
+    nats, count = 0.0, 0
+    for row in rows:
+        for logprob in row:
+            nats, count = nats - float(logprob), count + 1
+    sums = np.array([row.sum() for row in rows])
+    found = estimates.perplexity(sums.tolist(), TOKENS.tolist())
+    assert found["value"] == pytest.approx(math.exp(nats / count), rel=1e-12)
+    assert found["value"] != pytest.approx(np.mean([math.exp(-row.mean()) for row in rows]), rel=0.01)
+    value, half = delta_method(-sums, TOKENS)
+    assert math.log(found["low"]) == pytest.approx(value - half, abs=0.15 * half)
+    assert math.log(found["high"]) == pytest.approx(value + half, abs=0.15 * half)
+    assert found["n"] == 200
+
+
+def test_perplexity_of_one_row_is_its_own():
+    found = estimates.perplexity([-6.0], [4])
+    assert found["value"] == pytest.approx(math.exp(1.5))
+    assert found["n"] == 1
+
+
+def test_a_uniform_guess_among_k_tokens_has_perplexity_k():
+    found = estimates.perplexity([-3 * math.log(7), -math.log(7)], [3, 1])
+    assert [found[key] for key in ("value", "low", "high")] == pytest.approx([7, 7, 7])
+
+
+def test_scaled_scales_the_value_and_its_interval_alone():
+    assert estimates.scaled({"value": 2.0, "low": -1.0, "high": 5.0, "n": 9}, 0.5) == {
+        "value": 1.0, "low": -0.5, "high": 2.5, "n": 9,
+    }  # fmt: skip
+    assert estimates.scaled(estimates.mean([3.0]), 0.1) == {"value": 3.0 * 0.1, "low": None, "high": None, "n": 1}
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_scaling_an_estimate_is_estimating_scaled_values(scale):
+    expected = estimates.mean([scale * value for value in VALUES])
+    assert estimates.scaled(estimates.mean(VALUES), scale) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("estimate", [estimates.mean, estimates.share, estimates.accuracy])
+def test_no_values_are_refused(estimate):
+    with pytest.raises(ValueError, match="no values"):
+        estimate([])
+
+
+@pytest.mark.parametrize("estimate", [estimates.ratio, estimates.perplexity])
+def test_no_rows_are_refused(estimate):
+    with pytest.raises(ValueError, match="no values"):
+        estimate([], [])

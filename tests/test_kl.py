@@ -1,0 +1,137 @@
+"""Sampling and KL against every answer that a tiny policy can give."""
+
+import copy
+import math
+from collections import Counter
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dpo_pipeline import estimates
+from dpo_pipeline.logprobs import answer_logprobs
+from dpo_pipeline.sampling import sample
+
+VOCAB, END, PAD, HORIZON, DRAWS = 5, 4, 0, 3, 4000
+PROMPTS = [[3, 0, 1, 2, 2, 1], [1]]
+
+
+def tiny_llama(seed, vocab=VOCAB):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        initializer_range=0.3, pad_token_id=PAD, bos_token_id=1, eos_token_id=END,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+POLICY, REFERENCE = tiny_llama(0), tiny_llama(1)
+
+
+def next_token(model, ids, temperature=1.0):
+    """The distribution of the next token in float64, by plain softmax."""
+    double = LlamaForCausalLM(model.config).double().eval()
+    double.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        return (double(input_ids=torch.tensor([ids])).logits[0, -1] / temperature).softmax(-1).tolist()
+
+
+def tree(model, prompt, temperature=1.0):
+    """The probability of every answer: ended by the end token or cut at the horizon."""
+    answers, open_prefixes = {}, {(): 1.0}
+    for step in range(HORIZON):
+        grown = {}
+        for prefix, reached in open_prefixes.items():
+            for token, p in enumerate(next_token(model, prompt + list(prefix), temperature)):
+                closed = token == END or step == HORIZON - 1
+                (answers if closed else grown)[(*prefix, token)] = reached * p
+        open_prefixes = grown
+    return answers
+
+
+def chain_rule_kl(policy, reference, prompt, prefix=()):
+    """Exact KL of the answers that continue a prefix: over its next token, with that of what follows it."""
+    if len(prefix) == HORIZON or END in prefix:
+        return 0.0
+    ours, theirs = (next_token(model, prompt + list(prefix)) for model in (policy, reference))
+    kl = 0.0
+    for token, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+        kl += p * (math.log(p / q) + chain_rule_kl(policy, reference, prompt, (*prefix, token)))
+    return kl
+
+
+def summed(model, prompts, answers):
+    return torch.stack([row.sum() for row in answer_logprobs(model, prompts, [list(a) for a in answers], 64)])
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["long", "short"])
+def test_kl_over_all_answers_is_the_exact_one(prompt):
+    exact = tree(POLICY, prompt)
+    assert len(exact) == 1 + 4 + 4 * 4 * 5
+    ours, theirs = (summed(model, [prompt] * len(exact), exact) for model in (POLICY, REFERENCE))
+    assert ours.exp().tolist() == pytest.approx(list(exact.values()), abs=1e-6)
+    assert ours.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    kl = chain_rule_kl(POLICY, REFERENCE, prompt)
+    assert kl > 0.1
+    assert (ours.exp() * (ours - theirs)).sum().item() == pytest.approx(kl, rel=1e-4)
+
+
+@pytest.mark.parametrize(("batch_size", "temperature"), [(2 * DRAWS, 1.0), (500, 1.0), (2 * DRAWS, 0.5)])
+def test_answers_are_drawn_with_their_exact_probabilities(batch_size, temperature):
+    answers = sample(POLICY, PROMPTS * DRAWS, [END], PAD, HORIZON, batch_size, seed=5, temperature=temperature)
+    for which, prompt in enumerate(PROMPTS):
+        counts, observed, expected = Counter(map(tuple, answers[which::2])), [0], [0.0]
+        exact = tree(POLICY, prompt, temperature)
+        assert set(counts) <= set(exact)
+        for answer, p in sorted(exact.items(), key=lambda item: item[1]):
+            observed[-1] += counts[answer]
+            expected[-1] += DRAWS * p
+            if expected[-1] >= 5:
+                observed.append(0)
+                expected.append(0.0)
+        observed[-2:], expected[-2:] = [sum(observed[-2:])], [sum(expected[-2:])]
+        assert len(expected) >= 8
+        assert chisquare(observed, expected, sum_check=False).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["long", "short"])
+def test_the_sampled_estimate_of_kl_holds_the_exact_one(prompt):
+    answers = sample(POLICY, [prompt] * DRAWS, [END], PAD, HORIZON, 1000, seed=6)
+    ours, theirs = (summed(model, [prompt] * DRAWS, answers) for model in (POLICY, REFERENCE))
+    found, kl = estimates.mean((ours - theirs).tolist()), chain_rule_kl(POLICY, REFERENCE, prompt)
+    assert abs(found["value"] - kl) < 1.3 * (found["high"] - found["value"])
+    assert found["high"] - found["low"] < 0.2 * kl
+
+
+def test_answers_end_at_the_first_end_token_or_at_the_horizon():
+    for answer in sample(POLICY, PROMPTS * 200, [END, 2], PAD, HORIZON, 64, seed=7):
+        assert (answer[-1] in (END, 2)) or len(answer) == HORIZON
+        assert not {END, 2} & set(answer[:-1])
+
+
+def test_the_same_seed_draws_the_same_answers_and_another_seed_others():
+    one, again, other = (sample(POLICY, PROMPTS * 50, [END], PAD, HORIZON, 64, seed=seed) for seed in (8, 8, 9))
+    assert one == again
+    assert one != other
+
+
+def test_the_model_s_own_generation_settings_have_no_effect_and_stay():
+    model = tiny_llama(0)
+    neutral = sample(model, PROMPTS * 50, [END], PAD, HORIZON, 64, seed=8)
+    own = model.generation_config
+    own.update(top_k=1, repetition_penalty=5.0, do_sample=False, temperature=0.1, max_length=2, min_new_tokens=3)
+    before, state = copy.deepcopy(own.to_dict()), torch.get_rng_state()
+    model.train()
+    assert sample(model, PROMPTS * 50, [END], PAD, HORIZON, 64, seed=8) == neutral
+    assert model.generation_config is own
+    assert own.to_dict() == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+
+
+def test_no_token_of_a_large_vocabulary_is_cut_off():
+    model, vocab = tiny_llama(0, vocab=200), 200
+    model.lm_head.weight.data.zero_()
+    drawn = {answer[0] for answer in sample(model, [[1]] * DRAWS, [END], PAD, 1, DRAWS, seed=9)}
+    assert drawn == set(range(vocab))

@@ -1,0 +1,138 @@
+"""Log-probs of answers, and what is made of them, against a plain loop in float64."""
+
+import random
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dpo_pipeline.evaluation.compare import compared
+from dpo_pipeline.logprobs import answer_logprobs
+
+VOCAB, BETA = 40, 0.3
+
+
+def tiny_llama(seed):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        initializer_range=0.2, attention_dropout=0.5,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def drawn(count, seed, shortest=1):
+    """Rows of ids of mixed lengths, in no order; 0, which pads, is among them."""
+    rng = random.Random(seed)
+    return [[rng.randrange(VOCAB) for _ in range(rng.randint(shortest, 12))] for _ in range(count)]
+
+
+PROMPTS, ANSWERS, OTHERS = drawn(40, 1), drawn(40, 2), drawn(40, 3)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return tiny_llama(0)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return tiny_llama(1)
+
+
+def plain_loop(model, prompts, answers):
+    """Log-probs token by token, in float64, one row at a time."""
+    double = LlamaForCausalLM(model.config).double().eval()
+    double.load_state_dict(model.state_dict())
+    rows = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        row = []
+        for t, token in enumerate(answer):
+            with torch.no_grad():
+                logits = double(input_ids=torch.tensor([prompt + answer[:t]])).logits[0, -1]
+            row.append((logits[token] - logits.exp().sum().log()).item())
+        rows.append(row)
+    return rows
+
+
+def sums(rows):
+    return [float(sum(row)) for row in rows]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 32])
+def test_log_probs_are_those_of_a_plain_loop(policy, batch_size):
+    found = answer_logprobs(policy, PROMPTS, ANSWERS, batch_size)
+    for row, expected in zip(found, plain_loop(policy, PROMPTS, ANSWERS), strict=True):
+        assert row.dtype == torch.float64
+        assert row.tolist() == pytest.approx(expected, abs=2e-5)
+
+
+def test_rows_come_back_in_the_order_given(policy):
+    forward = answer_logprobs(policy, PROMPTS, ANSWERS, 7)
+    backward = answer_logprobs(policy, PROMPTS[::-1], ANSWERS[::-1], 7)
+    for one, other in zip(forward, backward[::-1], strict=True):
+        assert one.tolist() == pytest.approx(other.tolist(), abs=2e-5)
+
+
+def test_a_row_s_values_do_not_depend_on_the_rows_beside_it(policy):
+    alone = [answer_logprobs(policy, [p], [a], 1)[0] for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    for one, other in zip(alone, answer_logprobs(policy, PROMPTS, ANSWERS, 40), strict=True):
+        assert one.tolist() == pytest.approx(other.tolist(), abs=2e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_keeps_its_mode_and_is_measured_without_dropout(training):
+    model = tiny_llama(0)
+    expected = answer_logprobs(model, PROMPTS, ANSWERS, 8)
+    model.train(training)
+    found = answer_logprobs(model, PROMPTS, ANSWERS, 8)
+    assert model.training is training
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_answers_that_differ_from_their_prompts_in_number_are_refused(policy):
+    with pytest.raises(ValueError, match="zip"):
+        answer_logprobs(policy, PROMPTS, ANSWERS[:-1], 8)
+
+
+def test_a_comparison_is_that_of_a_plain_loop(policy, reference):
+    sides = [[sums(plain_loop(model, PROMPTS, side)) for side in (ANSWERS, OTHERS)] for model in (policy, reference)]
+    (chosen, rejected), (chosen_ref, rejected_ref) = sides
+    count = len(PROMPTS)
+    margins, wins, reward_chosen, reward_rejected, nats, tokens = [], 0, 0.0, 0.0, 0.0, 0
+    for i in range(count):
+        gap_chosen, gap_rejected = chosen[i] - chosen_ref[i], rejected[i] - rejected_ref[i]
+        margins.append(gap_chosen - gap_rejected)
+        wins += margins[-1] > 0
+        reward_chosen += BETA * gap_chosen / count
+        reward_rejected += BETA * gap_rejected / count
+        nats, tokens = nats + gap_chosen, tokens + len(ANSWERS[i])
+
+    def measured(model):
+        return [[row.sum().item() for row in answer_logprobs(model, PROMPTS, side, 7)] for side in (ANSWERS, OTHERS)]
+
+    ours, theirs = measured(policy), measured(reference)
+    gaps = [a - b for a, b in zip(ours[0], theirs[0], strict=True)]
+    found = compared(ours, theirs, gaps, [len(answer) for answer in ANSWERS], BETA)
+    assert 0.2 < wins / count < 0.8
+    expected = {
+        "preference_accuracy": wins / count,
+        "margin_nats": sum(margins) / count,
+        "margin": BETA * sum(margins) / count,
+        "reward_chosen": reward_chosen,
+        "reward_rejected": reward_rejected,
+        "kl": nats / count,
+        "kl_per_token": nats / tokens,
+    }
+    assert {key: estimate["value"] for key, estimate in found.items()} == pytest.approx(expected, abs=1e-4)
+    assert all(estimate["n"] == count and estimate["low"] < estimate["high"] for estimate in found.values())
+
+
+def test_a_policy_against_itself_is_exactly_even(policy):
+    own = [sums(answer_logprobs(policy, PROMPTS, side, 7)) for side in (ANSWERS, OTHERS)]
+    again = [sums(answer_logprobs(policy, PROMPTS, side, 7)) for side in (ANSWERS, OTHERS)]
+    gaps = [a - b for a, b in zip(own[0], again[0], strict=True)]
+    found = compared(own, again, gaps, [len(answer) for answer in ANSWERS], BETA)
+    assert found["preference_accuracy"]["value"] == 0.5
+    for key in ("margin", "margin_nats", "reward_chosen", "reward_rejected", "kl", "kl_per_token"):
+        assert [found[key][bound] for bound in ("value", "low", "high")] == [0, 0, 0], key

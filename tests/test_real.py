@@ -1,0 +1,77 @@
+"""Real models on real pairs, from ../shared where it lies beside the checkout: some steps of each, as a user types."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dpo_pipeline import runs
+from dpo_pipeline.config import CONF, compose
+from dpo_pipeline.data import hh_rlhf
+from dpo_pipeline.data.splits import load_splits
+from dpo_pipeline.data.tokens import Lengths, tokenize
+from dpo_pipeline.dpo import run_dpo
+from dpo_pipeline.policies import load_tokenizer
+from dpo_pipeline.sft import run_sft
+
+SHARED = CONF.parent.parent / "shared"
+POLITE = SHARED / "data" / "rasbt_preference" / "instruction-data-with-preference.json"
+
+pytestmark = [pytest.mark.real, pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED.name}/ beside the checkout")]
+
+
+def real(model: str, *typed: str):
+    return compose(["model=path", f"model.path={SHARED}/models/{model}", *typed])
+
+
+@pytest.mark.parametrize("lora", ["none", "r8"])
+@pytest.mark.parametrize(
+    "data",
+    [f"dataset=instruction_preference dataset.path={POLITE}",
+     f"dataset=hh_rlhf dataset.path={SHARED}/data/hh_harmless dataset.subsets=null"],
+)  # fmt: skip
+def test_sft_then_dpo_on_real_pairs(lora, data, tmp_path):
+    typed = [
+        *(f"root={tmp_path}", f"lora={lora}", "batch.global_size=8", "length.max=256", "variant=it"),
+        *("evaluation.pairs=40", "evaluation.prompts=4", "evaluation.max_new_tokens=16", "model.learning_rate.dpo=1e-4"),
+        *("++sft.max_steps=4", "++dpo.max_steps=4", "dpo.logging_steps=1", "sft.eval_steps=2", "dpo.eval_steps=4"),
+    ]
+    run = real("stories260K", *data.split(), *typed)
+    run_sft(run)
+    results = run_dpo(run)["policies"]
+    first = json.loads((run.dpo_folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert results["dpo/it"]["against"]["reference"]["margin_nats"]["n"] == 40
+    rows = runs.read_json(run.dpo_folder / "manifest.json")["rows"]
+    assert rows == ({"train": 950, "validation": 50} if "polite" in data or "instruction" in data else rows)
+
+
+def test_the_polite_rows_split_by_prompt_and_every_answer_ends_once():
+    run = real("stories15M", "dataset=instruction_preference", f"dataset.path={POLITE}")
+    splits = load_splits(run.dataset, ("chosen", "rejected"))
+    prompts = [{row["prompt"] for row in splits[name]} for name in ("train", "validation", "test")]
+    assert len(set.union(*prompts)) == sum(map(len, prompts)) == 1075
+    tokenizer = load_tokenizer(run.model)
+    table = tokenize(splits["test"], ("chosen", "rejected"), tokenizer, [tokenizer.eos_token_id], Lengths(256, 128))
+    for row, words in zip(table, splits["test"], strict=False):
+        whole = tokenizer(words["prompt"] + words["chosen"])["input_ids"]
+        assert row["prompt_ids"] + row["chosen_ids"] == [*whole, tokenizer.eos_token_id]
+        break
+    for row in table:
+        assert row["prompt_ids"].count(tokenizer.bos_token_id) == 1
+        for name in ("chosen_ids", "rejected_ids"):
+            assert row[name].count(tokenizer.eos_token_id) == 1
+            assert row[name][-1] == tokenizer.eos_token_id
+
+
+def test_every_row_of_hh_harmless_is_split_at_its_last_reply():
+    splits = hh_rlhf.load(str(SHARED / "data" / "hh_harmless"), None)
+    assert (len(splits["train"]), len(splits["test"])) == (1792, 256)
+    for row in splits["train"]:
+        assert row["prompt"].endswith("\n\nAssistant:")
+        assert "\n\nAssistant:" not in row["chosen"]
+
+
+def test_shared_is_where_this_file_thinks():
+    assert Path(POLITE).is_file()

@@ -1,0 +1,93 @@
+"""Ctrl-C loses nothing: the same command goes on, and ends with the bytes of a run that was never stopped."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dpo_pipeline import runs
+from dpo_pipeline.dpo import run_dpo
+from dpo_pipeline.sft import run_sft
+from dpo_pipeline.training.callbacks import Metrics
+
+pytestmark = pytest.mark.slow
+
+
+def run_stage(run, stage: str):
+    {"sft": run_sft, "dpo": run_dpo}[stage](run)
+    return run.sft_folder if stage == "sft" else run.dpo_folder
+
+
+def logged(folder) -> list[dict]:
+    """The lines of metrics.jsonl without timings and without the closing summary, which is of the resumed part."""
+    timing = ("runtime", "per_second", "flos")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "train_runtime" not in row]
+    return [{key: value for key, value in row.items() if not key.endswith(timing)} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("stage", "typed"),
+    [
+        ("sft", "lora=none"),
+        ("sft", "lora=r8"),
+        ("dpo", "lora=none reference=cached"),
+        ("dpo", "lora=r8 reference=cached"),
+        ("dpo", "lora=r8 reference=adapter"),
+    ],
+)
+def test_an_interrupted_run_is_resumed_bit_for_bit(stage, typed, small, sft, monkeypatch):
+    key, tail = "sft_variant" if stage == "sft" else "variant", typed.replace(" ", "-").replace("=", "")
+    whole, stopped = (small(*typed.split(), f"{key}={name}-{tail}") for name in ("whole", "stopped"))
+    step_end = Metrics.on_step_end
+
+    def ctrl_c_at_7(self, args, state, control, **kwargs):
+        step_end(self, args, state, control, **kwargs)
+        if state.global_step == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    folder = run_stage(whole, stage)
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "on_step_end", ctrl_c_at_7)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(stopped, stage)
+    other = stopped.sft_folder if stage == "sft" else stopped.dpo_folder
+    assert runs.state(other) == "interrupted"
+    assert runs.newest_checkpoint(other).name == "checkpoint-7"
+    assert not (other / "final").exists()
+    run_stage(stopped, stage)
+    assert runs.state(other) == "done"
+    weights = "adapter_model.safetensors" if "r8" in typed else "model.safetensors"
+    assert (folder / "final" / weights).read_bytes() == (other / "final" / weights).read_bytes()
+    assert logged(folder) == logged(other)
+
+
+def test_how_often_one_evaluates_and_saves_changes_no_byte(small, sft):
+    often, seldom = (
+        small("variant=often", "dpo.eval_steps=3"),
+        small("variant=seldom", "dpo.eval_steps=9", "dpo.logging_steps=4", "batch.micro_size=16"),
+    )
+    files = [run_stage(run, "dpo") / "final" / "model.safetensors" for run in (often, seldom)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_ctrl_c_ends_a_command_with_75_and_a_checkpoint(tmp_path):
+    from tests.conftest import SMALL
+
+    call = [sys.executable, "-m", "dpo_pipeline.sft", *SMALL, f"root={tmp_path}", "sft.num_train_epochs=200"]
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    folder, deadline = tmp_path / "tiny-reviews" / "sft" / "full", time.monotonic() + 120
+    while runs.read_json(folder / "status.json") is None or runs.read_json(folder / "status.json")["step"] < 3:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert "Traceback" not in printed
+    assert "interrupted: type the same command to go on from" in printed
+    assert runs.state(folder) == "interrupted"
+    assert runs.newest_checkpoint(folder)

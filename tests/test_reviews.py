@@ -1,0 +1,122 @@
+"""The embedded task: its rows are what they are said to be, its reward is the formula, its judge is the reward."""
+
+import math
+from statistics import mean, stdev
+
+import pytest
+
+from dpo_pipeline.data.reviews import VOCABULARY, load, reward
+from dpo_pipeline.judges.truth import truth
+
+ROWS, SLOPE = 8000, 5.0
+ANSWERS = ("chosen", "rejected", "demonstration")
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return load(ROWS, SLOPE, seed=0)
+
+
+def test_rows_are_a_function_of_the_seed():
+    assert load(300, SLOPE, seed=1) == load(300, SLOPE, seed=1)
+    assert load(300, SLOPE, seed=1) != load(300, SLOPE, seed=2)
+
+
+def test_a_tenth_is_test_and_at_most_1000(splits):
+    assert {name: len(rows) for name, rows in splits.items()} == {"test": 800, "train": 7200}
+    assert {name: len(rows) for name, rows in load(10500, SLOPE, 0).items()} == {"test": 1000, "train": 9500}
+
+
+def test_every_prompt_is_distinct_within_and_between_splits(splits):
+    assert len({row["prompt"] for rows in splits.values() for row in rows}) == ROWS
+
+
+def test_all_words_are_in_the_vocabulary(splits):
+    texts = (row[key] for rows in splits.values() for row in rows for key in ("prompt", *ANSWERS))
+    assert {word for text in texts for word in text.split(" ")[text.startswith(" ") :]} <= set(VOCABULARY)
+
+
+def test_an_answer_continues_its_prompt_after_one_space(splits):
+    for row in splits["train"]:
+        assert row["prompt"].endswith(" review :")
+        for key in ANSWERS:
+            assert row[key] == " " + " ".join(row[key].split())
+
+
+def test_test_labels_agree_with_the_reward(splits):
+    assert min(reward(row["chosen"]) - reward(row["rejected"]) for row in splits["test"]) >= 0.2
+
+
+def test_train_labels_err_as_bradley_and_terry_say(splits):
+    gaps = [reward(row["chosen"]) - reward(row["rejected"]) for row in splits["train"]]
+    flipped = mean(gap < 0 for gap in gaps)
+    chances = [1 / (1 + math.exp(SLOPE * abs(gap))) for gap in gaps]
+    spread = math.sqrt(sum(p * (1 - p) for p in chances)) / len(chances)
+    assert min(map(abs, gaps)) >= 0.2
+    assert 0.03 < flipped < 0.09
+    assert abs(flipped - mean(chances)) < 4 * spread
+
+
+@pytest.mark.parametrize(("slope", "low", "high"), [(0.0, 0.45, 0.55), (1000.0, 0.0, 0.0)])
+def test_slope_0_labels_at_random_and_a_steep_one_without_error(slope, low, high):
+    rows = load(3000, slope, 0)["train"]
+    assert low <= mean(reward(row["chosen"]) < reward(row["rejected"]) for row in rows) <= high
+
+
+def test_demonstrations_are_of_mixed_mood(splits):
+    rewards = [reward(row["demonstration"]) for row in splits["train"]]
+    assert abs(mean(rewards)) < 0.03
+    assert stdev(rewards) > 0.3
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("the acting was superb .", math.tanh(2 / 4)),
+        ("the acting was warm .", math.tanh(1 / 4)),
+        ("the acting was boring .", math.tanh(-2 / 4)),
+        ("i loved the cast . the plot was flat .", math.tanh((2 - 1) / 4)),
+        ("i would gladly see it again .", math.tanh(1 / 4)),
+        ("i would never see it again .", math.tanh(-1 / 4)),
+        ("the acting was not superb .", math.tanh(-2 / 4)),
+        ("the acting was not boring .", math.tanh(2 / 4)),
+        ("the acting was very superb .", math.tanh(3 / 4)),
+        ("the acting was rather superb .", math.tanh(1 / 4)),
+        ("the acting was not truly boring .", math.tanh(3 / 4)),
+        ("not superb warm", math.tanh((-2 + 1) / 4)),
+        ("not . superb", math.tanh(2 / 4)),
+        ("very , superb", math.tanh(2 / 4)),
+        ("the acting was", 0.0),
+        ("superb acting story superb acting story", math.tanh(4 / 4) - 1 / 4),
+        ("cast cast cast cast cast cast", -3 / 4),
+        ("superb zebra", math.tanh(2 / 4) - 0.2),
+        ("zebra superb zebra giraffe", math.tanh(2 / 4) - 0.6),
+        ("zebra " * 20, -1.0),
+        ("", -1.0),
+        ("  ", -1.0),
+    ],
+)
+def test_reward_is_the_formula(answer, expected):
+    assert reward(answer) == pytest.approx(expected, abs=1e-12)
+    assert reward(f" {answer}") == reward(answer)
+
+
+def test_an_answer_that_never_ends_costs_half_a_point():
+    assert reward("the acting was superb .", ended=False) == pytest.approx(math.tanh(2 / 4) - 0.5)
+    assert reward("the acting was dreadful .", ended=False) == pytest.approx(math.tanh(-2 / 4) - 0.5)
+    assert reward("i hated it . dreadful boring painful", ended=False) == -1.0
+    assert reward("", ended=False) == -1.0
+
+
+def test_reward_lies_between_minus_1_and_1(splits):
+    rewards = [reward(row[key]) for row in splits["train"] for key in ANSWERS]
+    assert -1 <= min(rewards) < -0.8
+    assert 0.8 < max(rewards) <= 1
+
+
+def test_the_judge_is_the_reward(splits):
+    answers = [row[key] for row in splits["test"][:100] for key in ANSWERS]
+    ended = [i % 3 > 0 for i in range(len(answers))]
+    expected = [reward(answer, end) for answer, end in zip(answers, ended, strict=True)]
+    assert truth(["film :"] * len(answers), answers, ended) == expected
+    assert expected != [reward(answer) for answer in answers]

@@ -1,0 +1,140 @@
+"""A run folder knows what it is: new, to be continued, done, or another one's."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from dpo_pipeline import runs
+from dpo_pipeline.config import PipelineError, compose
+
+SILENT = {"updated": "now", "step": 1, "error": None}
+
+
+def lay(folder, state: str, identity: dict, checkpoint: bool = False, pid: int | None = None) -> None:
+    status = {"state": state, "pid": pid or os.getpid(), "host": socket.gethostname(), **SILENT}
+    runs.write_json(folder / "status.json", status)
+    runs.write_json(folder / "manifest.json", {"identity": identity})
+    if checkpoint:
+        runs.write_json(folder / "checkpoints" / "checkpoint-5" / "trainer_state.json", {})
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_an_empty_place_is_new(tmp_path):
+    assert runs.decide(tmp_path / "a", {"beta": 0.1}, overwrite=False) == "new"
+
+
+@pytest.mark.parametrize(("state", "decision"), [("done", "done"), ("interrupted", "resume"), ("failed", "resume")])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_same_identity_is_done_or_resumed_with_or_without_overwrite(state, decision, overwrite, tmp_path):
+    lay(tmp_path, state, {"beta": 0.1}, checkpoint=True)
+    assert runs.decide(tmp_path, {"beta": 0.1}, overwrite) == decision
+    assert runs.newest_checkpoint(tmp_path)
+
+
+def test_another_identity_is_refused_with_both_values_and_what_to_type(tmp_path):
+    folder = tmp_path / "dpo" / "x"
+    lay(folder, "done", {"beta": 0.1, "seed": 0})
+    with pytest.raises(PipelineError, match=r"beta is 0.1 there, 0.3 here.*variant=NAME or name=NAME.*overwrite=true"):
+        runs.decide(folder, {"beta": 0.3, "seed": 0}, overwrite=False)
+    assert (folder / "manifest.json").is_file()
+
+
+def test_another_identity_that_has_only_begun_is_refused_once_it_has_a_checkpoint(tmp_path):
+    lay(tmp_path, "interrupted", {"beta": 0.1}, checkpoint=True)
+    with pytest.raises(PipelineError, match="beta is 0.1 there"):
+        runs.decide(tmp_path, {"beta": 0.3}, overwrite=False)
+
+
+def test_another_identity_without_a_checkpoint_is_replaced(tmp_path):
+    lay(tmp_path / "a", "failed", {"beta": 0.1})
+    assert runs.decide(tmp_path / "a", {"beta": 0.3}, overwrite=False) == "new"
+    assert not (tmp_path / "a").exists()
+
+
+def test_overwrite_replaces_another_identity(tmp_path):
+    lay(tmp_path / "a", "done", {"beta": 0.1})
+    assert runs.decide(tmp_path / "a", {"beta": 0.3}, overwrite=True) == "new"
+    assert not (tmp_path / "a").exists()
+
+
+def test_files_of_nobody_are_never_touched(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(PipelineError, match="holds files but no run"):
+        runs.decide(tmp_path, {"beta": 0.1}, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_run_whose_process_is_gone_reads_as_interrupted(tmp_path):
+    lay(tmp_path, "running", {}, pid=dead_pid())
+    assert runs.state(tmp_path) == "interrupted"
+
+
+def test_a_run_whose_process_lives_is_in_use(tmp_path):
+    lay(tmp_path, "running", {"beta": 0.1}, pid=os.getppid())
+    with pytest.raises(PipelineError, match=f"in use by process {os.getppid()} on {socket.gethostname()}"):
+        runs.decide(tmp_path, {"beta": 0.1}, overwrite=True)
+
+
+def test_the_newest_checkpoint_is_the_newest_complete_one(tmp_path):
+    for step in (9, 10):
+        runs.write_json(tmp_path / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json", {})
+    (tmp_path / "checkpoints" / "checkpoint-11").mkdir()
+    assert runs.newest_checkpoint(tmp_path).name == "checkpoint-10"
+    assert runs.newest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "x.json"
+    runs.write_json(file, {"a": 1})
+    with pytest.raises(TypeError):
+        runs.write_json(file, {"a": object()})
+    assert json.loads(file.read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["root=x", "name=x", "sft_variant=x", "overwrite=true", "report_to=wandb", "batch.micro_size=8",
+     "sft.logging_steps=1", "sft.save_total_limit=5", "evaluation.pairs=7", "dpo.learning_rate=1", "beta=0.5"],
+)  # fmt: skip
+def test_what_cannot_change_the_weights_is_not_identity(typed):
+    assert runs.identity(compose([typed]), "sft") == runs.identity(compose([]), "sft")
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["seed=1", "lora=r8", "dataset.rows=99", "dataset.split_seed=1", "sft_target=chosen", "batch.global_size=32",
+     "sft.learning_rate=1e-5", "++sft.max_grad_norm=2", "length.max=99", "precision=fp32", "debug=true",
+     "model.builder.layers=1", "sft_best=last", "sft.eval_steps=7"],
+)  # fmt: skip
+def test_what_can_change_the_weights_is_identity(typed):
+    assert runs.identity(compose([typed]), "sft") != runs.identity(compose([]), "sft")
+
+
+def test_evaluating_more_often_is_identity_only_where_it_chooses_the_checkpoint():
+    last = runs.identity(compose(["sft_best=last"]), "sft")
+    assert runs.identity(compose(["sft_best=last", "sft.eval_steps=7"]), "sft") == last
+
+
+def test_a_path_counts_by_what_lies_there(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text("{}")
+    found = [
+        runs.identity(compose(["dataset=json", f"dataset.path={tmp_path}/{name}.jsonl"]), "sft") for name in ("a", "b")
+    ]
+    assert found[0] == found[1]
+    (tmp_path / "b.jsonl").write_text("{} ")
+    assert runs.identity(compose(["dataset=json", f"dataset.path={tmp_path}/b.jsonl"]), "sft") != found[0]
+
+
+def test_dpo_before_sft_says_what_to_type(tmp_path):
+    with pytest.raises(PipelineError, match="no finished SFT in .*`make sft`.*policy=base"):
+        runs.identity(compose([f"root={tmp_path}"]), "dpo")
