@@ -1,7 +1,6 @@
-"""The one config of every command: its schema, composing and checking it, and what a wrong one is told."""
+"""The one config of every command: its schema, and how it is composed, checked and completed."""
 
 import dataclasses
-import difflib
 import hashlib
 import inspect
 import os
@@ -15,6 +14,8 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_pipeline.errors import PipelineError, explain, nearest
+
 CONF = Path(__file__).resolve().parent.parent / "conf"
 CHOICES = {
     "precision.mixed": ("auto", "bf16", "fp16", "fp32"),
@@ -24,11 +25,12 @@ CHOICES = {
     "sft_target": (None, "chosen", "demonstration"),
     "policy": ("sft", "base"),
 }
+# Training arguments that cannot change `final/`: they may differ when a run is continued.
+NOT_IDENTITY = frozenset(
+    "logging_steps logging_first_step logging_strategy eval_steps eval_strategy eval_on_start save_steps "
+    "save_strategy save_total_limit activation_checkpointing dataloader_num_workers run_name".split()
+)
 SPLIT_KEYS = ("test_rows", "split_seed", "sft_target")  # of each data set; its other keys are its loader's arguments
-
-
-class PipelineError(Exception):
-    """What a person gave cannot be: the message says what it was, why not, and what to type instead."""
 
 
 @dataclass
@@ -161,7 +163,7 @@ def main(stage: Callable[[Run], Any]) -> None:
     except KeyboardInterrupt:
         sys.exit(75)
     except Exception as error:
-        sentence = explain(error)
+        sentence = sentence_for(error)
         if sentence is None:
             raise
         sys.exit(f"error: {sentence}")
@@ -178,7 +180,7 @@ def compose(overrides: list[str]) -> Run:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = hydra.compose("config", overrides, return_hydra_config=True)
     except Exception as error:
-        raise PipelineError(explain(error) or str(error)) from error
+        raise PipelineError(sentence_for(error) or str(error)) from error
     choices = dict(cfg.hydra.runtime.choices)
     with_hydra = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
     return check(with_hydra, overrides, choices)
@@ -197,7 +199,7 @@ def check(cfg: DictConfig, typed: list[str], choices: dict[str, str]) -> Run:
             raise PipelineError(f"{key} has no value: type {key}=...")
         run: Run = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise PipelineError(explain(error)) from error
+        raise PipelineError(sentence_for(error)) from error
     for key, allowed in CHOICES.items():
         value = OmegaConf.select(merged, key)
         if value not in allowed:
@@ -211,8 +213,10 @@ def check(cfg: DictConfig, typed: list[str], choices: dict[str, str]) -> Run:
         if value is not None and not value > 0:
             raise PipelineError(f"{key}={value}: it must be larger than 0")
     for key in ("dataset", "sft_dataset"):
-        if getattr(run, key) is not None:
-            check_arguments(key, {k: v for k, v in getattr(run, key).items() if k not in SPLIT_KEYS})
+        if (node := getattr(run, key)) is not None:
+            for name in sorted(set(SPLIT_KEYS) - set(node)):
+                raise PipelineError(f"{key} has no {name}: every option of conf/dataset/ sets {', '.join(SPLIT_KEYS)}")
+            check_arguments(key, {k: v for k, v in node.items() if k not in SPLIT_KEYS})
     fill(run, typed, choices)
     return run
 
@@ -235,7 +239,9 @@ def fill(run: Run, typed: list[str], choices: dict[str, str]) -> None:
     run.name = clean(run.name or f"{model}-{dataset}") + ("-debug" if run.debug else "")
     if run.sft_variant is None:
         other = choices["dataset@sft_dataset"]
-        run.sft_variant = clean("-".join(["full" if run.lora is None else lora, *([other] if run.sft_dataset else [])]))
+        run.sft_variant = clean(
+            "-".join(["full" if run.lora is None else lora, *([other] if run.sft_dataset else [])])
+        )
     if run.variant is None:
         loss = run.dpo["loss_type"]
         parts = [loss if isinstance(loss, str) else "+".join(loss), f"beta{run.beta:g}"]
@@ -249,19 +255,12 @@ def fill(run: Run, typed: list[str], choices: dict[str, str]) -> None:
 
 
 def typed_differences(typed: list[str]) -> list[str]:
-    """`key_value` for each key on the command line that is of DPO's identity and that no other part of a name tells."""
+    """`key_value` for each typed key that is of DPO's identity and that no other part of the name tells."""
     told = r"(model|dataset|experiment|lora|loss|beta|seed|policy|dpo\.loss_type|.*path)$"
     ours = r"(model\.|dataset\.|lora\.|precision|reference|batch\.global_size|length\.|sft_variant|dpo\.)"
     pairs = sorted(item.lstrip("+~").partition("=")[::2] for item in typed)
     parts = [(key, value) for key, value in pairs if re.match(ours, key) and not re.match(told, key)]
     return [f"{key}_{value}" for key, value in parts if key.split(".")[-1] not in NOT_IDENTITY]
-
-
-# Training arguments that cannot change `final/`: they may differ when a run is continued.
-NOT_IDENTITY = frozenset(
-    "logging_steps logging_first_step logging_strategy eval_steps eval_strategy eval_on_start save_steps save_strategy "
-    "save_total_limit activation_checkpointing dataloader_num_workers dataloader_prefetch_factor run_name".split()
-)
 
 
 def clean(name: str) -> str:
@@ -297,12 +296,12 @@ def build(node: dict[str, Any], **extra: Any) -> Any:
     return instantiate(node, _convert_="all", **extra)
 
 
-def nearest(name: Any, names: Any) -> str:
-    """`: did you mean a or b?`, or nothing where no name is near; a name's last dotted part counts too."""
-    names = [str(n) for n in names]
-    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
-    near += [n for n in names if n not in near and n.split(".")[-1] == str(name).split(".")[-1]]
-    return f": did you mean {' or '.join(near[:3])}?" if near else ""
+def sentence_for(error: BaseException) -> str | None:
+    """One sentence for an error of Hydra or OmegaConf, with the nearest names of ours; None for any other error."""
+    groups = {
+        folder.name: [file.stem for file in folder.glob("*.yaml")] for folder in CONF.iterdir() if folder.is_dir()
+    }
+    return explain(error, known_keys(), groups)
 
 
 def known_keys() -> list[str]:
@@ -316,38 +315,3 @@ def known_keys() -> list[str]:
     schema = OmegaConf.to_container(OmegaConf.structured(Run))
     listed = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"))
     return sorted({*walk(schema, ""), *(k for k in walk(listed, "") if not k.startswith(("hydra", "defaults")))})
-
-
-def explain(error: BaseException) -> str | None:
-    """One sentence for the innermost error of Hydra or OmegaConf, or None where the error is none of theirs."""
-    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-
-    chain = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
-    for inner in reversed(chain):
-        text = str(inner).strip().split("\n")[0]
-        if "$" in text and inner is not error:
-            continue  # OmegaConf's template of the message that the next one fills in
-        if isinstance(inner, PipelineError):
-            return str(inner)
-        if isinstance(inner, MissingConfigException):
-            option = (inner.missing_cfg_file or "").split("/")[-1]
-            group = "/".join((inner.missing_cfg_file or "").split("/")[:-1])
-            options = sorted(inner.options or [p.stem for p in (CONF / group).glob("*.yaml")])
-            if not group:
-                return f"there is no config named {option}"
-            return f"{group}={option} is no option{nearest(option, options) or ': there are ' + ', '.join(options)}"
-        if isinstance(inner, OmegaConfBaseException):
-            key = inner.full_key or inner.key
-            if key is not None and re.search(r"not in|is not in struct", text):
-                return f"{key} is no key of the config{nearest(key, known_keys()) or ': --cfg job lists them all'}"
-            return f"{key}: {text[:1].lower()}{text[1:]}" if key is not None else text
-        if isinstance(inner, ConfigCompositionException | HydraException):
-            override = re.search(r"Could not override '([^']*)'|In '.*': (.*)", text)
-            key = override.group(1) if override and override.group(1) else None
-            groups = [p.name for p in CONF.iterdir() if p.is_dir()]
-            if key and key.split("@")[0] not in groups:
-                return f"{key} is no key of the config{nearest(key, [*known_keys(), *groups])}"
-            return " ".join(str(inner).split())
-    return None

@@ -4,7 +4,8 @@ import logging
 from typing import Any
 
 from dpo_pipeline import runs
-from dpo_pipeline.config import PipelineError, Run, build, main
+from dpo_pipeline.config import Run, build, main
+from dpo_pipeline.errors import PipelineError
 
 log = logging.getLogger("dpo_pipeline.dpo")  # __name__ is __main__ when run as a command
 
@@ -18,7 +19,7 @@ def run_dpo(run: Run) -> dict[str, Any]:
         with runs.logged(folder / "train.log"):
             log.info("already done: %s", folder)
             return compare(run)
-    with runs.recording(run, "dpo", folder, mine) as manifest:
+    with runs.recording(run, "dpo", folder, mine) as record:
         from dpo_pipeline.policies import load_tokenizer
         from dpo_pipeline.training import callbacks, start, trainer
         from dpo_pipeline.training.arguments import training_arguments, weights_dtype
@@ -34,14 +35,11 @@ def run_dpo(run: Run) -> dict[str, Any]:
         lora = build(run.lora) if run.lora and run.policy == "base" else None
         log.info("DPO of %s on %d pairs, beta %g -> %s", starting, len(rows["train"]), run.beta, folder)
         dpo = trainer.build_dpo(policy, reference, lora, tokenizer, args, rows)
-        manifest |= {**start.facts(dpo, rows, starting), "reference": f"{starting} ({run.reference.mode})"}
-        metrics = callbacks.Metrics(folder / "metrics.jsonl", manifest["save_status"], run.beta)
-        trainer.train(dpo, folder, [metrics])
-        manifest["final"] = trainer.save_final(dpo, tokenizer, folder, run.model, dtype)
+        record.save_manifest(**start.facts(dpo, rows, starting), reference=f"{starting} ({run.reference.mode})")
+        trainer.train(dpo, folder, [callbacks.Metrics(record, run.beta)])
+        record.save_manifest(final=trainer.save_final(dpo, tokenizer, folder, run.model, dtype))
         del policy, reference, dpo
-        results = compare(run)
-    log.info("DPO done in %.0f s: %s", manifest["seconds"], folder / "final")
-    return results
+        return compare(run)
 
 
 def check_sft(run: Run) -> None:
@@ -73,8 +71,9 @@ def compare(run: Run) -> dict[str, Any]:
             f"evaluation.max_new_tokens={run.evaluation.max_new_tokens} leaves no room for a prompt in the model's "
             f"context of {context} tokens: lower it"
         )
+    rows = start.tokenized(run, "dpo", tokenizer, start.load_rows(run, "dpo"), "test")["test"]
     on = compare.material(
-        start.tokenized(run, "dpo", tokenizer, start.load_rows(run, "dpo"), "test")["test"], context=context, dataset=run.dataset["_target_"].split(".")[-2],
+        rows, context=context, dataset=run.dataset["_target_"].split(".")[-2],
         pairs=min(run.evaluation.pairs, 100) if run.debug else run.evaluation.pairs,
         prompts=min(run.evaluation.prompts, 8) if run.debug else run.evaluation.prompts,
         max_new_tokens=run.evaluation.max_new_tokens, tokenizer=tokenizer,

@@ -31,7 +31,9 @@ def answer_logprobs(
             ids[line, : lengths[i]] = torch.tensor(prompts[i] + answers[i])
             mask[line, : lengths[i]] = 1
         with torch.inference_mode():
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+            logits = model(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
+            ).logits
             for line, i in enumerate(rows):
                 # The token at t is predicted at t - 1.
                 at = slice(len(prompts[i]) - 1, lengths[i] - 1)

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.config import Model, PipelineError
+from dpo_pipeline.config import Model
+from dpo_pipeline.errors import PipelineError
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -23,7 +24,9 @@ def explained(load: Any, path: str | Path, **options: Any) -> Any:
         if "gated" in reason or "401" in reason or "403" in reason:
             fix = "accept its licence on its page on the hub, then log in with `hf auth login`"
         elif "safetensors" in reason and "use_safetensors" not in reason:
-            fix = "it may hold pickles alone: model.use_safetensors=null takes them through torch's weights-only loader"
+            fix = (
+                "it may hold pickles alone: model.use_safetensors=null takes them through torch's weights-only loader"
+            )
         elif Path(path).is_dir():
             fix = "give a folder that from_pretrained loads, with config.json and weights"
         else:
@@ -66,7 +69,11 @@ def load_policy(path: str | Path, model: Model, dtype: Any, trainable: bool = Fa
         "trust_remote_code": model.trust_remote_code,
         "use_safetensors": model.use_safetensors,
     }
-    base = json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"] if is_adapter(path) else path
+    base = (
+        json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
+        if is_adapter(path)
+        else path
+    )
     revision = {"revision": model.revision} if base == model.path else {}
     loaded = explained(AutoModelForCausalLM.from_pretrained, base, **options, **revision)
     if base != path:

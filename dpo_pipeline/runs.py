@@ -12,13 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.config import CONF, NOT_IDENTITY, PipelineError, Run
+from dpo_pipeline.config import CONF, NOT_IDENTITY, Run
 from dpo_pipeline.data.files import content_hash
+from dpo_pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +131,9 @@ def decide(folder: Path, mine: dict[str, Any], overwrite: bool) -> str:
     manifest, found = read_json(folder / "manifest.json"), state(folder)
     if found == "running":
         status = read_json(folder / "status.json")
-        raise PipelineError(f"{folder} is in use by process {status['pid']} on {status['host']}: wait for it or end it")
+        raise PipelineError(
+            f"{folder} is in use by process {status['pid']} on {status['host']}: wait for it or end it"
+        )
     if manifest is None:
         if folder.is_dir() and any(folder.iterdir()):
             raise PipelineError(f"{folder} holds files but no run: choose another place with variant=, name= or root=")
@@ -145,7 +149,8 @@ def decide(folder: Path, mine: dict[str, Any], overwrite: bool) -> str:
     listed = "; ".join(f"{key} is {theirs.get(key)} there, {mine.get(key)} here" for key in sorted(differing))
     typed = "sft_variant=NAME" if folder.parent.name == "sft" else "variant=NAME"
     raise PipelineError(
-        f"{folder} holds another run ({listed}): keep both with {typed} or name=NAME, or replace it with overwrite=true"
+        f"{folder} holds another run ({listed}): keep both with {typed} or name=NAME, or replace that one with "
+        "overwrite=true"
     )
 
 
@@ -154,20 +159,37 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-@contextlib.contextmanager
-def recording(run: Run, stage: str, folder: Path, mine: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Keep the folder's status, manifest, config and log while a run goes on.
+@dataclass
+class Record:
+    """What a run writes of itself while it goes on; only the main process writes."""
 
-    Gives the manifest as a dict to add to; what is in it at the end is written. The status ends as `done`, as
-    `interrupted` (KeyboardInterrupt) or as `failed` with the error's first line.
+    folder: Path
+    manifest: dict[str, Any]
+    status: dict[str, Any]
+
+    def save_status(self, **changes: Any) -> None:
+        self.status.update(changes, updated=datetime.now(UTC).isoformat(timespec="seconds"))
+        if is_main_process():
+            write_json(self.folder / "status.json", self.status)
+
+    def save_manifest(self, **facts: Any) -> None:
+        self.manifest.update(facts)
+        if is_main_process():
+            write_json(self.folder / "manifest.json", self.manifest)
+
+
+@contextlib.contextmanager
+def recording(run: Run, stage: str, folder: Path, mine: dict[str, Any]) -> Iterator[Record]:
+    """Keep the folder's config, manifest, status and log while a run goes on.
+
+    The status ends as `done`, as `interrupted` (KeyboardInterrupt), or as `failed` with the error's first line.
     """
     from omegaconf import OmegaConf
 
-    folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    manifest: dict[str, Any] = {
+    manifest = {
         "stage": stage,
-        "command": [sys.executable.rsplit(os.sep, 1)[-1], "-m", f"dpo_pipeline.{stage}", *sys.argv[1:]],
+        "command": ["python", "-m", f"dpo_pipeline.{stage}", *sys.argv[1:]],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": git_state(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
@@ -177,33 +199,24 @@ def recording(run: Run, stage: str, folder: Path, mine: dict[str, Any]) -> Itera
         "identity": mine,
     }
     status = {"state": "running", "step": 0, "error": None, "pid": os.getpid(), "host": socket.gethostname()}
-    main_process = is_main_process()
-
-    def save(**changes: Any) -> None:
-        status.update(changes, updated=datetime.now(UTC).isoformat(timespec="seconds"))
-        if main_process:
-            write_json(folder / "status.json", status)
-
-    manifest["save_status"] = save
-    if main_process:
-        save()
-        write_json(folder / "manifest.json", {k: v for k, v in manifest.items() if k != "save_status"})
+    record = Record(folder, manifest, status)
+    record.save_status()
+    record.save_manifest()
+    if is_main_process():
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
-    with logged(folder / "train.log" if main_process else None):
+    with logged(folder / "train.log" if is_main_process() else None):
         try:
-            yield manifest
+            yield record
         except KeyboardInterrupt:
-            save(state="interrupted")
+            record.save_status(state="interrupted")
             log.info("interrupted: type the same command to go on from %s", newest_checkpoint(folder) or "the start")
             raise
         except BaseException as error:
-            save(state="failed", error=(str(error).strip() or type(error).__name__).splitlines()[0])
+            record.save_status(state="failed", error=(str(error).strip() or type(error).__name__).splitlines()[0])
             raise
-        if main_process:
-            manifest["seconds"] = round(time.monotonic() - started, 1)
-            manifest["peak_memory_bytes"] = peak_memory()
-            write_json(folder / "manifest.json", {k: v for k, v in manifest.items() if k != "save_status"})
-            save(state="done")
+        record.save_manifest(seconds=round(time.monotonic() - started, 1), peak_memory_bytes=peak_memory())
+        record.save_status(state="done")
+        log.info("%s done in %.0f s: %s", stage.upper(), manifest["seconds"], folder / "final")
 
 
 @contextlib.contextmanager
@@ -230,7 +243,9 @@ def git_state() -> dict[str, Any] | None:
     """Commit and dirtiness of the checkout that this code runs from, or None where it is none."""
     call = ["git", "-C", str(CONF.parent)]
     try:
-        commit = subprocess.run([*call, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(
+            [*call, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         changes = subprocess.run([*call, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None

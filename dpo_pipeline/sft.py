@@ -15,7 +15,7 @@ def run_sft(run: Run) -> Path:
     if runs.decide(folder, mine, run.overwrite) == "done":
         print(f"already done: {folder}")
         return folder
-    with runs.recording(run, "sft", folder, mine) as manifest:
+    with runs.recording(run, "sft", folder, mine) as record:
         from dpo_pipeline.policies import load_policy, load_tokenizer
         from dpo_pipeline.training import callbacks, start, trainer
         from dpo_pipeline.training.arguments import training_arguments, weights_dtype
@@ -28,16 +28,10 @@ def run_sft(run: Run) -> Path:
         start.limit_steps(run, args, len(rows["train"]))
         policy = load_policy(run.model.path, run.model, dtype, trainable=True)
         sft = trainer.build_sft(policy, run.lora and build(run.lora), tokenizer, args, rows)
-        manifest |= start.facts(sft, rows, run.model.path)
+        record.save_manifest(**start.facts(sft, rows, run.model.path))
         log.info("SFT of %s on %d answers -> %s", run.model.path, len(rows["train"]), folder)
-        metrics = callbacks.Metrics(folder / "metrics.jsonl", manifest["save_status"])
-        trainer.train(sft, folder, [callbacks.ValidationPerplexity(sft), metrics])
-        manifest["final"] = trainer.save_final(sft, tokenizer, folder, run.model, dtype)
-        best = sft.state.best_model_checkpoint
-        if best:
-            manifest["final"]["step"] = int(best.rsplit("-", 1)[1])
-            log.info("final/ is step %d: lowest validation perplexity, %.3f", manifest["final"]["step"], sft.state.best_metric)
-    log.info("SFT done in %.0f s: %s", manifest["seconds"], folder / "final")
+        trainer.train(sft, folder, [callbacks.ValidationPerplexity(sft), callbacks.Metrics(record)])
+        record.save_manifest(final=trainer.save_final(sft, tokenizer, folder, run.model, dtype))
     return folder
 
 

@@ -1,6 +1,7 @@
 """The two commands on the embedded task, as typed: they learn, say so with intervals, and print nothing else."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -11,10 +12,22 @@ pytestmark = pytest.mark.slow
 CALL = ("dataset.rows=3000", "batch.global_size=32", "evaluation.prompts=60", "sft.num_train_epochs=2")
 
 
-def command(stage: str, root, *more: str) -> subprocess.CompletedProcess:
-    call = [sys.executable, "-m", f"dpo_pipeline.{stage}", f"root={root}", *CALL, *more]
-    done = subprocess.run(call, capture_output=True, text=True)
+NO_NETWORK = """
+import socket
+def refuse(self, address):
+    raise AssertionError(f"the network was touched: {address}")
+socket.socket.connect = socket.socket.connect_ex = refuse
+"""
+
+
+def command(stage: str, root) -> subprocess.CompletedProcess:
+    """One command as typed, in a process of its own that ends where it reaches for the network."""
+    (root / "sitecustomize.py").write_text(NO_NETWORK)
+    env = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "TQDM_DISABLE")}
+    call = [sys.executable, "-m", f"dpo_pipeline.{stage}", f"root={root}", *CALL]
+    done = subprocess.run(call, capture_output=True, text=True, env={**env, "PYTHONPATH": str(root)})
     assert done.returncode == 0, done.stderr
+    assert "the network was touched" not in done.stdout + done.stderr
     return done
 
 
@@ -45,7 +58,12 @@ def test_two_commands_align_the_tiny_model_and_a_third_finds_it_done(tmp_path):
     samples = json.loads((home / "generation_samples.json").read_text())
     assert len(samples) == 60
     assert set(samples[0]["answers"]) == set(policies)
-    for text in ("| preference accuracy", "All against the base model: 300 test pairs", "own reference, sft/full", "> film"):
+    for text in (
+        "| preference accuracy",
+        "All against the base model: 375 test pairs",
+        "own reference, sft/full",
+        "> film",
+    ):
         assert text in dpo.stdout
 
     train_log = home / variant / "train.log"
@@ -53,7 +71,7 @@ def test_two_commands_align_the_tiny_model_and_a_third_finds_it_done(tmp_path):
     status = json.loads((home / variant / "status.json").read_text())
     assert (status["state"], status["error"]) == ("done", None)
     manifest = json.loads((home / variant / "manifest.json").read_text())
-    assert manifest["rows"]["train"] == 2565
+    assert manifest["rows"]["train"] == 2494
     assert manifest["peak_memory_bytes"] > 1e8
     assert {"command", "git", "versions", "seed", "data_fingerprint", "world_size", "seconds"} <= set(manifest)
 

@@ -8,12 +8,17 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from dpo_pipeline.config import CONF, SPLIT_KEYS, PipelineError, build, compose
+from dpo_pipeline.config import CONF, SPLIT_KEYS, build, compose
+from dpo_pipeline.errors import PipelineError
 
 OPTIONS = sorted(
     (folder.name, file.stem) for folder in CONF.iterdir() if folder.is_dir() for file in folder.glob("*.yaml")
 )
-NEEDED = {"path": ["model.path=somewhere"], "json": ["dataset.path=x.jsonl"], "instruction_preference": ["dataset.path=x.json"]}
+NEEDED = {
+    "path": ["model.path=somewhere"],
+    "json": ["dataset.path=x.jsonl"],
+    "instruction_preference": ["dataset.path=x.json"],
+}
 
 
 def options(group: str) -> list[str]:
@@ -136,7 +141,10 @@ REFUSED = [
     (["batch.global_size=0"], "batch.global_size=0: it must be larger than 0"),
     (["model=path"], "model.path has no value: type model.path="),
     (["dataset=json"], "dataset.path has no value: type dataset.path="),
-    (["+dataset.pth=x", "dataset=json", "dataset.path=x"], "dataset.pth is no option of this data set: did you mean path"),
+    (
+        ["+dataset.pth=x", "dataset=json", "dataset.path=x"],
+        "dataset.pth is no option of this data set: did you mean path",
+    ),
     (["sft_best=first"], "sft_best=first is none of its values: perplexity, last"),
     (["sft_target=rejected"], "sft_target=rejected is none of its values: null, chosen, demonstration"),
     (["policy=sfft"], "policy=sfft is none of its values: sft, base: did you mean sft"),

@@ -7,11 +7,11 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_pipeline.config import PipelineError
 from dpo_pipeline.data import hh_rlhf, instruction_preference, json_file
 from dpo_pipeline.data.files import content_hash
 from dpo_pipeline.data.splits import hold_out, load_splits
 from dpo_pipeline.data.tokens import Lengths, end_tokens, tokenize
+from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.training.tiny import word_tokenizer
 
 WIDE = Lengths(512, 256)
@@ -41,13 +41,17 @@ def write(path, rows) -> str:
 
 
 def pairs(count: int, prompts: int | None = None) -> list[dict]:
-    return [{"prompt": f"p{i % (prompts or count)}", "chosen": f" good{i}", "rejected": f" bad{i}"} for i in range(count)]
+    return [
+        {"prompt": f"p{i % (prompts or count)}", "chosen": f" good{i}", "rejected": f" bad{i}"} for i in range(count)
+    ]
 
 
 def test_prompt_ids_are_those_of_the_prompt_alone_and_answers_end_once():
     tokenizer = word_tokenizer()
     end = tokenizer.eos_token_id
-    rows = [{"prompt": "film : the silent river . review :", "chosen": " i loved it .", "rejected": " it was flat . </s>"}]
+    rows = [
+        {"prompt": "film : the silent river . review :", "chosen": " i loved it .", "rejected": " it was flat . </s>"}
+    ]
     table = tokenize(rows, ("chosen", "rejected"), tokenizer, [end], WIDE)
     assert table[0]["prompt_ids"] == tokenizer(rows[0]["prompt"])["input_ids"]
     assert table[0]["prompt_ids"][0] == tokenizer.bos_token_id
@@ -111,7 +115,11 @@ def test_lengths_default_to_the_context_and_may_not_exceed_it():
 def test_messages_go_through_the_template_once_and_end_at_the_end_of_turn():
     tokenizer = characters(bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = CHATML
-    prompt = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}, {"role": "user", "content": "so"}]
+    prompt = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yo"},
+        {"role": "user", "content": "so"},
+    ]
     rows = [{"prompt": prompt, "chosen": [{"role": "assistant", "content": "ok"}], "rejected": "no"}]
     row = tokenize(rows, ("chosen", "rejected"), tokenizer, [1], WIDE)[0]
     assert tokenizer.decode(row["prompt_ids"]).replace(" ", "") == (
@@ -152,7 +160,10 @@ def test_hh_subsets_are_folders_of_the_set(tmp_path):
     for subset, rows in (("harmless-base", 2), ("helpful-base", 3)):
         (tmp_path / subset).mkdir()
         talk = f"\n\nHuman: {subset}\n\nAssistant:"
-        write(tmp_path / subset / "train.jsonl.gz", [{"chosen": f"{talk} {i}", "rejected": f"{talk} no"} for i in range(rows)])
+        write(
+            tmp_path / subset / "train.jsonl.gz",
+            [{"chosen": f"{talk} {i}", "rejected": f"{talk} no"} for i in range(rows)],
+        )
     assert len(hh_rlhf.load(str(tmp_path), ["harmless-base", "helpful-base"])["train"]) == 5
     assert len(hh_rlhf.load(str(tmp_path), ["harmless-base"])["train"]) == 2
 

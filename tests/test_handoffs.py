@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dpo_pipeline import runs
-from dpo_pipeline.config import PipelineError
 from dpo_pipeline.dpo import run_dpo
+from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.policies import load_policy
 
 ROADS = {
@@ -70,7 +70,8 @@ def test_final_loads_with_plain_libraries_from_another_directory(typed, small, s
         "folder, adapter = sys.argv[1], sys.argv[2] == 'True'\n"
         "auto = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM\n"
         "model = auto.from_pretrained(folder).eval()\n"
-        "ids = AutoTokenizer.from_pretrained(folder)('film : the wild river . review :', return_tensors='pt').input_ids\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        "ids = tokenizer('film : the wild river . review :', return_tensors='pt').input_ids\n"
         "torch.save(model(ids).logits, sys.argv[3])"
     )
     out = tmp_path / "logits.pt"
@@ -83,7 +84,9 @@ def test_final_loads_with_plain_libraries_from_another_directory(typed, small, s
     assert torch.equal(torch.load(out), ours(ids).logits)
     assert runs.read_json(run.dpo_folder / "manifest.json")["final"]["reload_difference_nats"] < 1e-5
     assert not (final / "ref").exists()
-    expected = {"adapter_config.json", "adapter_model.safetensors"} if run.lora else {"config.json", "model.safetensors"}
+    expected = (
+        {"adapter_config.json", "adapter_model.safetensors"} if run.lora else {"config.json", "model.safetensors"}
+    )
     found = {file.name for file in final.iterdir()}
     assert {*expected, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"} == found
 

@@ -19,7 +19,7 @@ def tiny_llama(seed):
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.2, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 

@@ -22,8 +22,8 @@ def run_stage(run, stage: str):
 
 
 def logged(folder) -> list[dict]:
-    """The lines of metrics.jsonl without timings and without the closing summary, which is of the resumed part."""
-    timing = ("runtime", "per_second", "flos")
+    """The lines of metrics.jsonl without timings, token counts and the closing summary of the resumed part."""
+    timing = ("runtime", "per_second", "flos", "num_tokens")  # TRL counts tokens anew after a resume
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "train_runtime" not in row]
     return [{key: value for key, value in row.items() if not key.endswith(timing)} for row in rows]

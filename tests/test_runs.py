@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from dpo_pipeline import runs
-from dpo_pipeline.config import PipelineError, compose
+from dpo_pipeline.config import compose
+from dpo_pipeline.errors import PipelineError
 
 SILENT = {"updated": "now", "step": 1, "error": None}
 

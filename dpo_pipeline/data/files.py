@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from dpo_pipeline.config import PipelineError
+from dpo_pipeline.errors import PipelineError
 
 
 def read(path: str, data_dir: str | None = None) -> dict[str, list[dict]]:

@@ -17,7 +17,9 @@ def load(path: str) -> dict[str, list[dict]]:
 def pair(row: dict) -> dict:
     """One row; the prompt ends after `### Response:` and its line break."""
     if row["input"]:
-        given = f", paired with an input that provides further context. {ASK}\n\n### Instruction:\n{row['instruction']}"
+        given = (
+            f", paired with an input that provides further context. {ASK}\n\n### Instruction:\n{row['instruction']}"
+        )
         given += f"\n\n### Input:\n{row['input']}"
     else:
         given = f". {ASK}\n\n### Instruction:\n{row['instruction']}"

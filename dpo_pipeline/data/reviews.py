@@ -101,17 +101,17 @@ def load(rows: int, slope: float, seed: int) -> dict:
 
     The answer of higher true reward is chosen. In train the label is drawn from the Bradley-Terry model with `slope`
     on the difference of rewards, as an annotator errs; test is true to the reward. `demonstration` is a third review
-    of any mood. A tenth of `rows`, at most 1,000, are test.
+    of any mood. An eighth of `rows`, at most 1,000, are test.
     """
     rng = random.Random(seed)
     films: dict[str, None] = {}
     while len(films) < rows:
         films[f"film : {title(rng)} . review :"] = None
-    held_out = min(rows // 10, 1000)
+    held_out = min(rows // 8, 1000)
     splits: dict[str, list] = {"test": [], "train": []}
     for i, prompt in enumerate(films):
         one, two = review(rng), review(rng)
-        while abs(reward(one) - reward(two)) < 0.2:
+        while abs(reward(one) - reward(two)) < 0.4:
             two = review(rng)
         better, worse = sorted((one, two), key=reward, reverse=True)
         test = i < held_out

@@ -6,8 +6,9 @@ import random
 from collections import Counter
 from typing import Any
 
-from dpo_pipeline.config import SPLIT_KEYS, PipelineError, build
+from dpo_pipeline.config import SPLIT_KEYS, build
 from dpo_pipeline.data.tokens import text
+from dpo_pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def load_splits(node: dict[str, Any], answers: tuple[str, ...], debug: bool = Fa
 def sound(row: dict, answers: tuple[str, ...], counts: Counter[str]) -> bool:
     """Whether a row can be learnt from; if not, its reason is counted."""
     given = [row[column] for column in answers]
-    if "problem" in row and row["problem"]:
+    if row.get("problem"):
         counts[row["problem"]] += 1
     elif any(not text(answer).strip() for answer in given):
         counts["empty answer"] += 1

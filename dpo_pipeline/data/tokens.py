@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_pipeline.config import PipelineError
+from dpo_pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,8 @@ def caption(policy: dict[str, Any], reference: str) -> str:
     s = policy["settings"]
     return (
         f"All against {reference}: {s['pairs']:,} test pairs and {s['prompts']} sampled answers of "
-        f"{policy['dataset']} (temperature 1, at most {s['max_new_tokens']} tokens), beta {s['beta']:g}, 95% intervals."
+        f"{policy['dataset']} (temperature 1, at most {s['max_new_tokens']} tokens), "
+        f"beta {s['beta']:g}, 95% intervals."
     )
 
 
@@ -62,7 +63,9 @@ def side_by_side(samples: list[dict[str, Any]], names: list[str], count: int = 3
     complete = [sample for sample in samples if all(name in sample["answers"] for name in names)][:count]
     width = max(len(name) for name in names)
     blocks = [
-        "\n".join([f"> {line(sample['prompt'])}", *(f"  {n.ljust(width)}  {line(sample['answers'][n])}" for n in names)])
+        "\n".join(
+            [f"> {line(sample['prompt'])}", *(f"  {n.ljust(width)}  {line(sample['answers'][n])}" for n in names)]
+        )
         for sample in complete
     ]
     return "\n\n".join(blocks)

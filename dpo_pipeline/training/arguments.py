@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.config import PipelineError, Run, nearest
+from dpo_pipeline.config import Run
+from dpo_pipeline.errors import PipelineError, nearest
 from dpo_pipeline.policies import device
 
 log = logging.getLogger(__name__)

@@ -3,8 +3,6 @@
 import json
 import math
 import signal
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -12,13 +10,14 @@ from transformers import TrainerCallback
 
 from dpo_pipeline.estimates import perplexity
 from dpo_pipeline.logprobs import answer_logprobs
+from dpo_pipeline.runs import Record
 
 
 class Metrics(TrainerCallback):
     """One line of metrics.jsonl for each log event, all of TRL's numbers, and one progress bar with the loss."""
 
-    def __init__(self, file: Path, save_status: Callable[..., None], beta: float | None = None):
-        self.file, self.save_status, self.beta = file, save_status, beta
+    def __init__(self, record: Record, beta: float | None = None):
+        self.record, self.beta, self.file = record, beta, record.folder / "metrics.jsonl"
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = None
@@ -43,7 +42,7 @@ class Metrics(TrainerCallback):
                 row[f"{prefix}margins_nats"] = row[f"{prefix}rewards/margins"] / self.beta
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        self.save_status(step=state.global_step)
+        self.record.save_status(step=state.global_step)
         shown = {"loss": "loss", "rewards/accuracies": "accuracy", "eval_perplexity": "perplexity"}
         self.bar.set_postfix({name: f"{row[key]:.3f}" for key, name in shown.items() if key in row})
 
@@ -67,9 +66,7 @@ class ValidationPerplexity(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         with self.trainer.compute_loss_context_manager():
-            logprobs = answer_logprobs(
-                self.trainer.model, self.prompts, self.answers, args.per_device_eval_batch_size
-            )
+            logprobs = answer_logprobs(self.trainer.model, self.prompts, self.answers, args.per_device_eval_batch_size)
         value = perplexity([float(row.sum()) for row in logprobs], [len(row) for row in logprobs])["value"]
         metrics["eval_perplexity"] = value
         self.trainer.log({"eval_perplexity": value, "eval_nats_per_token": math.log(value)})

@@ -7,10 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.config import PipelineError, Run, build
+from dpo_pipeline.config import Run, build
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.data.tokens import Lengths, end_tokens, tokenize
-from dpo_pipeline.policies import is_adapter, load_config, load_policy, load_tokenizer
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.policies import is_adapter, load_config, load_policy
 from dpo_pipeline.training.arguments import weights_dtype
 
 log = logging.getLogger(__name__)

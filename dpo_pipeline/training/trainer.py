@@ -9,7 +9,8 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 
 from dpo_pipeline import runs
-from dpo_pipeline.config import PipelineError
+from dpo_pipeline.data.files import content_hash
+from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.logprobs import answer_logprobs
 from dpo_pipeline.policies import device, load_policy
 from dpo_pipeline.training.callbacks import CheckpointOnInterrupt, KeepRandomState
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 class PairTrainer(DPOTrainer):
     """DPOTrainer on rows that are tokenized already, and whose reference log-probs we compute after it is built.
 
-    TRL would cut and re-tokenize the rows, and compute the log-probs inside `__init__`, before anything can be checked.
+    TRL would tokenize and cut the rows anew, and compute the log-probs inside `__init__`, before any check.
     """
 
     def _prepare_dataset(self, dataset, *args):
@@ -136,4 +137,8 @@ def save_final(trainer: Any, tokenizer: Any, folder: Path, model: Any, dtype: An
     worst = max(float((a - b).abs().max()) for a, b in zip(trained, saved, strict=True))
     if worst > (1e-3 if dtype.itemsize == 4 else 0.1):
         raise PipelineError(f"{final} does not load back as it was trained: log-probs differ by {worst:.3g} nats")
-    return {"sha256": runs.content_hash(final, "*.safetensors"), "reload_difference_nats": worst}
+    best = trainer.state.best_model_checkpoint
+    step = int(best.rsplit("-", 1)[1]) if best else trainer.state.global_step
+    if best:
+        log.info("final/ is step %d: lowest validation perplexity, %.3f", step, trainer.state.best_metric)
+    return {"step": step, "sha256": content_hash(final, "*.safetensors"), "reload_difference_nats": worst}

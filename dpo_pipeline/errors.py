@@ -1,0 +1,56 @@
+"""What a person is told: one exception for what they gave, and one sentence for each error of the config libraries."""
+
+import difflib
+import re
+from typing import Any
+
+from omegaconf.errors import OmegaConfBaseException
+
+
+class PipelineError(Exception):
+    """What a person gave cannot be: the message says what it was, why not, and what to type instead."""
+
+
+def nearest(name: Any, names: Any) -> str:
+    """`: did you mean a or b?`, or nothing where no name is near; a name's last dotted part counts too."""
+    names = [str(n) for n in names]
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
+    near += [n for n in names if n not in near and n.split(".")[-1] == str(name).split(".")[-1]]
+    return f": did you mean {' or '.join(near[:3])}?" if near else ""
+
+
+def explain(error: BaseException, keys: list[str], groups: dict[str, list[str]]) -> str | None:
+    """One sentence for the innermost error of Hydra or OmegaConf, or None where the error is none of theirs.
+
+    `keys` are the config's dotted keys, `groups` the options of each group: what a misspelt name is held against.
+    """
+    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    for inner in reversed(chain):
+        text = str(inner).strip().split("\n")[0]
+        if "$" in text and inner is not error:
+            continue  # OmegaConf's template of the message that the next one fills in
+        if isinstance(inner, PipelineError):
+            return str(inner)
+        if isinstance(inner, MissingConfigException):
+            option = (inner.missing_cfg_file or "").split("/")[-1]
+            group = "/".join((inner.missing_cfg_file or "").split("/")[:-1])
+            options = sorted(inner.options or groups[group])
+            if not group:
+                return f"there is no config named {option}"
+            return f"{group}={option} is no option{nearest(option, options) or ': there are ' + ', '.join(options)}"
+        if isinstance(inner, OmegaConfBaseException):
+            key = inner.full_key or inner.key
+            if key is not None and re.search(r"not in|is not in struct", text):
+                return f"{key} is no key of the config{nearest(key, keys) or ': --cfg job lists them all'}"
+            return f"{key}: {text[:1].lower()}{text[1:]}" if key is not None else text
+        if isinstance(inner, ConfigCompositionException | HydraException):
+            override = re.search(r"Could not override '([^']*)'|In '.*': (.*)", text)
+            key = override.group(1) if override and override.group(1) else None
+            if key and key.split("@")[0] not in groups:
+                return f"{key} is no key of the config{nearest(key, [*keys, *groups])}"
+            return " ".join(str(inner).split())
+    return None

@@ -1,0 +1,67 @@
+"""What the README shows is there: every command composes, every file and folder it names exists."""
+
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from dpo_pipeline.config import CONF, compose
+
+ROOT = CONF.parent
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in BLOCKS
+    for line in block.splitlines()
+    if re.match(r"make |python -m ", line)
+]
+
+
+def test_the_first_command_stands_before_line_40_and_the_page_is_short():
+    lines = TEXT.splitlines()
+    assert next(i for i, line in enumerate(lines) if line.startswith("make sft dpo")) < 40
+    assert len(lines) < 200
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shown_is_one(command):
+    words = shlex.split(command)
+    if words[0] == "make":
+        plan = subprocess.run(["make", "-n", "PYTHON=python3", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert plan.returncode == 0, plan.stderr
+        overrides = [word for item in words if item.startswith("ARGS=") for word in shlex.split(item[5:])]
+    else:
+        assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file()
+        overrides = [word for word in words[3:] if word not in ("--cfg", "job")]
+    compose(overrides)
+
+
+def test_every_file_of_the_package_is_named_and_every_named_one_exists():
+    tree = TEXT[TEXT.index("## The code") :]
+    named = set(re.findall(r"\b(\w+\.py)\b", tree))
+    there = {path.name for path in (ROOT / "dpo_pipeline").rglob("*.py")} - {"__init__.py"}
+    assert named == there
+
+
+def test_every_option_of_every_group_is_named():
+    tree = TEXT[TEXT.index("conf/config.yaml        ") :]
+    for group in (folder for folder in CONF.iterdir() if folder.is_dir()):
+        (line,) = re.findall(rf"^conf/{group.name}/ +(.*)$", tree, flags=re.MULTILINE)
+        patterns = [name.strip().split(" ")[0] for name in re.split(r"[,;:]", line)]
+        for option in group.glob("*.yaml"):
+            assert any(re.fullmatch(name.replace("*", ".*"), option.stem) for name in patterns), option
+
+
+def test_make_help_lists_every_target():
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ("install", "sft", "dpo", "test", "test-real", "lint"):
+        assert f"make {target} " in listed
+
+
+def test_make_without_a_fitting_python_says_so(tmp_path):
+    call = ["make", "install", "PYTHON=", f"VENV={tmp_path}/venv"]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "needs Python 3.11, 3.12 or 3.13 and found none" in done.stdout
