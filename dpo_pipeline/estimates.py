@@ -39,12 +39,17 @@ def share(values: Sequence[float]) -> Estimate:
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
-    """Sum of numerators over sum of denominators, with a bootstrap interval over rows (2,000 draws, seeded)."""
+    """Sum of numerators over sum of denominators, with a bootstrap interval over rows (2,000 draws, seeded).
+
+    One row has no interval. Raises ValueError for no rows, or for lists of different lengths.
+    """
     import numpy as np
 
     n = len(numerators)
-    if not n:
-        raise ValueError("the ratio of no values")
+    if not n or n != len(denominators):
+        raise ValueError(f"the ratio of {n or 'no'} values to {len(denominators)}")
+    if n == 1:
+        return {"value": numerators[0] / denominators[0], "low": None, "high": None, "n": 1}
     top, bottom = np.asarray(numerators, float), np.asarray(denominators, float)
     rows = np.random.default_rng(0).integers(0, n, (2000, n))
     low, high = np.quantile(top[rows].sum(1) / bottom[rows].sum(1), [0.025, 0.975])
@@ -54,7 +59,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimat
 def perplexity(answer_logprobs: Sequence[float], answer_tokens: Sequence[int]) -> Estimate:
     """exp of the summed negative log-prob of all answer tokens over their number, all rows together."""
     nats = ratio([-logprob for logprob in answer_logprobs], answer_tokens)
-    return {key: value if key == "n" else math.exp(value) for key, value in nats.items()}
+    return {key: value if key == "n" or value is None else math.exp(value) for key, value in nats.items()}
 
 
 def scaled(estimate: Estimate, factor: float) -> Estimate:
@@ -63,5 +68,5 @@ def scaled(estimate: Estimate, factor: float) -> Estimate:
 
 
 def accuracy(margins: Sequence[float]) -> Estimate:
-    """Share of pairs whose margin is above 0; a tie counts half."""
-    return share([1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins])
+    """Share of pairs whose margin is above 0; a tie counts half. Of a margin that is no number, so is the share."""
+    return share([m if math.isnan(m) else 1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins])

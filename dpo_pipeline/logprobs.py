@@ -22,25 +22,26 @@ def answer_logprobs(
     bar = tqdm(total=len(lengths), desc=label, leave=False, disable=label is None)
     was_training = model.training
     model.eval()
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        width = max(lengths[i] for i in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for line, i in enumerate(rows):
-            ids[line, : lengths[i]] = torch.tensor(prompts[i] + answers[i])
-            mask[line, : lengths[i]] = 1
-        with torch.inference_mode():
-            logits = model(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
-            ).logits
+    try:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            width = max(lengths[i] for i in rows)
+            ids = torch.zeros(len(rows), width, dtype=torch.long)
+            mask = torch.zeros_like(ids)
             for line, i in enumerate(rows):
-                # The token at t is predicted at t - 1.
-                at = slice(len(prompts[i]) - 1, lengths[i] - 1)
-                token_logits = logits[line, at].float()
-                chosen = torch.tensor(answers[i], device=logits.device)[:, None]
-                results[i] = token_logits.log_softmax(-1).gather(-1, chosen)[:, 0].double().cpu()
-        bar.update(len(rows))
-    bar.close()
-    model.train(was_training)
+                ids[line, : lengths[i]] = torch.tensor(prompts[i] + answers[i])
+                mask[line, : lengths[i]] = 1
+            ids, mask = ids.to(model.device), mask.to(model.device)
+            with torch.inference_mode():
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                for line, i in enumerate(rows):
+                    # The token at t is predicted at t - 1.
+                    at = slice(len(prompts[i]) - 1, lengths[i] - 1)
+                    token_logprobs = logits[line, at].float().log_softmax(-1)
+                    chosen = ids[line, len(prompts[i]) : lengths[i], None]
+                    results[i] = token_logprobs.gather(-1, chosen)[:, 0].double().cpu()
+            bar.update(len(rows))
+    finally:
+        bar.close()
+        model.train(was_training)
     return results

@@ -130,3 +130,14 @@ def test_no_values_are_refused(estimate):
 def test_no_rows_are_refused(estimate):
     with pytest.raises(ValueError, match="no values"):
         estimate([], [])
+
+
+def test_a_ratio_of_lists_that_do_not_match_is_refused_and_of_one_row_has_no_interval():
+    with pytest.raises(ValueError, match="the ratio of 2 values to 3"):
+        estimates.ratio([1.0, 2.0], [1.0, 2.0, 3.0])
+    assert estimates.ratio([3.0], [2.0]) == {"value": 1.5, "low": None, "high": None, "n": 1}
+    assert estimates.perplexity([-3.0], [2])["low"] is None
+
+
+def test_a_margin_that_is_no_number_is_not_a_loss():
+    assert math.isnan(estimates.accuracy([1.0, math.nan])["value"])

@@ -38,7 +38,7 @@ def test_a_road_starts_at_its_reference_and_all_reference_modes_agree(road, smal
         for key in ("rewards/chosen", "rewards/rejected", "rewards/margins", "margins_nats"):
             assert log[0][key] == pytest.approx(0, abs=1e-5)
         losses[mode] = [row["loss"] for row in log]
-        assert abs(losses[mode][-1] - math.log(2)) > 1e-3  # the policy has moved
+        assert abs(losses[mode][-1] - math.log(2)) > 1e-4  # the policy has moved
         manifest = runs.read_json(run.dpo_folder / "manifest.json")
         starting = run.model.path if run.policy == "base" else run.sft_folder / "final"
         assert manifest["starting_policy"] == str(starting)

@@ -6,6 +6,7 @@ from statistics import mean, stdev
 import pytest
 
 from dpo_pipeline.data.reviews import VOCABULARY, load, reward
+from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.judges.truth import truth
 
 ROWS, SLOPE = 8000, 5.0
@@ -22,9 +23,9 @@ def test_rows_are_a_function_of_the_seed():
     assert load(300, SLOPE, seed=1) != load(300, SLOPE, seed=2)
 
 
-def test_a_tenth_is_test_and_at_most_1000(splits):
-    assert {name: len(rows) for name, rows in splits.items()} == {"test": 800, "train": 7200}
-    assert {name: len(rows) for name, rows in load(10500, SLOPE, 0).items()} == {"test": 1000, "train": 9500}
+@pytest.mark.parametrize(("rows", "test"), [(400, 50), (8800, 1000)])
+def test_an_eighth_is_test_and_at_most_1000(rows, test):
+    assert {name: len(split) for name, split in load(rows, SLOPE, 0).items()} == {"test": test, "train": rows - test}
 
 
 def test_every_prompt_is_distinct_within_and_between_splits(splits):
@@ -44,7 +45,7 @@ def test_an_answer_continues_its_prompt_after_one_space(splits):
 
 
 def test_test_labels_agree_with_the_reward(splits):
-    assert min(reward(row["chosen"]) - reward(row["rejected"]) for row in splits["test"]) >= 0.2
+    assert min(reward(row["chosen"]) - reward(row["rejected"]) for row in splits["test"]) > 0
 
 
 def test_train_labels_err_as_bradley_and_terry_say(splits):
@@ -52,9 +53,13 @@ def test_train_labels_err_as_bradley_and_terry_say(splits):
     flipped = mean(gap < 0 for gap in gaps)
     chances = [1 / (1 + math.exp(SLOPE * abs(gap))) for gap in gaps]
     spread = math.sqrt(sum(p * (1 - p) for p in chances)) / len(chances)
-    assert min(map(abs, gaps)) >= 0.2
-    assert 0.03 < flipped < 0.09
+    assert min(map(abs, gaps)) > 0
     assert abs(flipped - mean(chances)) < 4 * spread
+
+
+def test_a_few_percent_of_train_labels_are_wrong(splits):
+    wrong = mean(reward(row["chosen"]) < reward(row["rejected"]) for row in splits["train"])
+    assert 0.03 < wrong < 0.09
 
 
 @pytest.mark.parametrize(("slope", "low", "high"), [(0.0, 0.45, 0.55), (1000.0, 0.0, 0.0)])
@@ -120,3 +125,8 @@ def test_the_judge_is_the_reward(splits):
     expected = [reward(answer, end) for answer, end in zip(answers, ended, strict=True)]
     assert truth(["film :"] * len(answers), answers, ended) == expected
     assert expected != [reward(answer) for answer in answers]
+
+
+def test_more_rows_than_films_are_refused():
+    with pytest.raises(PipelineError, match="dataset.rows=120961: there are 120,960 films"):
+        load(120_961, SLOPE, 0)

@@ -8,6 +8,8 @@ included, and all of them are in `VOCABULARY`.
 import math
 import random
 
+from dpo_pipeline.errors import PipelineError
+
 TITLES = "silent broken golden last hidden lonely crimson distant little burning frozen secret wild quiet".split()
 NOUNS = """river garden station winter letter mountain harbor city road shadow mirror island bridge train forest
     desert castle clock""".split()
@@ -25,6 +27,7 @@ VERBS = {"loved": 2.0, "enjoyed": 1.0, "disliked": -1.0, "hated": -2.0}
 SENTIMENT = {**ADJECTIVES, **VERBS, "gladly": 1.0, "never": -1.0}
 DEGREE = {"rather": 0.5, "very": 1.5, "truly": 1.5}
 GRAMMAR = "film review : , . the a about was were and but not i is what would see again felt".split()
+FILMS = len(TITLES) * len(NOUNS) * len(GENRES) * len(KINDS) * len(PEOPLE)
 VOCABULARY = sorted({*TITLES, *NOUNS, *GENRES, *KINDS, *PEOPLE, *ASPECTS, *SENTIMENT, *DEGREE, *GRAMMAR, "it"})
 
 
@@ -103,6 +106,8 @@ def load(rows: int, slope: float, seed: int) -> dict:
     on the difference of rewards, as an annotator errs; test is true to the reward. `demonstration` is a third review
     of any mood. An eighth of `rows`, at most 1,000, are test.
     """
+    if rows > FILMS:
+        raise PipelineError(f"dataset.rows={rows}: there are {FILMS:,} films, and each has one row")
     rng = random.Random(seed)
     films: dict[str, None] = {}
     while len(films) < rows:
