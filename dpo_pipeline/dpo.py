@@ -66,7 +66,7 @@ def compare(run: Run) -> dict[str, Any]:
     dpo = compare.Policy(f"dpo/{run.variant}", run.dpo_folder / "final", run.dpo_folder, before[0].name)
     tokenizer = load_tokenizer(run.model)
     context = load_config(run.model).get_text_config().max_position_embeddings
-    if run.evaluation.max_new_tokens >= context:
+    if run.evaluation.max_new_tokens > context - 2:
         raise PipelineError(
             f"evaluation.max_new_tokens={run.evaluation.max_new_tokens} leaves no room for a prompt in the model's "
             f"context of {context} tokens: lower it"

@@ -136,3 +136,10 @@ def test_a_policy_against_itself_is_exactly_even(policy):
     assert found["preference_accuracy"]["value"] == 0.5
     for key in ("margin", "margin_nats", "reward_chosen", "reward_rejected", "kl", "kl_per_token"):
         assert [found[key][bound] for bound in ("value", "low", "high")] == [0, 0, 0], key
+
+
+def test_a_failing_forward_leaves_the_mode_as_it_was():
+    model = tiny_llama(0).train()
+    with pytest.raises(IndexError):
+        answer_logprobs(model, [[VOCAB + 5]], [[1]], 1)
+    assert model.training

@@ -51,10 +51,9 @@ class Material:
     batch_size: int
     judges: dict[str, Judge] = field(default_factory=dict)
 
-    def settings(self, policy: Policy) -> dict[str, Any]:
-        """All that a policy's numbers depend on; beta apart, which only scales some of them."""
+    def settings(self, weights: dict[str, str]) -> dict[str, Any]:
+        """All that a policy's numbers depend on: `weights` of itself and of what it is measured against, and these."""
         data = json.dumps([self.prompts, self.chosen, self.rejected, self.questions])
-        local = Path(policy.path).is_dir()
         return {
             "pairs": len(self.prompts),
             "prompts": len(self.questions),
@@ -65,8 +64,7 @@ class Material:
             "dtype": str(self.dtype).removeprefix("torch."),
             "judges": sorted(self.judges),
             "data": hashlib.sha256(data.encode()).hexdigest(),
-            "weights": content_hash(Path(policy.path), "*.safetensors") if local else str(policy.path),
-            "reference": policy.reference,
+            "weights": weights,
         }
 
 
@@ -92,8 +90,10 @@ def measure(policies: list[Policy], base: str, on: Material) -> None:
     Every policy is measured against the one named `base`, and against its own reference. `policies` come in an order
     in which each stands before what it is measured against; each is then loaded once, one at a time.
     """
-    todo = [p for p in policies if not measured(p, on)]
-    wanted = {name for p in todo for name in (p.name, p.reference, base) if name}
+    hashes = {p.name: weights_of(p.path) for p in policies}
+    settings = {p.name: on.settings({name: hashes[name] for name in compared_with(p, base)}) for p in policies}
+    todo = [p for p in policies if not measured(p, settings[p.name])]
+    wanted = {name for p in todo for name in compared_with(p, base)}
     pair_logprobs: dict[str, Any] = {}
     answers: dict[str, list[list[int]]] = {}
     answer_sums: dict[tuple[str, str], list[float]] = {}  # (sampled from, scored by)
@@ -110,7 +110,7 @@ def measure(policies: list[Policy], base: str, on: Material) -> None:
                 label=f"sampling {policy.name}",
             )  # fmt: skip
         for other in todo:
-            if other.name in answers and policy.name in (other.name, other.reference, base):
+            if other.name in answers and policy.name in compared_with(other, base):
                 rows = answer_logprobs(model, on.questions, answers[other.name], on.batch_size, label)
                 answer_sums[other.name, policy.name] = [float(row.sum()) for row in rows]
         del model
@@ -133,7 +133,7 @@ def measure(policies: list[Policy], base: str, on: Material) -> None:
         }
         samples = [{"prompt": q, "answer": t, "ended": e} for q, t, e in zip(questions, texts, ended, strict=True)]
         write_json(policy.folder / "samples.json", samples)
-        result = {"policy": policy.name, "dataset": on.dataset, "settings": on.settings(policy)}
+        result = {"policy": policy.name, "dataset": on.dataset, "settings": settings[policy.name]}
         result["against"] = {"base": against(base)}
         if policy.reference:
             result["against"]["reference"] = against(policy.reference)
@@ -160,12 +160,22 @@ def compared(policy: Any, reference: Any, gaps: list[float], tokens: list[int], 
     }
 
 
-def measured(policy: Policy, on: Material) -> bool:
+def compared_with(policy: Policy, base: str) -> list[str]:
+    """A policy's name with those of what it is measured against."""
+    return [policy.name, base, *([policy.reference] if policy.reference else [])]
+
+
+def weights_of(path: str | Path) -> str:
+    """What tells weights apart: the hash of those in a local folder, or the hub id."""
+    return content_hash(Path(path), "*.safetensors") if Path(path).is_dir() else str(path)
+
+
+def measured(policy: Policy, settings: dict[str, Any]) -> bool:
     """Whether a policy's eval.json was made with these settings; one that differs in beta alone is scaled to it."""
-    found, settings = read_json(policy.folder / "eval.json"), on.settings(policy)
-    if found is None or {**found["settings"], "beta": on.beta} != settings:
+    found = read_json(policy.folder / "eval.json")
+    if found is None or {**found["settings"], "beta": settings["beta"]} != settings:
         return False
-    factor = on.beta / found["settings"]["beta"]
+    factor = settings["beta"] / found["settings"]["beta"]
     if factor != 1:
         for block in found["against"].values():
             for key in ("margin", "reward_chosen", "reward_rejected"):
