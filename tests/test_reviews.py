@@ -9,7 +9,7 @@ from dpo_pipeline.data.reviews import VOCABULARY, load, reward
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.judges.truth import truth
 
-ROWS, SLOPE = 8000, 5.0
+ROWS, SLOPE = 8000, 3.0
 ANSWERS = ("chosen", "rejected", "demonstration")
 
 

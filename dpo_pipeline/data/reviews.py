@@ -34,9 +34,10 @@ VOCABULARY = sorted({*TITLES, *NOUNS, *GENRES, *KINDS, *PEOPLE, *ASPECTS, *SENTI
 def reward(answer: str, ended: bool = True) -> float:
     """True reward of an answer, in [-1, 1]: its sentiment, less what makes it a bad text.
 
-    Sentiment is tanh of a quarter of the signed word scores, `not` turning the next scored word round and a degree
-    word scaling it. Repeated three-word sequences cost their share of the text, each unknown word 0.2, and an answer
-    that never ends (`ended`: it closed with its end token) 0.5; an empty answer is worth -1.
+    Sentiment is tanh of the signed word scores of a sentence in the mean, so that length does not pay; `not` turns the
+    next scored word round, a degree word scales it. Repeated three-word sequences cost their share of the text, each
+    unknown word 0.2, and an answer that never ends (`ended`: it closed with its end token) 0.5; an empty answer is
+    worth -1.
     """
     words = answer.split()
     if not words:
@@ -54,7 +55,7 @@ def reward(answer: str, ended: bool = True) -> float:
     triples = list(zip(words, words[1:], words[2:], strict=False))
     repeated = 1 - len(set(triples)) / len(triples) if triples else 0.0
     unknown = sum(word not in VOCABULARY for word in words)
-    return max(-1.0, math.tanh(score / 4) - repeated - 0.2 * unknown - 0.5 * (not ended))
+    return max(-1.0, math.tanh(score / max(1, words.count("."))) - repeated - 0.2 * unknown - 0.5 * (not ended))
 
 
 def title(rng: random.Random) -> str:
@@ -87,16 +88,16 @@ def sentence(rng: random.Random, good: bool) -> str:
 
 
 def review(rng: random.Random) -> str:
-    """A review of two to four sentences in a mood drawn evenly between bad and good, so sentiments are mixed."""
+    """A review of three sentences in a mood drawn evenly between bad and good, so sentiments are mixed."""
     mood = rng.random()
-    return " ".join(sentence(rng, rng.random() < mood) for _ in range(rng.randint(2, 4)))
+    return " ".join(sentence(rng, rng.random() < mood) for _ in range(3))
 
 
 def plain_text(rng: random.Random) -> str:
     """Sentences of the same words in no order and without the form of a prompt: what the base model has read."""
-    about = [title(rng).replace(" , a ", " is a ") + " ." for _ in range(2)]
-    said = [sentence(rng, rng.random() < 0.5) for _ in range(2)]
-    return " ".join(rng.sample(about + said, 4))
+    about = title(rng).replace(" , a ", " is a ") + " ."
+    said = [sentence(rng, rng.random() < 0.5) for _ in range(3)]
+    return " ".join(rng.sample([about, *said], 4))
 
 
 def load(rows: int, slope: float, seed: int) -> dict:
@@ -116,7 +117,7 @@ def load(rows: int, slope: float, seed: int) -> dict:
     splits: dict[str, list] = {"test": [], "train": []}
     for i, prompt in enumerate(films):
         one, two = review(rng), review(rng)
-        while abs(reward(one) - reward(two)) < 0.4:
+        while abs(reward(one) - reward(two)) < 0.5:
             two = review(rng)
         better, worse = sorted((one, two), key=reward, reverse=True)
         test = i < held_out
