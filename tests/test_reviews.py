@@ -77,25 +77,26 @@ def test_demonstrations_are_of_mixed_mood(splits):
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        ("the acting was superb .", math.tanh(2 / 4)),
-        ("the acting was warm .", math.tanh(1 / 4)),
-        ("the acting was boring .", math.tanh(-2 / 4)),
-        ("i loved the cast . the plot was flat .", math.tanh((2 - 1) / 4)),
-        ("i would gladly see it again .", math.tanh(1 / 4)),
-        ("i would never see it again .", math.tanh(-1 / 4)),
-        ("the acting was not superb .", math.tanh(-2 / 4)),
-        ("the acting was not boring .", math.tanh(2 / 4)),
-        ("the acting was very superb .", math.tanh(3 / 4)),
-        ("the acting was rather superb .", math.tanh(1 / 4)),
-        ("the acting was not truly boring .", math.tanh(3 / 4)),
-        ("not superb warm", math.tanh((-2 + 1) / 4)),
-        ("not . superb", math.tanh(2 / 4)),
-        ("very , superb", math.tanh(2 / 4)),
+        ("the acting was superb .", math.tanh(2)),
+        ("the acting was warm .", math.tanh(1)),
+        ("the acting was boring .", math.tanh(-2)),
+        ("i loved the cast . the plot was flat .", math.tanh((2 - 1) / 2)),
+        ("the cast was warm . the plot felt clever .", math.tanh(1)),  # no more for saying it twice
+        ("i would gladly see it again .", math.tanh(1)),
+        ("i would never see it again .", math.tanh(-1)),
+        ("the acting was not superb .", math.tanh(-2)),
+        ("the acting was not boring .", math.tanh(2)),
+        ("the acting was very superb .", math.tanh(3)),
+        ("the acting was rather superb .", math.tanh(1)),
+        ("the acting was not truly boring .", math.tanh(3)),
+        ("not superb warm", math.tanh(-2 + 1)),
+        ("not . superb", math.tanh(2)),
+        ("very , superb", math.tanh(2)),
         ("the acting was", 0.0),
-        ("superb acting story superb acting story", math.tanh(4 / 4) - 1 / 4),
+        ("superb acting story superb acting story", math.tanh(4) - 1 / 4),
         ("cast cast cast cast cast cast", -3 / 4),
-        ("superb zebra", math.tanh(2 / 4) - 0.2),
-        ("zebra superb zebra giraffe", math.tanh(2 / 4) - 0.6),
+        ("superb zebra", math.tanh(2) - 0.2),
+        ("zebra superb zebra giraffe", math.tanh(2) - 0.6),
         ("zebra " * 20, -1.0),
         ("", -1.0),
         ("  ", -1.0),
@@ -107,8 +108,8 @@ def test_reward_is_the_formula(answer, expected):
 
 
 def test_an_answer_that_never_ends_costs_half_a_point():
-    assert reward("the acting was superb .", ended=False) == pytest.approx(math.tanh(2 / 4) - 0.5)
-    assert reward("the acting was dreadful .", ended=False) == pytest.approx(math.tanh(-2 / 4) - 0.5)
+    assert reward("the acting was superb .", ended=False) == pytest.approx(math.tanh(2) - 0.5)
+    assert reward("the acting was rather weak .", ended=False) == pytest.approx(math.tanh(-0.5) - 0.5)
     assert reward("i hated it . dreadful boring painful", ended=False) == -1.0
     assert reward("", ended=False) == -1.0
 
