@@ -26,7 +26,7 @@ ADJECTIVES = {
 VERBS = {"loved": 2.0, "enjoyed": 1.0, "disliked": -1.0, "hated": -2.0}
 SENTIMENT = {**ADJECTIVES, **VERBS, "gladly": 1.0, "never": -1.0}
 DEGREE = {"rather": 0.5, "very": 1.5, "truly": 1.5}
-GRAMMAR = "film review : , . the a about was were and but not i is what would see again felt".split()
+GRAMMAR = "film review : , . the a about was were and but i is what would see again felt seemed".split()
 FILMS = len(TITLES) * len(NOUNS) * len(GENRES) * len(KINDS) * len(PEOPLE)
 VOCABULARY = sorted({*TITLES, *NOUNS, *GENRES, *KINDS, *PEOPLE, *ASPECTS, *SENTIMENT, *DEGREE, *GRAMMAR, "it"})
 
@@ -34,19 +34,16 @@ VOCABULARY = sorted({*TITLES, *NOUNS, *GENRES, *KINDS, *PEOPLE, *ASPECTS, *SENTI
 def reward(answer: str, ended: bool = True) -> float:
     """True reward of an answer, in [-1, 1]: its sentiment, less what makes it a bad text.
 
-    Sentiment is tanh of the signed word scores of a sentence in the mean, so that length does not pay; `not` turns the
-    next scored word round, a degree word scales it. Repeated three-word sequences cost their share of the text, each
-    unknown word 0.2, and an answer that never ends (`ended`: it closed with its end token) 0.5; an empty answer is
-    worth -1.
+    Sentiment is tanh of the signed word scores of a sentence in the mean, so that length does not pay; a degree word
+    scales the score after it. Repeated three-word sequences cost their share of the text, each unknown word 0.2, and an
+    answer that never ends (`ended`: it closed with its end token) 0.5; an empty answer is worth -1.
     """
     words = answer.split()
     if not words:
         return -1.0
     score, factor = 0.0, 1.0
     for word in words:
-        if word == "not":
-            factor = -factor
-        elif word in DEGREE:
+        if word in DEGREE:
             factor *= DEGREE[word]
         elif word in SENTIMENT:
             score, factor = score + factor * SENTIMENT[word], 1.0
@@ -77,7 +74,7 @@ def sentence(rng: random.Random, good: bool) -> str:
         f"the {one} was {degree} {adjective} .",
         f"the {one} felt {degree} {adjective} .",
         f"the {one} and the {two} were {degree} {adjective} .",
-        f"the {one} was not {word(ADJECTIVES, not good)} .",
+        f"the {one} seemed {adjective} .",
         f"the {one} was {adjective} but the {two} was {word(ADJECTIVES, rng.random() < 0.5)} .",
         f"i {verb} the {one} .",
         f"i {verb} the {one} and the {two} .",
