@@ -24,6 +24,7 @@ CHOICES = {
     "sft_best": ("perplexity", "last"),
     "sft_target": (None, "chosen", "demonstration"),
     "policy": ("sft", "base"),
+    "report_to": ("none", "wandb", "tensorboard"),
 }
 # Training arguments that cannot change `final/`: they may differ when a run is continued.
 NOT_IDENTITY = frozenset(
@@ -117,6 +118,11 @@ class Run:
     def home(self) -> Path:
         """The folder of all runs of this name."""
         return Path(self.root) / str(self.name)
+
+    @property
+    def dataset_name(self) -> str:
+        """What the pairs are called in results: the last part of their path, or their loader."""
+        return Path(self.dataset["path"]).name if "path" in self.dataset else self.dataset["_target_"].split(".")[-2]
 
     @property
     def sft_folder(self) -> Path:
@@ -217,6 +223,10 @@ def check(cfg: DictConfig, typed: list[str], choices: dict[str, str]) -> Run:
             for name in sorted(set(SPLIT_KEYS) - set(node)):
                 raise PipelineError(f"{key} has no {name}: every option of conf/dataset/ sets {', '.join(SPLIT_KEYS)}")
             check_arguments(key, {k: v for k, v in node.items() if k not in SPLIT_KEYS})
+    if "truth" in run.judge and run.dataset["_target_"] != "dpo_pipeline.data.reviews.load":
+        if any(item.startswith("judge") for item in typed):
+            raise PipelineError("judge=truth knows the truth of dataset=reviews alone: leave it out")
+        del run.judge["truth"]  # came with dataset@sft_dataset=reviews
     fill(run, typed, choices)
     return run
 
@@ -243,8 +253,7 @@ def fill(run: Run, typed: list[str], choices: dict[str, str]) -> None:
             "-".join(["full" if run.lora is None else lora, *([other] if run.sft_dataset else [])])
         )
     if run.variant is None:
-        loss = run.dpo["loss_type"]
-        parts = [loss if isinstance(loss, str) else "+".join(loss), f"beta{run.beta:g}"]
+        parts = ["+".join(loss_names(run)), f"beta{run.beta:g}"]
         parts += [lora] if run.lora is not None else []
         parts += [run.policy] if run.policy != "sft" else []
         run.variant = clean("-".join([*parts, f"seed{run.seed}", *typed_differences(typed)]))
@@ -252,6 +261,17 @@ def fill(run: Run, typed: list[str], choices: dict[str, str]) -> None:
         run.model.path = str((run.home / "base" / "model").resolve())
     elif Path(run.model.path).expanduser().is_dir():
         run.model.path = str(Path(run.model.path).expanduser().resolve())  # adapters name it, from wherever loaded
+
+
+def loss_names(run: Run) -> list[str]:
+    """The preference losses of a run; raises PipelineError where `dpo.loss_type` names none."""
+    if "loss_type" not in run.dpo:
+        raise PipelineError("dpo.loss_type is missing: choose a loss by loss=, or by ++dpo.loss_type=NAME")
+    given = run.dpo["loss_type"]
+    names = given if isinstance(given, list) else [given]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise PipelineError(f"dpo.loss_type={given} names no loss: choose one by loss=, or by ++dpo.loss_type=[A,B]")
+    return names
 
 
 def typed_differences(typed: list[str]) -> list[str]:
@@ -270,30 +290,40 @@ def clean(name: str) -> str:
 
 
 def check_arguments(key: str, node: dict[str, Any]) -> None:
-    """Raise PipelineError where the `_target_` of a node does not take its other keys; imports that target."""
-    from hydra.utils import get_method
+    """Raise PipelineError where the `_target_` of a node does not take its other keys; imports that target.
 
-    given = {name for name in node if name != "_target_"}
-    parameters = inspect.signature(get_method(node["_target_"])).parameters
-    for name in sorted(given - set(parameters)):
-        raise PipelineError(f"{key}.{name} is no option of this data set{nearest(name, parameters)}")
+    A number given as text is refused too, where the target says that it wants a number.
+    """
+    from hydra.utils import get_class, get_method
+
+    target = node["_target_"]
+    named = get_class(target) if target.split(".")[-1][0].isupper() else get_method(target)
+    parameters = inspect.signature(named).parameters
+    for name, value in node.items():
+        if name.startswith("_"):
+            continue
+        if name not in parameters:
+            raise PipelineError(f"{key}.{name} is no option of {target}{nearest(name, parameters)}")
+        if parameters[name].annotation in (int, float) and not isinstance(value, int | float):
+            raise PipelineError(f"{key}.{name}={value} is no number")
 
 
 def build(node: dict[str, Any], **extra: Any) -> Any:
     """What the `_target_` of a config node makes of its other keys and `extra`: the only call of Hydra's instantiate.
 
     Lists and dicts arrive as Python's own: PEFT could not save its config otherwise. Raises PipelineError where the
-    target does not take a key.
+    target does not take a key, or raises one itself.
     """
-    from hydra.utils import get_class, get_method, instantiate
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
 
-    target = node["_target_"]
-    named = get_class(target) if target.split(".")[-1][0].isupper() else get_method(target)
-    parameters = inspect.signature(named).parameters
-    for name in node:
-        if not name.startswith("_") and name not in parameters:
-            raise PipelineError(f"{target} takes no {name}{nearest(name, parameters)}")
-    return instantiate(node, _convert_="all", **extra)
+    check_arguments(node["_target_"].split(".")[-2], node)
+    try:
+        return instantiate(node, _convert_="all", **extra)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, PipelineError):
+            raise error.__cause__ from None
+        raise
 
 
 def sentence_for(error: BaseException) -> str | None:

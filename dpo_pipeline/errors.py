@@ -38,15 +38,17 @@ def explain(error: BaseException, keys: list[str], groups: dict[str, list[str]])
         if isinstance(inner, MissingConfigException):
             option = (inner.missing_cfg_file or "").split("/")[-1]
             group = "/".join((inner.missing_cfg_file or "").split("/")[:-1])
-            options = sorted(inner.options or groups[group])
             if not group:
                 return f"there is no config named {option}"
+            options = sorted(inner.options or groups[group])
             return f"{group}={option} is no option{nearest(option, options) or ': there are ' + ', '.join(options)}"
         if isinstance(inner, OmegaConfBaseException):
             key = inner.full_key or inner.key
             if key is not None and re.search(r"not in|is not in struct", text):
                 return f"{key} is no key of the config{nearest(key, keys) or ': --cfg job lists them all'}"
             return f"{key}: {text[:1].lower()}{text[1:]}" if key is not None else text
+        if isinstance(inner, ValueError) and "override must be a string or a list" in text:
+            return "a config group cannot be null: name one of its options, such as lora=none"
         if isinstance(inner, ConfigCompositionException | HydraException):
             override = re.search(r"Could not override '([^']*)'|In '.*': (.*)", text)
             key = override.group(1) if override and override.group(1) else None

@@ -6,6 +6,8 @@ import warnings
 WARNINGS = (
     # TRL 1.16 asks transformers for a property under its old name, in each reference pass.
     "`is_gradient_checkpointing` is deprecated",
+    # PEFT on GPT-2's Conv1D layers: it sets what it warns of itself.
+    "fan_in_fan_out is set to False but the target module is `Conv1D`",
 )
 LOG_LINES = {
     # 4-bit kernels of the CPU, which would be downloaded; the slower built-in ones work.

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -14,16 +15,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from dpo_pipeline.config import CONF, NOT_IDENTITY, Run
-from dpo_pipeline.data.files import content_hash
 from dpo_pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
 
+WEIGHTS = (".safetensors", ".bin")
 LIBRARIES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
@@ -31,13 +32,26 @@ def write_json(path: Path, content: Any) -> None:
     """Write a JSON file so that a reader sees the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds, or None where there is no such file."""
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def content_hash(path: Path, endings: tuple[str, ...] = ("",)) -> str:
+    """sha256 over the names and bytes of a file, or of the files of a folder with these endings, at any depth."""
+    files = (
+        [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(endings))
+    )
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(str(file.relative_to(path)).encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def identity(run: Run, stage: str) -> dict[str, Any]:
@@ -47,7 +61,8 @@ def identity(run: Run, stage: str) -> dict[str, Any]:
     """
     fields = dict(getattr(run, stage))
     chosen_by_evaluation = stage == "sft" and run.sft_best == "perplexity"
-    kept = {k: v for k, v in fields.items() if k not in NOT_IDENTITY or (chosen_by_evaluation and k == "eval_steps")}
+    choosing = {"eval_steps", "save_steps"} if chosen_by_evaluation else set()
+    kept = {key: value for key, value in fields.items() if key not in NOT_IDENTITY - choosing}
     model = {key: getattr(run.model, key) for key in ("builder", "revision", "dtype", "attn_implementation")}
     parts: dict[str, Any] = {
         "model": model if run.model.builder else {**model, "path": by_content(run.model.path)},
@@ -62,7 +77,8 @@ def identity(run: Run, stage: str) -> dict[str, Any]:
     if stage == "sft":
         parts |= {"dataset": run.sft_dataset or run.dataset, "sft_target": run.sft_target, "sft_best": run.sft_best}
     else:
-        parts |= {"dataset": run.dataset, "beta": run.beta, "reference": run.reference.mode, "policy": run.policy}
+        learnt = {key: value for key, value in run.dataset.items() if key != "sft_target"}
+        parts |= {"dataset": learnt, "beta": run.beta, "reference": run.reference.mode, "policy": run.policy}
         if run.policy == "sft":
             parts["starting_policy"] = finished_sft(run)["final"]["sha256"]
     parts["dataset"] = {k: by_content(v) if k.endswith("path") else v for k, v in parts["dataset"].items()}
@@ -143,7 +159,7 @@ def decide(folder: Path, mine: dict[str, Any], overwrite: bool) -> str:
     if not differing:
         return "done" if found == "done" else "resume"
     if overwrite or (found != "done" and newest_checkpoint(folder) is None):
-        log.info("replacing the %s run in %s", found, folder)
+        print(f"replacing the {found} run in {folder}")
         shutil.rmtree(folder)
         return "new"
     listed = "; ".join(f"{key} is {theirs.get(key)} there, {mine.get(key)} here" for key in sorted(differing))
@@ -192,7 +208,7 @@ def recording(run: Run, stage: str, folder: Path, mine: dict[str, Any]) -> Itera
         "command": ["python", "-m", f"dpo_pipeline.{stage}", *sys.argv[1:]],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": git_state(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "versions": {"python": platform.python_version(), **versions()},
         "machine": {"platform": platform.platform(), "host": socket.gethostname()},
         "seed": run.seed,
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
@@ -203,7 +219,7 @@ def recording(run: Run, stage: str, folder: Path, mine: dict[str, Any]) -> Itera
     record.save_status()
     record.save_manifest()
     if is_main_process():
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(run)), encoding="utf-8")
     with logged(folder / "train.log" if is_main_process() else None):
         try:
             yield record
@@ -214,7 +230,7 @@ def recording(run: Run, stage: str, folder: Path, mine: dict[str, Any]) -> Itera
         except BaseException as error:
             record.save_status(state="failed", error=(str(error).strip() or type(error).__name__).splitlines()[0])
             raise
-        record.save_manifest(seconds=round(time.monotonic() - started, 1), peak_memory_bytes=peak_memory())
+        record.save_manifest(seconds=round(time.monotonic() - started, 1))
         record.save_status(state="done")
         log.info("%s done in %.0f s: %s", stage.upper(), manifest["seconds"], folder / "final")
 
@@ -222,10 +238,17 @@ def recording(run: Run, stage: str, folder: Path, mine: dict[str, Any]) -> Itera
 @contextlib.contextmanager
 def logged(file: Path | None) -> Iterator[None]:
     """Show our messages on the screen, and keep them with every library's warnings in `file`."""
-    root, ours = logging.getLogger(), logging.getLogger("dpo_pipeline")
+    ours = logging.getLogger("dpo_pipeline")
     handlers: list[tuple[logging.Logger, logging.Handler]] = []
     if file is not None:
-        handlers = [(ours, logging.StreamHandler(sys.stdout)), (root, logging.FileHandler(file, encoding="utf-8"))]
+        kept = logging.FileHandler(file, encoding="utf-8")
+        handlers = [(ours, logging.StreamHandler(sys.stdout)), (ours, kept)]
+        # The libraries' loggers do not hand their messages up, so each is listened to.
+        handlers += [
+            (logging.getLogger(name), kept) for name in ("transformers", "trl", "peft", "accelerate", "datasets")
+        ]
+        handlers += [(logging.getLogger("py.warnings"), handler) for handler in (logging.StreamHandler(), kept)]
+        logging.captureWarnings(True)
         for logger, handler in handlers:
             logger.addHandler(handler)
     before = ours.level
@@ -234,9 +257,16 @@ def logged(file: Path | None) -> Iterator[None]:
         yield
     finally:
         ours.setLevel(before)
+        logging.captureWarnings(False)
         for logger, handler in handlers:
             logger.removeHandler(handler)
             handler.close()
+
+
+def versions() -> dict[str, str]:
+    """The version of each library that is installed."""
+    there = {dist.metadata["Name"].lower(): dist.version for dist in distributions()}
+    return {name: there[name] for name in LIBRARIES if name in there}
 
 
 def git_state() -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from dpo_pipeline import runs
-from dpo_pipeline.config import Run, build, main
+from dpo_pipeline.config import Run, main
 
 log = logging.getLogger("dpo_pipeline.sft")  # __name__ is __main__ when run as a command
 
@@ -27,10 +27,11 @@ def run_sft(run: Run) -> Path:
         rows = start.tokenized(run, "sft", tokenizer, rows, "train", "validation")
         start.limit_steps(run, args, len(rows["train"]))
         policy = load_policy(run.model.path, run.model, dtype, trainable=True)
-        sft = trainer.build_sft(policy, run.lora and build(run.lora), tokenizer, args, rows)
+        sft = trainer.build_sft(policy, start.new_adapter(run), tokenizer, args, rows)
         record.save_manifest(**start.facts(sft, rows, run.model.path))
         log.info("SFT of %s on %d answers -> %s", run.model.path, len(rows["train"]), folder)
         trainer.train(sft, folder, [callbacks.ValidationPerplexity(sft), callbacks.Metrics(record)])
+        record.save_manifest(peak_memory_bytes=runs.peak_memory())
         record.save_manifest(final=trainer.save_final(sft, tokenizer, folder, run.model, dtype))
     return folder
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from dpo_pipeline.config import CONF, SPLIT_KEYS, build, compose
+from dpo_pipeline.config import CONF, SPLIT_KEYS, build, check_arguments, compose
 from dpo_pipeline.errors import PipelineError
 
 OPTIONS = sorted(
@@ -124,6 +124,15 @@ def test_an_experiment_wins_over_the_config_and_the_command_line_over_both():
 def test_a_known_truth_judges_the_embedded_task_alone():
     assert list(compose([]).judge) == ["truth"]
     assert not compose(["dataset=hh_rlhf"]).judge
+    assert not compose(["dataset=hh_rlhf", "dataset@sft_dataset=reviews"]).judge
+
+
+def test_the_judge_and_the_builder_of_the_tiny_model_take_what_their_options_list():
+    run = compose([])
+    assert build(run.judge["truth"])([""], ["the cast was superb ."], [True])[0] > 0.9
+    check_arguments("builder", {**run.model.builder, "folder": "x"})
+    with pytest.raises(PipelineError, match="builder.layer is no option of .*did you mean layers"):
+        check_arguments("builder", {**run.model.builder, "layer": 3})
 
 
 REFUSED = [
@@ -143,10 +152,16 @@ REFUSED = [
     (["dataset=json"], "dataset.path has no value: type dataset.path="),
     (
         ["+dataset.pth=x", "dataset=json", "dataset.path=x"],
-        "dataset.pth is no option of this data set: did you mean path",
+        "dataset.pth is no option of dpo_pipeline.data.json_file.load: did you mean path",
     ),
     (["sft_best=first"], "sft_best=first is none of its values: perplexity, last"),
     (["sft_target=rejected"], "sft_target=rejected is none of its values: null, chosen, demonstration"),
+    (["report_to=wanb"], "report_to=wanb is none of its values: none, wandb, tensorboard: did you mean wandb"),
+    (["++dpo.loss_type=3"], "dpo.loss_type=3 names no loss"),
+    (["~dpo.loss_type"], "dpo.loss_type is missing"),
+    (["lora=null"], "a config group cannot be null"),
+    (["dataset.rows=abc"], "dataset.rows=abc is no number"),
+    (["dataset=hh_rlhf", "judge=[truth]"], "judge=truth knows the truth of dataset=reviews alone"),
     (["policy=sfft"], "policy=sfft is none of its values: sft, base: did you mean sft"),
 ]
 
@@ -165,7 +180,10 @@ def test_what_cannot_be_is_refused_in_one_sentence(typed, sentence):
         ("++dpo.lerning_rate=1", "dpo.lerning_rate is no field of trl.DPOConfig: did you mean learning_rate"),
         ("++dpo.beta=0.3", "dpo.beta is decided by beta="),
         ("++dpo.per_device_train_batch_size=3", "dpo.per_device_train_batch_size is decided by batch.micro_size="),
-        ("++dpo.save_steps=oft", "refuses what stands under dpo"),
+        ("++dpo.save_steps=oft", "dpo.save_steps=oft is no number"),
+        ("dpo.learning_rate=abc", "dpo.learning_rate=abc is no number"),
+        ("++dpo.lr_scheduler_type=cosin", "trl.DPOConfig refuses what stands under dpo"),
+        ("++dpo.loss_type=sigmod", "dpo.loss_type=sigmod is no loss of TRL: did you mean sigmoid"),
         ("batch.global_size=65", "batch.global_size=65 is no multiple of batch.micro_size=64"),
     ],
 )

@@ -8,10 +8,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dpo_pipeline.data import hh_rlhf, instruction_preference, json_file
-from dpo_pipeline.data.files import content_hash
 from dpo_pipeline.data.splits import hold_out, load_splits
 from dpo_pipeline.data.tokens import Lengths, end_tokens, tokenize
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.runs import content_hash
 from dpo_pipeline.training.tiny import word_tokenizer
 
 WIDE = Lengths(512, 256)
@@ -228,8 +228,36 @@ def test_rows_that_teach_nothing_are_dropped_and_counted(tmp_path, caplog):
     with caplog.at_level("WARNING"):
         splits = load_splits(node, ("chosen", "rejected"))
     assert sum(map(len, splits.values())) == 40
-    assert "2 of 42 rows dropped: 1 identical answers, 1 empty answer" in caplog.text
-    assert sum(map(len, load_splits(node, ("chosen",)).values())) == 41  # SFT learns from what DPO cannot
+    assert "2 of 42 rows dropped: " in caplog.text
+    assert "1 identical answers" in caplog.text
+    assert "1 empty answer" in caplog.text
+
+
+def test_sft_and_dpo_hold_out_the_same_prompts_whatever_each_drops(tmp_path):
+    rows = [{**row, "chosen": row["rejected"]} if i % 5 == 0 else row for i, row in enumerate(pairs(100))]
+    path = write(tmp_path / "a.jsonl", rows)
+    node = {"_target_": "dpo_pipeline.data.json_file.load", "path": path, "test_path": None, **SPLIT, "test_rows": 20}
+    sft, dpo = load_splits(node, ("chosen",)), load_splits(node, ("chosen", "rejected"))
+    assert sum(map(len, sft.values())) == 100
+    assert sum(map(len, dpo.values())) == 80
+    for split in ("train", "validation", "test"):
+        assert {row["prompt"] for row in dpo[split]} <= {row["prompt"] for row in sft[split]}
+
+
+def test_a_prompt_of_the_sets_own_test_split_is_not_trained_on(tmp_path, caplog):
+    train, test = write(tmp_path / "a.jsonl", pairs(50)), write(tmp_path / "b.jsonl", pairs(7))
+    node = {"_target_": "dpo_pipeline.data.json_file.load", "path": train, "test_path": test, **SPLIT}
+    with caplog.at_level("WARNING"):
+        splits = load_splits(node, ("chosen", "rejected"))
+    assert len(splits["train"]) + len(splits["validation"]) == 43
+    assert not {row["prompt"] for row in splits["train"]} & {row["prompt"] for row in splits["test"]}
+    assert "7 prompt also in test" in caplog.text
+
+
+def test_subsets_of_one_file_are_refused(tmp_path):
+    path = write(tmp_path / "train.jsonl", [{"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"}])
+    with pytest.raises(PipelineError, match="is one file, without the folders harmless-base.*dataset.subsets=null"):
+        hh_rlhf.load(path, ["harmless-base"])
 
 
 def test_a_data_set_without_demonstrations_says_what_to_type(tmp_path):

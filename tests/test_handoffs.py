@@ -12,6 +12,7 @@ from dpo_pipeline import runs
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.policies import load_policy
+from dpo_pipeline.sft import run_sft
 
 ROADS = {
     "full -> full": ("lora=none", ("cached", "frozen")),
@@ -91,9 +92,21 @@ def test_final_loads_with_plain_libraries_from_another_directory(typed, small, s
     assert {*expected, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"} == found
 
 
+@pytest.mark.parametrize("lora", ["none", "r8"])
+def test_a_run_in_16_bits_loads_back_as_it_was_trained(lora, small):
+    run = small(f"lora={lora}", "precision=bf16", "sft_variant=bf16-" + lora, "++sft.max_steps=4")
+    run_sft(run)
+    manifest = runs.read_json(run.sft_folder / "manifest.json")
+    assert manifest["precision"] == "bf16"
+    assert manifest["final"]["reload_difference_nats"] < 1e-5
+
+
 @pytest.mark.parametrize(
     ("typed", "sentence"),
     [
+        ("lora=r16", "DPO continues the adapter of .*lora.r was 8, is 16 here"),
+        ("++dpo.sync_ref_model=true lora=none", "TRL refuses this combination: .*sync_ref_model"),
+        ("evaluation.max_new_tokens=255 lora=none", "leaves no room for a prompt in the model's context of 256"),
         ("lora=none sft_variant=r8", "is an adapter: continue it with lora="),
         ("lora=r8 sft_variant=full", "is a full model: continue it with lora=none"),
         ("lora=none reference=adapter", "reference=adapter needs an adapter"),
@@ -101,7 +114,7 @@ def test_final_loads_with_plain_libraries_from_another_directory(typed, small, s
 )
 def test_a_road_that_is_not_there_is_refused(typed, sentence, small, sft):
     with pytest.raises(PipelineError, match=sentence):
-        run_dpo(small(*typed.split(), "variant=refused"))
+        run_dpo(small(*(["sft_variant=r8"] if typed == "lora=r16" else []), *typed.split(), "variant=refused"))
 
 
 def test_a_policy_that_does_not_load_back_as_trained_is_refused(small, sft, monkeypatch, tmp_path):
@@ -118,5 +131,7 @@ def test_a_policy_that_does_not_load_back_as_trained_is_refused(small, sft, monk
 def test_an_sft_of_another_base_is_refused_and_of_other_settings_told(small, sft, capsys):
     with pytest.raises(PipelineError, match="trained from another base model"):
         run_dpo(small("model.builder.layers=1", "variant=other"))
+    with pytest.raises(PipelineError, match="base/model was made with other settings.*name=NAME"):
+        run_sft(small("model.builder.layers=1", "sft_variant=other"))
     run_dpo(small("sft.learning_rate=7e-4", "variant=told", *STEPS))
     assert "was made with other settings: sft.learning_rate was" in capsys.readouterr().out

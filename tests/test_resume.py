@@ -68,7 +68,7 @@ def test_an_interrupted_run_is_resumed_bit_for_bit(stage, typed, small, sft, mon
 def test_how_often_one_evaluates_and_saves_changes_no_byte(small, sft):
     often, seldom = (
         small("variant=often", "dpo.eval_steps=3"),
-        small("variant=seldom", "dpo.eval_steps=9", "dpo.logging_steps=4", "batch.micro_size=16"),
+        small("variant=seldom", "dpo.eval_steps=9", "dpo.logging_steps=4", "++dpo.eval_on_start=true"),
     )
     files = [run_stage(run, "dpo") / "final" / "model.safetensors" for run in (often, seldom)]
     assert files[0].read_bytes() == files[1].read_bytes()

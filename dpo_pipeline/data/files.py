@@ -1,9 +1,10 @@
 """Reads a data set's rows, from a local file or folder or from the hub, and names what lies there."""
 
-import hashlib
 from pathlib import Path
 
 from dpo_pipeline.errors import PipelineError
+
+ENDINGS = (".json", ".jsonl", ".gz", ".csv", ".parquet")  # of what can only be meant as a file
 
 
 def read(path: str, data_dir: str | None = None) -> dict[str, list[dict]]:
@@ -22,7 +23,7 @@ def read(path: str, data_dir: str | None = None) -> dict[str, list[dict]]:
         name, options = "json", {"data_files": {"train": str(local)}}
     elif local.is_dir():
         name, options = str(local), {"data_dir": data_dir}
-    elif local.is_absolute() or path.startswith((".", "~")) or local.suffix or path.count("/") != 1:
+    elif local.is_absolute() or path.startswith((".", "~")) or local.suffix in ENDINGS or path.count("/") > 1:
         raise PipelineError(f"there is no file or folder {path} (from {Path.cwd()}): check dataset.path")
     else:
         name, options = path, {"data_dir": data_dir}
@@ -35,7 +36,11 @@ def read(path: str, data_dir: str | None = None) -> dict[str, list[dict]]:
         ) from error
     except (DatasetGenerationError, FileNotFoundError, ValueError) as error:
         reason = first_line(error.__cause__ or error)
-        raise PipelineError(f"{path} cannot be read as a data set: {reason}") from error
+        if "corresponds to no data" in reason:
+            reason = "it holds no rows"
+        where = f", folder {data_dir}" if data_dir else ""
+        fix = "; dataset.subsets=null reads the files that lie in the folder itself" if data_dir else ""
+        raise PipelineError(f"{path}{where} cannot be read as a data set: {reason}{fix}") from error
     return {name: split.to_list() for name, split in splits.items()}
 
 
@@ -51,14 +56,3 @@ def require(rows: list[dict], columns: tuple[str, ...], path: str) -> None:
     for column in columns:
         if column not in rows[0]:
             raise PipelineError(f"{path} has no column {column!r}: found {', '.join(rows[0])}")
-
-
-def content_hash(path: Path, pattern: str = "*") -> str:
-    """sha256 over the names and bytes of a file, or of the files of a folder that match `pattern`, at any depth."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob(pattern) if p.is_file())
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(str(file.relative_to(path)).encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()

@@ -1,6 +1,9 @@
 """Anthropic's HH-RLHF (arXiv:2204.05862): two dialogues that differ in the last reply, as plain text."""
 
+from pathlib import Path
+
 from dpo_pipeline.data.files import read, require
+from dpo_pipeline.errors import PipelineError
 
 REPLY = "\n\nAssistant:"
 
@@ -10,6 +13,10 @@ def load(path: str, subsets: list[str] | None) -> dict[str, list[dict]]:
 
     A row whose two dialogues differ before that carries the reason as `problem`.
     """
+    if subsets and Path(path).is_file():
+        raise PipelineError(
+            f"dataset.path={path} is one file, without the folders {', '.join(subsets)}: set dataset.subsets=null"
+        )
     splits: dict[str, list[dict]] = {}
     for subset in subsets or [None]:
         for split, rows in read(path, data_dir=subset).items():

@@ -35,8 +35,8 @@ def reward(answer: str, ended: bool = True) -> float:
     """True reward of an answer, in [-1, 1]: its sentiment, less what makes it a bad text.
 
     Sentiment is tanh of the signed word scores of a sentence in the mean, so that length does not pay; a degree word
-    scales the score after it. Repeated three-word sequences cost their share of the text, each unknown word 0.2, and an
-    answer that never ends (`ended`: it closed with its end token) 0.5; an empty answer is worth -1.
+    scales the score after it. Repeated three-word sequences cost their share of the text, each unknown word 0.2, and
+    an answer that never ends (`ended`: it closed with its end token) 0.5; an empty answer is worth -1.
     """
     words = answer.split()
     if not words:

@@ -18,33 +18,50 @@ DEBUG_ROWS = 100
 def load_splits(node: dict[str, Any], answers: tuple[str, ...], debug: bool = False) -> dict[str, list[dict]]:
     """Rows `train`, `validation` and `test` of the data set that a config node names, no prompt in two of them.
 
-    `answers` are the columns that a stage learns from: rows in which one is empty, or in which all of several are the
-    same, are dropped and counted in the log. Test is the set's own, else `test_rows` held out by prompt; validation
-    is 5% of the rest, at most 500 rows, by prompt too; both drawn with `split_seed`. `debug` keeps 100 train rows.
+    Test is the set's own, else `test_rows` held out by prompt; validation is 5% of the rest, at most 500 rows, by
+    prompt too; both are drawn with `split_seed`, from all rows, so that every stage has the same. Only then are rows
+    dropped, and counted in the log: those of train whose prompt is in test, and those that teach nothing: `answers`,
+    the columns that a stage learns from, hold an empty one, or several that are the same. `debug` keeps 100 rows.
     """
     options = {key: node[key] for key in SPLIT_KEYS}
     splits = build({key: value for key, value in node.items() if key not in SPLIT_KEYS})
-    missing = [column for column in answers if column not in splits["train"][0]]
-    if missing:
-        found = ", ".join(splits["train"][0])
-        raise PipelineError(f"this data set has no column {missing[0]!r} (found {found}): set sft_target=chosen")
+    if "train" not in splits:
+        raise PipelineError(f"this data set has no split train (found {', '.join(splits)}): give a file of its own")
+    found = splits["train"][0]
+    for column in answers:
+        if column not in found:
+            raise PipelineError(
+                f"this data set has no column {column!r} (found {', '.join(found)}): set sft_target=chosen"
+            )
     counts: Counter[str] = Counter()
-    kept = {split: [row for row in rows if sound(row, answers, counts)] for split, rows in splits.items()}
-    if counts:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in counts.most_common())
-        log.warning("%d of %d rows dropped: %s", counts.total(), sum(map(len, splits.values())), reasons)
     rng = random.Random(options["split_seed"])
-    train, test = kept["train"], kept.get("test")
+    train, test = splits["train"], splits.get("test")
     if test is None:
         train, test = hold_out(train, options["test_rows"], rng)
     else:
         rng.shuffle(test)  # so that the first n of a file sorted by something stand for all
+        tested = {key(row) for row in test}
+        counts["prompt also in test"] = sum(key(row) in tested for row in train)
+        train = [row for row in train if key(row) not in tested]
     train, validation = hold_out(train, min(500, max(1, len(train) // 20)), rng)
-    if not train:
-        raise PipelineError(f"no rows are left to train on: {sum(map(len, splits.values()))} were read")
+    parts = {"train": train, "validation": validation, "test": test}
+    parts = {split: [row for row in rows if sound(row, answers, counts)] for split, rows in parts.items()}
+    read = sum(map(len, splits.values()))
+    if counts.total():
+        reasons = ", ".join(f"{n} {reason}" for reason, n in counts.most_common() if n)
+        log.warning("%d of %d rows dropped: %s", counts.total(), read, reasons)
+    if not parts["train"]:
+        raise PipelineError(
+            f"no rows are left to train on, of {read} read: lower dataset.test_rows, or give more rows"
+        )
     if debug:
-        train, validation = train[:DEBUG_ROWS], validation[:DEBUG_ROWS]
-    return {"train": train, "validation": validation, "test": test}
+        parts = {split: rows[:DEBUG_ROWS] for split, rows in parts.items()}
+    return parts
+
+
+def key(row: dict) -> str:
+    """What tells prompts apart, of text or messages."""
+    return json.dumps(row["prompt"])
 
 
 def sound(row: dict, answers: tuple[str, ...], counts: Counter[str]) -> bool:
@@ -65,7 +82,7 @@ def hold_out(rows: list[dict], size: int, rng: random.Random) -> tuple[list[dict
     """The rows left and at least `size` held out (if there are), whole prompts at a time: no prompt is in both."""
     by_prompt: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
-        by_prompt.setdefault(json.dumps(row["prompt"]), []).append(i)
+        by_prompt.setdefault(key(row), []).append(i)
     prompts = list(by_prompt)
     rng.shuffle(prompts)
     held: list[int] = []

@@ -11,10 +11,9 @@ from typing import Any
 
 from dpo_pipeline import estimates
 from dpo_pipeline.config import Model
-from dpo_pipeline.data.files import content_hash
 from dpo_pipeline.logprobs import answer_logprobs
 from dpo_pipeline.policies import device, load_policy
-from dpo_pipeline.runs import read_json, write_json
+from dpo_pipeline.runs import WEIGHTS, content_hash, read_json, write_json
 from dpo_pipeline.sampling import sample
 
 log = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ def measure(policies: list[Policy], base: str, on: Material) -> None:
     Every policy is measured against the one named `base`, and against its own reference. `policies` come in an order
     in which each stands before what it is measured against; each is then loaded once, one at a time.
     """
-    hashes = {p.name: weights_of(p.path) for p in policies}
+    hashes = {p.name: weights_of(p.path, on.model.revision) for p in policies}
     settings = {p.name: on.settings({name: hashes[name] for name in compared_with(p, base)}) for p in policies}
     todo = [p for p in policies if not measured(p, settings[p.name])]
     wanted = {name for p in todo for name in compared_with(p, base)}
@@ -165,9 +164,9 @@ def compared_with(policy: Policy, base: str) -> list[str]:
     return [policy.name, base, *([policy.reference] if policy.reference else [])]
 
 
-def weights_of(path: str | Path) -> str:
-    """What tells weights apart: the hash of those in a local folder, or the hub id."""
-    return content_hash(Path(path), "*.safetensors") if Path(path).is_dir() else str(path)
+def weights_of(path: str | Path, revision: str | None) -> str:
+    """What tells weights apart: the hash of those in a local folder, or the hub id and revision."""
+    return content_hash(Path(path), WEIGHTS) if Path(path).is_dir() else f"{path}@{revision or 'main'}"
 
 
 def measured(policy: Policy, settings: dict[str, Any]) -> bool:

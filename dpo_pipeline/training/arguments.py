@@ -3,10 +3,11 @@
 import dataclasses
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.config import Run
+from dpo_pipeline.config import Run, loss_names
 from dpo_pipeline.errors import PipelineError, nearest
 from dpo_pipeline.policies import device
 
@@ -77,13 +78,20 @@ def training_arguments(run: Run, stage: str, folder: Path) -> Any:
     else:
         decided |= {"beta": run.beta, "precompute_ref_log_probs": run.reference.mode == "cached"}
     arguments, fields = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}[stage], getattr(run, stage)
-    known = {field.name for field in dataclasses.fields(arguments) if field.init}
+    known = {field.name: field for field in dataclasses.fields(arguments) if field.init}
     for name in fields:
         if name in decided:
             owner = OWNERS.get(name, "the pipeline itself")
             raise PipelineError(f"{stage}.{name} is decided by {owner}: take it out")
         if name not in known:
             raise PipelineError(f"{stage}.{name} is no field of trl.{arguments.__name__}{nearest(name, known)}")
+        if type(known[name].default) in (int, float) and not isinstance(fields[name], int | float):
+            raise PipelineError(f"{stage}.{name}={fields[name]} is no number")
+    if stage == "dpo":
+        losses = re.findall(r"`'(\w+)'`", known["loss_type"].metadata["help"])
+        for loss in loss_names(run):
+            if loss not in losses:
+                raise PipelineError(f"dpo.loss_type={loss} is no loss of TRL{nearest(loss, losses)}")
     try:
         made = arguments(**decided, **fields)
     except (ValueError, TypeError) as error:

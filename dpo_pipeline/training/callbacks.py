@@ -23,10 +23,10 @@ class Metrics(TrainerCallback):
         self.bar = None
         if state.is_world_process_zero:
             # What was logged after the checkpoint that is resumed from, and the summary of a part, come again.
-            lines = self.file.read_text().splitlines() if self.file.exists() else []
+            lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
             rows = [json.loads(line) for line in lines]
             kept = [row for row in rows if row["step"] <= state.global_step and "train_runtime" not in row]
-            self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            self.file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", disable=False)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -40,7 +40,7 @@ class Metrics(TrainerCallback):
         for prefix in ("", "eval_"):
             if self.beta and f"{prefix}rewards/margins" in row:
                 row[f"{prefix}margins_nats"] = row[f"{prefix}rewards/margins"] / self.beta
-        with self.file.open("a") as file:
+        with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.record.save_status(step=state.global_step)
         shown = {"loss": "loss", "rewards/accuracies": "accuracy", "eval_perplexity": "perplexity"}
@@ -75,10 +75,12 @@ class ValidationPerplexity(TrainerCallback):
 class KeepRandomState(TrainerCallback):
     """Evaluating draws from the global random state; training must not notice how often that happens."""
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
         import torch
 
         self.state = torch.get_rng_state()
+
+    on_step_end = on_train_begin
 
     def on_evaluate(self, args, state, control, **kwargs):
         import torch

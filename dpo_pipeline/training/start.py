@@ -56,6 +56,11 @@ def ends_and_lengths(run: Run, tokenizer: Any) -> tuple[list[int], Lengths]:
     return end_tokens(tokenizer, generation), Lengths.of(run.length.max, run.length.max_prompt, context)
 
 
+def new_adapter(run: Run) -> Any:
+    """The config of an adapter to be made on the base, which it names with its revision; None without one."""
+    return build(run.lora, revision=run.model.revision) if run.lora else None
+
+
 def starting_policy(run: Run) -> Any:
     """What DPO trains, before step 1: the SFT policy or the base, on the CPU.
 

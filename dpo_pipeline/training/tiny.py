@@ -9,6 +9,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from dpo_pipeline.data import reviews
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.runs import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -19,9 +21,13 @@ def build(folder: str, hidden_size: int, layers: int, heads: int, steps: int, se
     """Make the base model in `folder`, unless it is there; some seconds on one core.
 
     It learns sentences of the task's words in no order and without the form of a prompt: enough for an adapter to
-    learn on it, which on random weights it cannot.
+    learn on it, which on random weights it cannot. Raises PipelineError where one of other settings is there.
     """
-    if Path(folder).is_dir():
+    mine = {"hidden_size": hidden_size, "layers": layers, "heads": heads, "steps": steps, "seed": seed}
+    theirs = read_json(Path(folder) / "builder.json")
+    if theirs is not None and theirs != mine:
+        raise PipelineError(f"{folder} was made with other settings ({theirs}, not {mine}): give this run a name=NAME")
+    if theirs is not None:
         return
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -53,7 +59,11 @@ def build(folder: str, hidden_size: int, layers: int, heads: int, steps: int, se
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    os.replace(partial, folder)
+    write_json(Path(partial) / "builder.json", mine)
+    try:
+        os.replace(partial, folder)
+    except OSError:  # another run of this name was faster
+        shutil.rmtree(partial)
 
 
 def word_tokenizer() -> "PreTrainedTokenizerFast":  # noqa: F821

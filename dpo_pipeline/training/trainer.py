@@ -9,7 +9,6 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 
 from dpo_pipeline import runs
-from dpo_pipeline.data.files import content_hash
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.logprobs import answer_logprobs
 from dpo_pipeline.policies import device, load_policy
@@ -74,7 +73,8 @@ def build_sft(policy: Any, lora: Any, tokenizer: Any, args: Any, rows: dict[str,
         rows[split].map(labelled, remove_columns=rows[split].column_names, keep_in_memory=True)
         for split in ("train", "validation")
     )
-    return SFTTrainer(
+    return refused(
+        SFTTrainer,
         model=policy, args=args, train_dataset=train, eval_dataset=validation, processing_class=tokenizer,
         peft_config=lora,
     )  # fmt: skip
@@ -85,13 +85,22 @@ def build_dpo(policy: Any, reference: Any, lora: Any, tokenizer: Any, args: Any,
 
     `reference` is a second model, or None for cached log-probs and for the adapter's own reference.
     """
-    trainer = PairTrainer(
+    trainer = refused(
+        PairTrainer,
         model=policy, ref_model=reference, args=args, train_dataset=rows["train"], eval_dataset=rows["validation"],
         processing_class=tokenizer, peft_config=lora,
     )  # fmt: skip
     if args.precompute_ref_log_probs:
         cache_reference(trainer)
     return trainer
+
+
+def refused(trainer: Any, **arguments: Any) -> Any:
+    """The trainer of these arguments, or one sentence where TRL refuses them."""
+    try:
+        return trainer(**arguments)
+    except (ValueError, NotImplementedError) as error:
+        raise PipelineError(f"TRL refuses this combination: {' '.join(str(error).split())}") from error
 
 
 def train(trainer: Any, folder: Path, callbacks: list[TrainerCallback]) -> None:
@@ -116,7 +125,8 @@ def save_final(trainer: Any, tokenizer: Any, folder: Path, model: Any, dtype: An
 
     Raises PipelineError where the reloaded policy does not give the log-probs that training ended with.
     """
-    policy = trainer.accelerator.unwrap_model(trainer.model)
+    # Without Accelerate's autocast, as anybody loads it.
+    policy = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     final, partial = folder / "final", folder / "final.partial"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(final, ignore_errors=True)
@@ -132,8 +142,12 @@ def save_final(trainer: Any, tokenizer: Any, folder: Path, model: Any, dtype: An
         prompts, answers = [ids[:1] for ids in rows["input_ids"]], [ids[1:] for ids in rows["input_ids"]]
     else:
         prompts, answers = list(rows["prompt_ids"]), list(rows["chosen_ids"])
-    reloaded = load_policy(final, model, dtype).to(device())
-    trained, saved = (answer_logprobs(m, prompts, answers, 4) for m in (policy, reloaded))
+    trained = answer_logprobs(policy, prompts, answers, 4)
+    # Room on the device for the reloaded policy: the trained one has done its part.
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    policy.to("cpu")
+    saved = answer_logprobs(load_policy(final, model, dtype).to(device()), prompts, answers, 4)
     worst = max(float((a - b).abs().max()) for a, b in zip(trained, saved, strict=True))
     if worst > (1e-3 if dtype.itemsize == 4 else 0.1):
         raise PipelineError(f"{final} does not load back as it was trained: log-probs differ by {worst:.3g} nats")
@@ -141,4 +155,4 @@ def save_final(trainer: Any, tokenizer: Any, folder: Path, model: Any, dtype: An
     step = int(best.rsplit("-", 1)[1]) if best else trainer.state.global_step
     if best:
         log.info("final/ is step %d: lowest validation perplexity, %.3f", step, trainer.state.best_metric)
-    return {"step": step, "sha256": content_hash(final, "*.safetensors"), "reload_difference_nats": worst}
+    return {"step": step, "sha256": runs.content_hash(final, runs.WEIGHTS), "reload_difference_nats": worst}
