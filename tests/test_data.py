@@ -63,6 +63,14 @@ def test_prompt_ids_are_those_of_the_prompt_alone_and_answers_end_once():
         assert tokenizer.decode(ids[:-1]) == rows[0][name].replace("</s>", "").strip()
 
 
+def test_an_answer_that_holds_the_end_token_is_cut_there_and_told(caplog):
+    rows = [{"prompt": "the", "chosen": " i see </s> it was flat", "rejected": " it </s>"}]
+    with caplog.at_level("WARNING"):
+        table = tokenize(rows, ("chosen", "rejected"), word_tokenizer(), [2], WIDE)
+    assert len(table[0]["chosen_ids"]) == 3
+    assert "1 of 1 rows: an answer holds the end token '</s>' before its end" in caplog.text
+
+
 def test_an_answer_is_tokenized_with_its_prompt_before_it():
     tokenizer = characters(eos_token="</s>")
     tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")  # as Llama 2 marks where a text begins

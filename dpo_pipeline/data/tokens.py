@@ -52,7 +52,7 @@ def tokenize(rows: list[dict], answers: tuple[str, ...], tokenizer: Any, ends: l
     from datasets import Dataset
 
     columns = {"prompt_ids": [], **{f"{name}_ids": [] for name in answers}}
-    counts = {"merged": 0, "cut": 0, "too long": 0}
+    counts = {"merged": 0, "cut": 0, "too long": 0, "ended early": 0}
     for start in range(0, len(rows), 1000):
         batch = rows[start : start + 1000]
         prompts = encode(batch, None, tokenizer, ends)
@@ -63,6 +63,8 @@ def tokenize(rows: list[dict], answers: tuple[str, ...], tokenizer: Any, ends: l
             if merged:
                 texts = [text(batch[i][name]) for name in answers]
                 ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+            # Behind the end token of messages comes what their template puts there; of a text, more of the answer.
+            early = isinstance(batch[i]["prompt"], str) and any(set(ends) & set(answer[:-1]) for answer in ids)
             ids = [end_once(answer, ends) for answer in ids]
             longest = max(map(len, ids))
             cut = len(prompt) + longest > lengths.max and len(prompt) > lengths.max_prompt
@@ -74,6 +76,7 @@ def tokenize(rows: list[dict], answers: tuple[str, ...], tokenizer: Any, ends: l
                 continue
             counts["cut"] += cut
             counts["merged"] += merged
+            counts["ended early"] += early
             for name, value in zip(columns, [prompt, *ids], strict=True):
                 columns[name].append(value)
     kept = len(columns["prompt_ids"])
@@ -83,6 +86,11 @@ def tokenize(rows: list[dict], answers: tuple[str, ...], tokenizer: Any, ends: l
         log.info(
             "%d rows: %d prompts cut from the left to %d tokens, %d rows dropped, longer than length.max=%d",
             *(len(rows), counts["cut"], lengths.max_prompt, counts["too long"], lengths.max),
+        )
+    if counts["ended early"]:
+        log.warning(
+            "%d of %d rows: an answer holds the end token %r before its end and was cut there: take it out of the text",
+            *(counts["ended early"], len(rows), tokenizer.convert_ids_to_tokens(ends[0])),
         )
     if counts["merged"] > 0.05 * len(rows):
         log.warning(
