@@ -89,7 +89,7 @@ def tokenize(rows: list[dict], answers: tuple[str, ...], tokenizer: Any, ends: l
         )
     if counts["ended early"]:
         log.warning(
-            "%d of %d rows: an answer holds the end token %r before its end and was cut there: take it out of the text",
+            "%d of %d rows: an answer holds the end token %r before its end, and was cut there: take it out",
             *(counts["ended early"], len(rows), tokenizer.convert_ids_to_tokens(ends[0])),
         )
     if counts["merged"] > 0.05 * len(rows):
