@@ -24,17 +24,30 @@ def explain(error: BaseException, keys: list[str], groups: dict[str, list[str]])
 
     `keys` are the config's dotted keys, `groups` the options of each group: what a misspelt name is held against.
     """
-    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+    from hydra.errors import (
+        ConfigCompositionException,
+        HydraException,
+        MissingConfigException,
+        OverrideParseException,
+    )
 
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
+    for inner in chain:
+        if isinstance(inner, OverrideParseException):
+            why = str(inner.message).splitlines()[0]
+            return f"{inner.override} cannot be read ({why}): type KEY=VALUE, and quote a value that holds = or spaces"
     for inner in reversed(chain):
         text = str(inner).strip().split("\n")[0]
         if "$" in text and inner is not error:
             continue  # OmegaConf's template of the message that the next one fills in
         if isinstance(inner, PipelineError):
             return str(inner)
+        if isinstance(inner, OverrideParseException):
+            return (
+                f"{inner.override} cannot be read ({text}): type KEY=VALUE, and quote a value that holds = or spaces"
+            )
         if isinstance(inner, MissingConfigException):
             option = (inner.missing_cfg_file or "").split("/")[-1]
             group = "/".join((inner.missing_cfg_file or "").split("/")[:-1])
@@ -49,6 +62,8 @@ def explain(error: BaseException, keys: list[str], groups: dict[str, list[str]])
             return f"{key}: {text[:1].lower()}{text[1:]}" if key is not None else text
         if isinstance(inner, ValueError) and "override must be a string or a list" in text:
             return "a config group cannot be null: name one of its options, such as lora=none"
+        if isinstance(inner, AssertionError) and "Unexpected type for root" in text:
+            return "a key was set under a group that is none: choose one of its options first, such as lora=r16"
         if isinstance(inner, ConfigCompositionException | HydraException):
             override = re.search(r"Could not override '([^']*)'|In '.*': (.*)", text)
             key = override.group(1) if override and override.group(1) else None
