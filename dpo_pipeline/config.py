@@ -239,7 +239,8 @@ def fill(run: Run, typed: list[str], choices: dict[str, str]) -> None:
         fields = getattr(run, stage)
         if fields["learning_rate"] is None:
             fields["learning_rate"] = rates[stage if run.lora is None else f"{stage}_lora"]
-    run.batch.micro_size = run.batch.micro_size or min(run.model.micro_size, run.batch.global_size)
+    fitting = (n for n in range(run.model.micro_size, 0, -1) if run.batch.global_size % n == 0)
+    run.batch.micro_size = run.batch.micro_size or next(fitting)
     run.sft_target = run.sft_target or (run.sft_dataset or run.dataset)["sft_target"]
     model, dataset = choices["model"], choices["dataset"]
     if model == "path":

@@ -83,6 +83,12 @@ def test_any_other_loss_and_field_of_trl_is_an_override_away(tmp_path):
     assert run.variant.startswith("sigmoid+sft-beta0.1-seed0-dpo.loss_weights__1.0_0.1_-dpo.max_steps_20")
 
 
+def test_the_micro_batch_divides_the_global_one():
+    assert compose([]).batch.micro_size == 64
+    assert compose(["batch.global_size=96"]).batch.micro_size == 48
+    assert compose(["model=gpt2", "batch.global_size=20"]).batch.micro_size == 5
+
+
 def test_learning_rate_follows_stage_and_adapter():
     full, lora = compose([]), compose(["lora=r16"])
     rates = dataclasses.asdict(full.model.learning_rate)
@@ -187,7 +193,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(typed, sentence):
         ("dpo.learning_rate=abc", "dpo.learning_rate=abc is no number"),
         ("++dpo.lr_scheduler_type=cosin", "trl.DPOConfig refuses what stands under dpo"),
         ("++dpo.loss_type=sigmod", "dpo.loss_type=sigmod is no loss of TRL: did you mean sigmoid"),
-        ("batch.global_size=65", "batch.global_size=65 is no multiple of batch.micro_size=64"),
+        ("batch.micro_size=7", "batch.global_size=64 is no multiple of batch.micro_size=7"),
     ],
 )
 def test_a_wrong_trainer_field_is_refused_before_anything_is_read(typed, sentence, tmp_path):
