@@ -59,6 +59,7 @@ def test_the_sft_policy_is_not_the_base(lora, small, sft):
     assert (base(ids).logits - policy(ids).logits).abs().max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("typed", ["lora=none", "lora=r8", "lora=r8 policy=base"])
 def test_final_loads_with_plain_libraries_from_another_directory(typed, small, sft, tmp_path):
     run = small(*typed.split(), *STEPS, "variant=" + typed.replace("=", "").replace(" ", "-"))

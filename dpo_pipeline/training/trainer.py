@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import is_peft_model
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 
@@ -39,7 +40,7 @@ def cache_reference(trainer: PairTrainer) -> None:
     trainer.train_dataset = with_reference(trainer, trainer.train_dataset, "reference on train")
     trainer.eval_dataset = with_reference(trainer, trainer.eval_dataset, "reference on validation")
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if "ref" in getattr(model, "peft_config", {}):
+    if is_peft_model(model) and "ref" in model.peft_config:
         model.delete_adapter("ref")
 
 
@@ -130,8 +131,8 @@ def save_final(trainer: Any, tokenizer: Any, folder: Path, model: Any, dtype: An
     final, partial = folder / "final", folder / "final.partial"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(final, ignore_errors=True)
-    adapter = {"selected_adapters": ["default"]} if "default" in getattr(policy, "peft_config", {}) else {}
-    policy.save_pretrained(partial, **adapter)
+    # Of an adapter's folder, without the frozen copy that served as its reference.
+    policy.save_pretrained(partial, **({"selected_adapters": ["default"]} if is_peft_model(policy) else {}))
     policy.generation_config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     trainer.create_model_card(model_name=folder.name)
