@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -66,7 +67,7 @@ def build(folder: str, hidden_size: int, layers: int, heads: int, steps: int, se
         shutil.rmtree(partial)
 
 
-def word_tokenizer() -> "PreTrainedTokenizerFast":  # noqa: F821
+def word_tokenizer() -> Any:
     """A tokenizer with one token for each word of the task."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
