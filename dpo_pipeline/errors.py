@@ -44,10 +44,6 @@ def explain(error: BaseException, keys: list[str], groups: dict[str, list[str]])
             continue  # OmegaConf's template of the message that the next one fills in
         if isinstance(inner, PipelineError):
             return str(inner)
-        if isinstance(inner, OverrideParseException):
-            return (
-                f"{inner.override} cannot be read ({text}): type KEY=VALUE, and quote a value that holds = or spaces"
-            )
         if isinstance(inner, MissingConfigException):
             option = (inner.missing_cfg_file or "").split("/")[-1]
             group = "/".join((inner.missing_cfg_file or "").split("/")[:-1])

@@ -107,8 +107,27 @@ def test_a_prompt_is_cut_from_the_left_only_where_the_pair_is_too_long_and_keeps
 
 
 def test_rows_that_are_all_too_long_are_an_error():
-    with pytest.raises(PipelineError, match="all 1 rows are longer than length.max=4"):
+    with pytest.raises(PipelineError, match="all 1 rows have no prompt or are longer than length.max=4"):
         tokenize([{"prompt": "the", "chosen": " it" * 9}], ("chosen",), word_tokenizer(), [2], Lengths(4, 2))
+
+
+def test_a_prompt_without_a_token_is_dropped_and_told(caplog):
+    rows = [{"prompt": "", "chosen": "a", "rejected": "b"}, {"prompt": "x", "chosen": "a", "rejected": "b"}]
+    with caplog.at_level("WARNING"):
+        table = tokenize(rows, ("chosen", "rejected"), characters(eos_token="</s>"), [0], WIDE)
+    assert len(table) == 1
+    assert "1 of 2 rows dropped: their prompt has no token" in caplog.text
+
+
+def test_a_split_that_keeps_no_row_is_an_error(tmp_path):
+    rows = [{**row, "chosen": row["rejected"]} for row in pairs(30)]
+    node = {
+        "_target_": "dpo_pipeline.data.json_file.load",
+        "path": write(tmp_path / "a.jsonl", rows),
+        "test_path": None,
+    }
+    with pytest.raises(PipelineError, match="no rows are left for train, of 30 read"):
+        load_splits({**node, **SPLIT}, ("chosen", "rejected"))
 
 
 def test_lengths_default_to_the_context_and_may_not_exceed_it():

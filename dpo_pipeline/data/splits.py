@@ -50,10 +50,9 @@ def load_splits(node: dict[str, Any], answers: tuple[str, ...], debug: bool = Fa
     if counts.total():
         reasons = ", ".join(f"{n} {reason}" for reason, n in counts.most_common() if n)
         log.warning("%d of %d rows dropped: %s", counts.total(), read, reasons)
-    if not parts["train"]:
-        raise PipelineError(
-            f"no rows are left to train on, of {read} read: lower dataset.test_rows, or give more rows"
-        )
+    for split in ("train", "validation"):
+        if not parts[split]:
+            raise PipelineError(f"no rows are left for {split}, of {read} read: lower dataset.test_rows or give more")
     if debug:
         parts = {split: rows[:DEBUG_ROWS] for split, rows in parts.items()}
     return parts

@@ -52,12 +52,15 @@ def tokenize(rows: list[dict], answers: tuple[str, ...], tokenizer: Any, ends: l
     from datasets import Dataset
 
     columns = {"prompt_ids": [], **{f"{name}_ids": [] for name in answers}}
-    counts = {"merged": 0, "cut": 0, "too long": 0, "ended early": 0}
+    counts = {"merged": 0, "cut": 0, "too long": 0, "ended early": 0, "no prompt": 0}
     for start in range(0, len(rows), 1000):
         batch = rows[start : start + 1000]
         prompts = encode(batch, None, tokenizer, ends)
         together = [encode(batch, name, tokenizer, ends) for name in answers]
         for i, prompt in enumerate(prompts):
+            if not prompt:  # the first token of an answer would have nothing to be predicted from
+                counts["no prompt"] += 1
+                continue
             merged = any(full[i][: len(prompt)] != prompt for full in together)
             ids = [full[i][len(prompt) :] for full in together]
             if merged:
@@ -80,8 +83,11 @@ def tokenize(rows: list[dict], answers: tuple[str, ...], tokenizer: Any, ends: l
             for name, value in zip(columns, [prompt, *ids], strict=True):
                 columns[name].append(value)
     kept = len(columns["prompt_ids"])
+    if counts["no prompt"]:
+        log.warning("%d of %d rows dropped: their prompt has no token", counts["no prompt"], len(rows))
     if rows and not kept:
-        raise PipelineError(f"all {len(rows)} rows are longer than length.max={lengths.max} tokens: raise it")
+        why = f"have no prompt or are longer than length.max={lengths.max} tokens: raise it"
+        raise PipelineError(f"all {len(rows)} rows {why}")
     if counts["cut"] or counts["too long"]:
         log.info(
             "%d rows: %d prompts cut from the left to %d tokens, %d rows dropped, longer than length.max=%d",
