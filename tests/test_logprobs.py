@@ -1,11 +1,13 @@
 """Log-probs of answers, and what is made of them, against a plain loop in float64."""
 
+import math
 import random
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dpo_pipeline import estimates
 from dpo_pipeline.evaluation.compare import compared
 from dpo_pipeline.logprobs import answer_logprobs
 
@@ -95,7 +97,8 @@ def test_answers_that_differ_from_their_prompts_in_number_are_refused(policy):
         answer_logprobs(policy, PROMPTS, ANSWERS[:-1], 8)
 
 
-def test_a_comparison_is_that_of_a_plain_loop(policy, reference):
+@pytest.mark.parametrize("batch_size", [1, 7, 32])
+def test_a_comparison_is_that_of_a_plain_loop(policy, reference, batch_size):
     sides = [[sums(plain_loop(model, PROMPTS, side)) for side in (ANSWERS, OTHERS)] for model in (policy, reference)]
     (chosen, rejected), (chosen_ref, rejected_ref) = sides
     count = len(PROMPTS)
@@ -109,7 +112,7 @@ def test_a_comparison_is_that_of_a_plain_loop(policy, reference):
         nats, tokens = nats + gap_chosen, tokens + len(ANSWERS[i])
 
     def measured(model):
-        return [[row.sum().item() for row in answer_logprobs(model, PROMPTS, side, 7)] for side in (ANSWERS, OTHERS)]
+        return [sums(answer_logprobs(model, PROMPTS, side, batch_size)) for side in (ANSWERS, OTHERS)]
 
     ours, theirs = measured(policy), measured(reference)
     gaps = [a - b for a, b in zip(ours[0], theirs[0], strict=True)]
@@ -126,6 +129,8 @@ def test_a_comparison_is_that_of_a_plain_loop(policy, reference):
     }
     assert {key: estimate["value"] for key, estimate in found.items()} == pytest.approx(expected, abs=1e-4)
     assert all(estimate["n"] == count and estimate["low"] < estimate["high"] for estimate in found.values())
+    perplexity = estimates.perplexity(ours[0], [len(answer) for answer in ANSWERS])["value"]
+    assert perplexity == pytest.approx(math.exp(-sum(chosen) / tokens), rel=1e-5)
 
 
 def test_a_policy_against_itself_is_exactly_even(policy):
