@@ -1,20 +1,20 @@
 """The one config of every command: its schema, and how it is composed, checked and completed."""
 
 import dataclasses
-import hashlib
 import inspect
 import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_pipeline.errors import PipelineError, explain, nearest
+from dpo_pipeline.machine import is_main_process, processes
+from dpo_pipeline.naming import loss_names, name_folders
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 CHOICES = {
@@ -23,14 +23,8 @@ CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
     "sft_best": ("perplexity", "last"),
     "sft_target": (None, "chosen", "demonstration"),
-    "policy": ("sft", "base"),
     "report_to": ("none", "wandb", "tensorboard"),
 }
-# Training arguments that cannot change `final/`: they may differ when a run is continued.
-NOT_IDENTITY = frozenset(
-    "logging_steps logging_first_step logging_strategy eval_steps eval_strategy eval_on_start save_steps "
-    "save_strategy save_total_limit activation_checkpointing dataloader_num_workers run_name".split()
-)
 SPLIT_KEYS = ("test_rows", "split_seed", "sft_target")  # of each data set; its other keys are its loader's arguments
 
 
@@ -64,6 +58,7 @@ class Precision:
 @dataclass
 class Reference:
     mode: str = MISSING
+    path: str | None = None
 
 
 @dataclass
@@ -93,6 +88,7 @@ class Run:
     dataset: dict[str, Any] = field(default_factory=dict)
     sft_dataset: dict[str, Any] | None = None
     lora: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
     precision: Precision = field(default_factory=Precision)
     reference: Reference = field(default_factory=Reference)
     judge: dict[str, Any] = field(default_factory=dict)
@@ -107,6 +103,7 @@ class Run:
     sft_target: str | None = None
     report_to: str = MISSING
     debug: bool = MISSING
+    check: bool = MISSING
     overwrite: bool = MISSING
     batch: Batch = field(default_factory=Batch)
     length: Length = field(default_factory=Length)
@@ -150,6 +147,12 @@ def main(stage: Callable[[Run], Any]) -> None:
     from dpo_pipeline.quiet import quiet
 
     quiet()
+    if processes() > 1 and {"-m", "--multirun"} & set(sys.argv):
+        given = " ".join(item for item in sys.argv[1:] if item not in ("-m", "--multirun"))
+        fail(
+            f"a sweep under a launcher would run whole in each of the {processes()} processes: type `python -m "
+            f"dpo_pipeline.{stage.__name__.removeprefix('run_')} -m {given}` without the launcher"
+        )
     # Hydra then raises instead of printing; the libraries' many small bars are off, the training's own is not.
     os.environ.update(HYDRA_FULL_ERROR="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false")
     register()
@@ -162,7 +165,7 @@ def main(stage: Callable[[Run], Any]) -> None:
         try:
             stage(check(cfg, list(hydra_cfg.overrides.task), dict(hydra_cfg.runtime.choices)))
         except PipelineError as error:
-            sys.exit(f"error: {error}")
+            fail(error)
 
     try:
         task()
@@ -172,7 +175,12 @@ def main(stage: Callable[[Run], Any]) -> None:
         sentence = sentence_for(error)
         if sentence is None:
             raise
-        sys.exit(f"error: {sentence}")
+        fail(sentence)
+
+
+def fail(sentence: object) -> NoReturn:
+    """End the process with 1 and one sentence, told once however many processes there are."""
+    sys.exit(f"error: {sentence}" if is_main_process() else 1)
 
 
 def compose(overrides: list[str]) -> Run:
@@ -223,6 +231,7 @@ def check(cfg: DictConfig, typed: list[str], choices: dict[str, str]) -> Run:
             for name in sorted(set(SPLIT_KEYS) - set(node)):
                 raise PipelineError(f"{key} has no {name}: every option of conf/dataset/ sets {', '.join(SPLIT_KEYS)}")
             check_arguments(key, {k: v for k, v in node.items() if k not in SPLIT_KEYS})
+    check_together(run)
     if "truth" in run.judge and run.dataset["_target_"] != "dpo_pipeline.data.reviews.load":
         if any(item.startswith("judge") for item in typed):
             raise PipelineError("judge=truth knows the truth of dataset=reviews alone: leave it out")
@@ -231,63 +240,56 @@ def check(cfg: DictConfig, typed: list[str], choices: dict[str, str]) -> Run:
     return run
 
 
+def check_together(run: Run) -> None:
+    """Raise PipelineError for values that are fine alone and cannot be together."""
+    if run.quantization is not None and run.lora is None:
+        raise PipelineError("quantized weights cannot be trained, only an adapter on them: add lora=r16")
+    if run.model.dtype == "float16" and run.lora is None:
+        raise PipelineError(
+            "model.dtype=float16 holds no weights that are trained, updates round to nothing: type model.dtype=auto"
+        )
+    if run.reference.mode == "adapter" and run.lora is None:
+        raise PipelineError("reference=adapter needs an adapter: set lora=r16, or reference=frozen or cached")
+    if run.reference.mode == "adapter" and run.reference.path is not None:
+        raise PipelineError("reference.path names another model, which no adapter is: add reference=frozen or cached")
+    if run.policy not in ("sft", "base") and not any(
+        (Path(run.policy).expanduser() / file).is_file() for file in ("config.json", "adapter_config.json")
+    ):
+        raise PipelineError(
+            f"policy={run.policy} is neither sft, base nor a folder with config.json or adapter_config.json"
+            f"{nearest(run.policy, ('sft', 'base'))}"
+        )
+    losses = loss_names(run)
+    if "label_smoothing" not in run.dpo:
+        return
+    smoothing = run.dpo["label_smoothing"]
+    if not isinstance(smoothing, int | float) or not 0 <= smoothing < 0.5:
+        raise PipelineError(
+            f"dpo.label_smoothing={smoothing} is the share of labels believed wrong: it lies in [0, 0.5)"
+        )
+    if smoothing and not {"cdpo", "robust", "exo_pair", "aot", "aot_unpaired"} & set(losses):
+        raise PipelineError(
+            f"dpo.label_smoothing={smoothing} has no effect in TRL with {'+'.join(losses)}: choose loss=cdpo or robust"
+        )
+
+
 def fill(run: Run, typed: list[str], choices: dict[str, str]) -> None:
-    """Replace in place each null that stands for a default: names, variants, learning rates, the micro batch."""
-    lora = choices["lora"]
+    """Replace in place each null that stands for a default: learning rates, the micro batch, names."""
     rates = dataclasses.asdict(run.model.learning_rate)
     for stage in ("sft", "dpo"):
         fields = getattr(run, stage)
         if fields["learning_rate"] is None:
             fields["learning_rate"] = rates[stage if run.lora is None else f"{stage}_lora"]
-    fitting = (n for n in range(run.model.micro_size, 0, -1) if run.batch.global_size % n == 0)
-    run.batch.micro_size = run.batch.micro_size or next(fitting)
+    fitting = (n for n in range(run.model.micro_size, 0, -1) if run.batch.global_size % (n * processes()) == 0)
+    run.batch.micro_size = run.batch.micro_size or next(fitting, 1)
     run.sft_target = run.sft_target or (run.sft_dataset or run.dataset)["sft_target"]
-    model, dataset = choices["model"], choices["dataset"]
-    if model == "path":
-        model = Path(run.model.path).name
-    if dataset == "json":
-        dataset = Path(run.dataset["path"]).name.split(".")[0]
-    run.name = clean(run.name or f"{model}-{dataset}") + ("-debug" if run.debug else "")
-    if run.sft_variant is None:
-        other = choices["dataset@sft_dataset"]
-        run.sft_variant = clean(
-            "-".join(["full" if run.lora is None else lora, *([other] if run.sft_dataset else [])])
-        )
-    if run.variant is None:
-        parts = ["+".join(loss_names(run)), f"beta{run.beta:g}"]
-        parts += [lora] if run.lora is not None else []
-        parts += [run.policy] if run.policy != "sft" else []
-        run.variant = clean("-".join([*parts, f"seed{run.seed}", *typed_differences(typed)]))
+    name_folders(run, typed, choices)
+    if run.policy not in ("sft", "base"):
+        run.policy = str(Path(run.policy).expanduser().resolve())
     if run.model.builder:
         run.model.path = str((run.home / "base" / "model").resolve())
     elif Path(run.model.path).expanduser().is_dir():
         run.model.path = str(Path(run.model.path).expanduser().resolve())  # adapters name it, from wherever loaded
-
-
-def loss_names(run: Run) -> list[str]:
-    """The preference losses of a run; raises PipelineError where `dpo.loss_type` names none."""
-    if "loss_type" not in run.dpo:
-        raise PipelineError("dpo.loss_type is missing: choose a loss by loss=, or by ++dpo.loss_type=NAME")
-    given = run.dpo["loss_type"]
-    names = given if isinstance(given, list) else [given]
-    if not names or not all(isinstance(name, str) for name in names):
-        raise PipelineError(f"dpo.loss_type={given} names no loss: choose one by loss=, or by ++dpo.loss_type=[A,B]")
-    return names
-
-
-def typed_differences(typed: list[str]) -> list[str]:
-    """`key_value` for each typed key that is of DPO's identity and that no other part of the name tells."""
-    told = r"(model|dataset|experiment|lora|loss|beta|seed|policy|dpo\.loss_type|.*path)$"
-    ours = r"(model\.|dataset\.|lora\.|precision|reference|batch\.global_size|length\.|sft_variant|dpo\.)"
-    pairs = sorted(item.lstrip("+~").partition("=")[::2] for item in typed)
-    parts = [(key, value) for key, value in pairs if re.match(ours, key) and not re.match(told, key)]
-    return [f"{key}_{value}" for key, value in parts if key.split(".")[-1] not in NOT_IDENTITY]
-
-
-def clean(name: str) -> str:
-    """A name that every file system takes; the end of one longer than 150 characters becomes a hash of it."""
-    name = re.sub(r"[^A-Za-z0-9._+-]", "_", name)
-    return name if len(name) <= 150 else f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def check_arguments(key: str, node: dict[str, Any]) -> None:

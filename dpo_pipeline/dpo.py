@@ -1,60 +1,118 @@
 """Align a policy with preference pairs and show what changed: `python -m dpo_pipeline.dpo key=value ...`."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from dpo_pipeline import runs
 from dpo_pipeline.config import Run, build, main
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.machine import check_device, gigabytes, peak_memory, together
+from dpo_pipeline.naming import policy_name
 
 log = logging.getLogger("dpo_pipeline.dpo")  # __name__ is __main__ when run as a command
 
 
 def run_dpo(run: Run) -> dict[str, Any]:
     """Train the DPO policy of a run, or find it trained, and compare it with base and SFT; the name's results."""
-    folder, mine = run.dpo_folder, runs.identity(run, "dpo")
-    if run.policy == "sft":
-        check_sft(run)
-    if runs.decide(folder, mine, run.overwrite) == "done":
+    folder = run.dpo_folder
+    if run.check:
+        check_run(run, folder)
+        return {}
+    mine, decision = together(lambda: claim(run))
+    if decision == "done":
         from dpo_pipeline.training import start
 
         with runs.logged(folder / "train.log"):
             log.info("already done: %s", folder)
-            return compare_policies(run, measured_on(run, start.load_rows(run, "dpo")))
+            return together(lambda: compare_policies(run, measured_on(run, start.load_rows(run, "dpo"))))
     with runs.recording(run, "dpo", folder, mine) as record:
-        from dpo_pipeline.policies import load_tokenizer
-        from dpo_pipeline.training import callbacks, start, trainer
-        from dpo_pipeline.training.arguments import training_arguments, weights_dtype
+        from dpo_pipeline.training import callbacks, guards, handoff, preflight, room, start, trainer
+        from dpo_pipeline.training.arguments import training_arguments
 
-        args, dtype = training_arguments(run, "dpo", folder), weights_dtype(run)
-        rows = start.load_rows(run, "dpo")
+        check_device("dpo_pipeline.dpo")
+        args, loading = training_arguments(run, "dpo", folder), handoff.loading(run)
+        preflight.check_rate(run, "dpo")
         start.prepare_base(run)
-        on = measured_on(run, rows)
-        starting = run.model.path if run.policy == "base" else run.sft_folder / "final"
-        tokenizer = load_tokenizer(run.model, None if run.policy == "base" else starting)
-        rows = start.tokenized(run, "dpo", tokenizer, rows, "train", "validation")
+        begin = handoff.dpo_start(run)
+        tokenizer = handoff.tokenizer_of(run, begin)
+        rows, on = start.made_once(run, lambda: prepared(run, tokenizer))
         start.limit_steps(run, args, len(rows["train"]))
-        policy, reference = start.starting_policy(run), start.frozen_reference(run)
-        lora = start.new_adapter(run) if run.policy == "base" else None
-        log.info("DPO of %s on %d pairs, beta %g -> %s", starting, len(rows["train"]), run.beta, folder)
-        dpo = trainer.build_dpo(policy, reference, lora, tokenizer, args, rows)
-        record.save_manifest(**start.facts(dpo, rows, starting), reference=f"{starting} ({run.reference.mode})")
-        trainer.train(dpo, folder, [callbacks.Metrics(record, run.beta)])
-        record.save_manifest(peak_memory_bytes=runs.peak_memory())
-        record.save_manifest(final=trainer.save_final(dpo, tokenizer, folder, run.model, dtype))
-        del policy, reference, dpo
-        return compare_policies(run, on)
+        room.check_room(run, "dpo", begin)
+        policy, reference = handoff.load_start(run, begin), handoff.second_model(run, begin)
+        log.info("DPO of %s on %d pairs, beta %g -> %s", begin, len(rows["train"]), run.beta, folder)
+        dpo = trainer.build_dpo(policy, reference, begin.lora, tokenizer, args, rows)
+        told = f"{run.reference.path or begin.source} ({run.reference.mode})"
+        record.save_manifest(**start.facts(dpo, rows, begin.source, loading), handoff=str(begin), reference=told)
+        ends, _ = start.ends_and_lengths(run, tokenizer)
+        batch = preflight.check_policy(dpo, ends, tokenizer.bos_token_id, rows["train"])
+        if run.policy == "sft":
+            preflight.check_start(dpo, runs.finished_sft(run), record.manifest["loading"], begin.source)
+        preflight.check_reference(dpo, batch, begin.source, run.reference.path)
+        probe = preflight.probe(dpo)
+        preflight.rehearse(dpo, run, "dpo")
+        if args.precompute_ref_log_probs:
+            trainer.cache_reference(dpo)
+        del policy, reference
+        trainer.train(dpo, folder, [callbacks.Metrics(record, run.beta), guards.Guards(dpo)])
+        record.save_manifest(peak_memory_bytes=peak_memory())
+        record.save_manifest(final=trainer.save_final(dpo, tokenizer, folder, loading, probe))
+        del dpo
+        return together(lambda: compare_policies(run, on))
+
+
+def claim(run: Run) -> tuple[dict[str, Any], str]:
+    """The identity of this DPO and what is to be done with its folder, once its SFT is found to fit."""
+    if run.policy == "sft":
+        check_sft(run)
+    return runs.claim(run, "dpo", run.dpo_folder)
+
+
+def prepared(run: Run, tokenizer: Any) -> tuple[dict[str, Any], Any]:
+    """Train and validation pairs as token ids, and what the policies will be measured on: before any training."""
+    from dpo_pipeline.training import start
+
+    rows = start.load_rows(run, "dpo")
+    return start.tokenized(run, "dpo", tokenizer, rows, "train", "validation"), measured_on(run, rows)
+
+
+def check_run(run: Run, folder: Path) -> None:
+    """Raise PipelineError for whatever would keep this DPO from training; loads no weights and leaves nothing.
+
+    Where its SFT is still to come, what the same config would make stands for it.
+    """
+    from dpo_pipeline.policies import load_tokenizer
+    from dpo_pipeline.training import fetch, handoff, preflight, room, start
+    from dpo_pipeline.training.arguments import training_arguments
+
+    with runs.logged(None), fetch.base_at_hand(run) as run:
+        training_arguments(run, "dpo", folder)
+        preflight.check_rate(run, "dpo")
+        to_come = run.policy == "sft" and runs.state(run.sft_folder) != "done"
+        if run.policy == "sft" and not to_come:
+            check_sft(run)
+        mine = runs.identity(run, "dpo")
+        decision = runs.decide(folder, mine, run.overwrite) if not to_come else "its SFT is still to come"
+        begin = handoff.sft_to_come(run) if to_come else handoff.dpo_start(run)
+        tokenizer = load_tokenizer(run.model) if to_come else handoff.tokenizer_of(run, begin)
+        rows, _ = prepared(run, tokenizer)
+        preflight.check_rows(rows["train"], start.ends_and_lengths(run, tokenizer)[0], tokenizer.bos_token_id)
+        needed, free = room.check_room(run, "dpo", begin)
+        log.info(
+            "check: DPO of %s on %d pairs -> %s (%s); writes up to %s of %s free",
+            *(begin, len(rows["train"]), folder, decision, gigabytes(needed), gigabytes(free)),
+        )
 
 
 def check_sft(run: Run) -> None:
-    """Say where the SFT was made with other settings; raise PipelineError for another base model or adapter."""
+    """Say where the SFT was made with other settings; raise PipelineError for another base model."""
     theirs, mine = runs.finished_sft(run)["identity"], runs.identity(run, "sft")
-    differing = sorted(key for key in {**theirs, **mine} if theirs.get(key) != mine.get(key))
+    # Another adapter is a hand-off, which DPO tells of itself.
+    given = [key for key in {**theirs, **mine} if not key.startswith(("lora", "quantization"))]
+    differing = sorted(key for key in given if theirs.get(key) != mine.get(key))
     listed = "; ".join(f"{key} was {theirs.get(key)}, is {mine.get(key)} here" for key in differing)
     if any(key.startswith(("model.path", "model.builder", "model.revision")) for key in differing):
         raise PipelineError(f"{run.sft_folder} was trained from another base model ({listed}): give the same model=")
-    if "lora.r" in theirs and "lora.r" in mine and any(key.startswith("lora.") for key in differing):
-        raise PipelineError(f"DPO continues the adapter of {run.sft_folder} as it is ({listed}): give the same lora=")
     if differing:
         print(f"note: the SFT in {run.sft_folder} was made with other settings: {listed}")
 
@@ -66,8 +124,7 @@ def measured_on(run: Run, rows: dict[str, list[dict]]) -> Any:
     """
     from dpo_pipeline.evaluation import compare
     from dpo_pipeline.policies import load_config, load_tokenizer
-    from dpo_pipeline.training import start
-    from dpo_pipeline.training.arguments import weights_dtype
+    from dpo_pipeline.training import handoff, start
 
     settings = run.evaluation
     context = load_config(run.model).get_text_config().max_position_embeddings
@@ -85,7 +142,7 @@ def measured_on(run: Run, rows: dict[str, list[dict]]) -> Any:
         prompts=min(settings.prompts, 8) if run.debug else settings.prompts,
         context=context, max_new_tokens=settings.max_new_tokens, dataset=run.dataset_name, tokenizer=tokenizer,
         ends=start.ends_and_lengths(run, tokenizer)[0], beta=run.beta, seed=run.dataset["split_seed"],
-        model=run.model, dtype=weights_dtype(run), batch_size=run.batch.micro_size,
+        loading=handoff.loading(run), batch_size=run.batch.micro_size,
         judges={name: build(node) for name, node in run.judge.items()},
     )  # fmt: skip
 
@@ -95,8 +152,11 @@ def compare_policies(run: Run, on: Any) -> dict[str, Any]:
     from dpo_pipeline.evaluation import compare, tables
 
     base = compare.Policy("base", run.model.path, run.home / "base")
-    sft = compare.Policy(f"sft/{run.sft_variant}", run.sft_folder / "final", run.sft_folder)
-    before = [sft, base] if run.policy == "sft" else [base]
+    if run.policy == "sft":
+        start = compare.Policy(f"sft/{run.sft_variant}", run.sft_folder / "final", run.sft_folder)
+    else:
+        start = compare.Policy(f"policy/{policy_name(run.policy)}", run.policy, run.dpo_folder / "starting_policy")
+    before = [base] if run.policy == "base" else [start, base]
     dpo = compare.Policy(f"dpo/{run.variant}", run.dpo_folder / "final", run.dpo_folder, before[0].name)
     compare.measure([dpo, *before], base.name, on)
     results = compare.gather(run.home)

@@ -9,23 +9,22 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.config import CONF, NOT_IDENTITY, Run
+from dpo_pipeline.config import CONF, Run
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.machine import git_state, is_main_process, processes, versions
+from dpo_pipeline.naming import NOT_IDENTITY
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = (".safetensors", ".bin")
-LIBRARIES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -57,7 +56,7 @@ def content_hash(path: Path, endings: tuple[str, ...] = ("",)) -> str:
 def identity(run: Run, stage: str) -> dict[str, Any]:
     """What decides the bytes of `final/`, flat: the part of the config that a stage reads, local paths by content.
 
-    For `dpo` on an SFT policy that includes the hash of its weights. Raises PipelineError where there is none yet.
+    For `dpo` that includes the hash of the weights it starts from, where they are there yet.
     """
     fields = dict(getattr(run, stage))
     chosen_by_evaluation = stage == "sft" and run.sft_best == "perplexity"
@@ -67,6 +66,7 @@ def identity(run: Run, stage: str) -> dict[str, Any]:
     parts: dict[str, Any] = {
         "model": model if run.model.builder else {**model, "path": by_content(run.model.path)},
         "lora": run.lora,
+        "quantization": run.quantization,
         "precision": run.precision.mixed,
         "seed": run.seed,
         "global_size": run.batch.global_size,
@@ -79,8 +79,11 @@ def identity(run: Run, stage: str) -> dict[str, Any]:
     else:
         learnt = {key: value for key, value in run.dataset.items() if key != "sft_target"}
         parts |= {"dataset": learnt, "beta": run.beta, "reference": run.reference.mode, "policy": run.policy}
-        if run.policy == "sft":
+        parts["reference_path"] = by_content(run.reference.path, WEIGHTS)
+        if run.policy == "sft" and state(run.sft_folder) == "done":
             parts["starting_policy"] = finished_sft(run)["final"]["sha256"]
+        elif run.policy not in ("sft", "base"):
+            parts |= {"policy": "folder", "starting_policy": by_content(run.policy, WEIGHTS)}
     parts["dataset"] = {k: by_content(v) if k.endswith("path") else v for k, v in parts["dataset"].items()}
     return dict(sorted(flat(parts).items()))
 
@@ -92,10 +95,10 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for k, v in node.items() for key, value in flat(v, f"{prefix}.{k}" if prefix else k).items()}
 
 
-def by_content(path: str | None) -> str | None:
-    """A hash of what lies at a local path, or the path itself where nothing does (a hub id)."""
+def by_content(path: str | None, endings: tuple[str, ...] = ("",)) -> str | None:
+    """A hash of the files with these endings at a local path, or the path itself where nothing is (a hub id)."""
     local = Path(path).expanduser() if path else None
-    return f"sha256:{content_hash(local)}" if local and local.exists() else path
+    return f"sha256:{content_hash(local, endings)}" if local and local.exists() else path
 
 
 def finished_sft(run: Run) -> dict[str, Any]:
@@ -139,8 +142,18 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max((c.parent for c in complete), key=lambda c: int(c.name.split("-")[1]), default=None)
 
 
+def claim(run: Run, stage: str, folder: Path) -> tuple[dict[str, Any], str]:
+    """The identity of a run, and `new`, `resume` or `done` for its folder, cleared where it may be replaced."""
+    mine = identity(run, stage)
+    decision = decide(folder, mine, run.overwrite)
+    if decision == "replace":
+        print(f"replacing the {state(folder)} run in {folder}")
+        shutil.rmtree(folder)
+    return mine, decision
+
+
 def decide(folder: Path, mine: dict[str, Any], overwrite: bool) -> str:
-    """`new`, `resume` or `done` for a run of this identity; clears what may be replaced.
+    """`new`, `resume`, `done` or `replace` for a run of this identity; touches nothing.
 
     Raises PipelineError where another run lies there that is worth keeping, or one that is still running.
     """
@@ -151,7 +164,7 @@ def decide(folder: Path, mine: dict[str, Any], overwrite: bool) -> str:
             f"{folder} is in use by process {status['pid']} on {status['host']}: wait for it or end it"
         )
     if manifest is None:
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise PipelineError(f"{folder} holds files but no run: choose another place with variant=, name= or root=")
         return "new"
     theirs = manifest["identity"]
@@ -159,20 +172,13 @@ def decide(folder: Path, mine: dict[str, Any], overwrite: bool) -> str:
     if not differing:
         return "done" if found == "done" else "resume"
     if overwrite or (found != "done" and newest_checkpoint(folder) is None):
-        print(f"replacing the {found} run in {folder}")
-        shutil.rmtree(folder)
-        return "new"
+        return "replace"
     listed = "; ".join(f"{key} is {theirs.get(key)} there, {mine.get(key)} here" for key in sorted(differing))
     typed = "sft_variant=NAME" if folder.parent.name == "sft" else "variant=NAME"
     raise PipelineError(
         f"{folder} holds another run ({listed}): keep both with {typed} or name=NAME, or replace that one with "
         "overwrite=true"
     )
-
-
-def is_main_process() -> bool:
-    """Whether this process writes and prints: rank 0, or the only one."""
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 @dataclass
@@ -189,6 +195,13 @@ class Record:
             write_json(self.folder / "status.json", self.status)
 
     def save_manifest(self, **facts: Any) -> None:
+        """Add facts; raises PipelineError where a resumed run was begun in another precision."""
+        for key in {"precision"} & set(facts) & set(self.manifest):
+            if self.manifest[key] != facts[key]:
+                raise PipelineError(
+                    f"{self.folder} was begun in {self.manifest[key]} and would go on in {facts[key]}: type "
+                    f"precision={self.manifest[key]}, or keep both with variant= or sft_variant="
+                )
         self.manifest.update(facts)
         if is_main_process():
             write_json(self.folder / "manifest.json", self.manifest)
@@ -203,15 +216,17 @@ def recording(run: Run, stage: str, folder: Path, mine: dict[str, Any]) -> Itera
     from omegaconf import OmegaConf
 
     started = time.monotonic()
+    before = read_json(folder / "manifest.json") or {"seconds": 0.0}  # of the part that was interrupted
     manifest = {
+        **before,
         "stage": stage,
         "command": ["python", "-m", f"dpo_pipeline.{stage}", *sys.argv[1:]],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": git_state(),
-        "versions": {"python": platform.python_version(), **versions()},
+        "git": git_state(CONF.parent),
+        "versions": versions(),
         "machine": {"platform": platform.platform(), "host": socket.gethostname()},
         "seed": run.seed,
-        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "world_size": processes(),
         "identity": mine,
     }
     status = {"state": "running", "step": 0, "error": None, "pid": os.getpid(), "host": socket.gethostname()}
@@ -220,39 +235,44 @@ def recording(run: Run, stage: str, folder: Path, mine: dict[str, Any]) -> Itera
     record.save_manifest()
     if is_main_process():
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(run)), encoding="utf-8")
-    with logged(folder / "train.log" if is_main_process() else None):
+    with logged(folder / "train.log"):
         try:
             yield record
-        except KeyboardInterrupt:
-            record.save_status(state="interrupted")
-            log.info("interrupted: type the same command to go on from %s", newest_checkpoint(folder) or "the start")
-            raise
         except BaseException as error:
-            record.save_status(state="failed", error=(str(error).strip() or type(error).__name__).splitlines()[0])
+            stopped = isinstance(error, KeyboardInterrupt)
+            told = None if stopped else (str(error).strip() or type(error).__name__).splitlines()[0]
+            with contextlib.suppress(OSError):  # of a full disk, which is what is to be told
+                record.save_manifest(seconds=round(before["seconds"] + time.monotonic() - started, 1))
+                record.save_status(state="interrupted" if stopped else "failed", error=told)
+            if stopped:
+                found = newest_checkpoint(folder) or "the start"
+                log.info("interrupted: type the same command to go on from %s", found)
             raise
-        record.save_manifest(seconds=round(time.monotonic() - started, 1))
+        record.save_manifest(seconds=round(before["seconds"] + time.monotonic() - started, 1))
         record.save_status(state="done")
         log.info("%s done in %.0f s: %s", stage.upper(), manifest["seconds"], folder / "final")
 
 
 @contextlib.contextmanager
 def logged(file: Path | None) -> Iterator[None]:
-    """Show our messages on the screen, and keep them with every library's warnings in `file`."""
+    """Show our messages on the screen, and keep them with every library's warnings in `file`; rank 0 alone does."""
     ours = logging.getLogger("dpo_pipeline")
     handlers: list[tuple[logging.Logger, logging.Handler]] = []
-    if file is not None:
-        kept = logging.FileHandler(file, encoding="utf-8")
-        handlers = [(ours, logging.StreamHandler(sys.stdout)), (ours, kept)]
-        # The libraries' loggers do not hand their messages up, so each is listened to.
-        handlers += [
-            (logging.getLogger(name), kept) for name in ("transformers", "trl", "peft", "accelerate", "datasets")
+    if is_main_process():
+        handlers = [
+            (ours, logging.StreamHandler(sys.stdout)),
+            (logging.getLogger("py.warnings"), logging.StreamHandler()),
         ]
-        handlers += [(logging.getLogger("py.warnings"), handler) for handler in (logging.StreamHandler(), kept)]
-        logging.captureWarnings(True)
+        if file is not None:
+            kept = logging.FileHandler(file, encoding="utf-8")
+            # The libraries' loggers do not hand their messages up, so each is listened to.
+            libraries = ("py.warnings", "transformers", "trl", "peft", "accelerate", "datasets")
+            handlers += [(ours, kept), *((logging.getLogger(name), kept) for name in libraries)]
         for logger, handler in handlers:
             logger.addHandler(handler)
+    logging.captureWarnings(True)
     before = ours.level
-    ours.setLevel(logging.INFO if file is not None else logging.ERROR)
+    ours.setLevel(logging.INFO if is_main_process() else logging.ERROR)
     try:
         yield
     finally:
@@ -261,36 +281,3 @@ def logged(file: Path | None) -> Iterator[None]:
         for logger, handler in handlers:
             logger.removeHandler(handler)
             handler.close()
-
-
-def versions() -> dict[str, str]:
-    """The version of each library that is installed."""
-    there = {dist.metadata["Name"].lower(): dist.version for dist in distributions()}
-    return {name: there[name] for name in LIBRARIES if name in there}
-
-
-def git_state() -> dict[str, Any] | None:
-    """Commit and dirtiness of the checkout that this code runs from, or None where it is none."""
-    call = ["git", "-C", str(CONF.parent)]
-    try:
-        commit = subprocess.run(
-            [*call, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changes = subprocess.run([*call, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return {"commit": commit, "dirty": bool(changes.strip())}
-
-
-def peak_memory() -> int | None:
-    """Peak memory of this process in bytes: the GPU's where there is one, else resident; None where unknown."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

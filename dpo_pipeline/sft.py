@@ -5,35 +5,68 @@ from pathlib import Path
 
 from dpo_pipeline import runs
 from dpo_pipeline.config import Run, main
+from dpo_pipeline.machine import check_device, gigabytes, is_main_process, peak_memory, together
 
 log = logging.getLogger("dpo_pipeline.sft")  # __name__ is __main__ when run as a command
 
 
 def run_sft(run: Run) -> Path:
     """Train the SFT policy of a run, or find it trained; its folder, with `final/` in it."""
-    folder, mine = run.sft_folder, runs.identity(run, "sft")
-    if runs.decide(folder, mine, run.overwrite) == "done":
-        print(f"already done: {folder}")
+    folder = run.sft_folder
+    if run.check:
+        check_run(run, folder)
+        return folder
+    mine, decision = together(lambda: runs.claim(run, "sft", folder))
+    if decision == "done":
+        if is_main_process():
+            print(f"already done: {folder}")
         return folder
     with runs.recording(run, "sft", folder, mine) as record:
-        from dpo_pipeline.policies import load_policy, load_tokenizer
-        from dpo_pipeline.training import callbacks, start, trainer
-        from dpo_pipeline.training.arguments import training_arguments, weights_dtype
+        from dpo_pipeline.policies import load_tokenizer
+        from dpo_pipeline.training import callbacks, guards, handoff, preflight, room, start, trainer
+        from dpo_pipeline.training.arguments import training_arguments
 
-        args, dtype = training_arguments(run, "sft", folder), weights_dtype(run)
-        rows = start.load_rows(run, "sft")
+        check_device("dpo_pipeline.sft")
+        args, loading = training_arguments(run, "sft", folder), handoff.loading(run)
+        preflight.check_rate(run, "sft")
         start.prepare_base(run)
-        tokenizer = load_tokenizer(run.model)
-        rows = start.tokenized(run, "sft", tokenizer, rows, "train", "validation")
+        tokenizer, begin = load_tokenizer(run.model), handoff.sft_start(run)
+        rows, _ = start.made_once(run, lambda: (start.prepared(run, "sft", tokenizer), None))
         start.limit_steps(run, args, len(rows["train"]))
-        policy = load_policy(run.model.path, run.model, dtype, trainable=True)
-        sft = trainer.build_sft(policy, start.new_adapter(run), tokenizer, args, rows)
-        record.save_manifest(**start.facts(sft, rows, run.model.path))
+        room.check_room(run, "sft", begin)
+        policy = handoff.load_start(run, begin)
+        sft = trainer.build_sft(policy, begin.lora, tokenizer, args, rows)
+        record.save_manifest(**start.facts(sft, rows, run.model.path, loading))
         log.info("SFT of %s on %d answers -> %s", run.model.path, len(rows["train"]), folder)
-        trainer.train(sft, folder, [callbacks.ValidationPerplexity(sft), callbacks.Metrics(record)])
-        record.save_manifest(peak_memory_bytes=runs.peak_memory())
-        record.save_manifest(final=trainer.save_final(sft, tokenizer, folder, run.model, dtype))
+        ends, _ = start.ends_and_lengths(run, tokenizer)
+        preflight.check_policy(sft, ends, tokenizer.bos_token_id, rows["train"])
+        probe = preflight.probe(sft)
+        preflight.rehearse(sft, run, "sft")
+        watch = [callbacks.ValidationPerplexity(sft), callbacks.Metrics(record), guards.Guards(sft)]
+        trainer.train(sft, folder, watch)
+        record.save_manifest(peak_memory_bytes=peak_memory())
+        record.save_manifest(final=trainer.save_final(sft, tokenizer, folder, loading, probe))
     return folder
+
+
+def check_run(run: Run, folder: Path) -> None:
+    """Raise PipelineError for whatever would keep this SFT from training; loads no weights and leaves nothing."""
+    from dpo_pipeline.policies import load_tokenizer
+    from dpo_pipeline.training import fetch, handoff, preflight, room, start
+    from dpo_pipeline.training.arguments import training_arguments
+
+    with runs.logged(None), fetch.base_at_hand(run) as run:
+        training_arguments(run, "sft", folder)
+        preflight.check_rate(run, "sft")
+        decision = runs.decide(folder, runs.identity(run, "sft"), run.overwrite)
+        tokenizer = load_tokenizer(run.model)
+        rows = start.prepared(run, "sft", tokenizer)
+        preflight.check_rows(rows["train"], start.ends_and_lengths(run, tokenizer)[0], tokenizer.bos_token_id)
+        needed, free = room.check_room(run, "sft", handoff.sft_start(run))
+        log.info(
+            "check: SFT of %s on %d answers -> %s (%s); writes up to %s of %s free",
+            *(run.model.path, len(rows["train"]), folder, decision, gigabytes(needed), gigabytes(free)),
+        )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ NEEDED = {
     "path": ["model.path=somewhere"],
     "json": ["dataset.path=x.jsonl"],
     "instruction_preference": ["dataset.path=x.json"],
+    "quantization": ["lora=r16"],
+    "adapter": ["lora=r16"],
 }
 
 
@@ -28,7 +30,7 @@ def options(group: str) -> list[str]:
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes(group, option):
     value = f"[{option}]" if group == "judge" else option
-    run = compose([f"{group}={value}", *NEEDED.get(option, [])])
+    run = compose([f"{group}={value}", *NEEDED.get(option, []), *NEEDED.get(group, [])])
     assert isinstance(run.dpo["learning_rate"], float)
     assert isinstance(run.sft["learning_rate"], float)
 
@@ -70,8 +72,10 @@ def test_every_loss_option_reaches_trl(loss, tmp_path):
     from dpo_pipeline.training.arguments import training_arguments
 
     args = training_arguments(compose([f"loss={loss}"]), "dpo", tmp_path)
-    assert args.loss_type == [loss]
-    assert args.label_smoothing == (0.1 if loss == "robust" else 0.0)
+    types = {"cdpo": ["sigmoid", "robust"], "sigmoid_sft": ["sigmoid", "sft"]}
+    assert args.loss_type == types.get(loss, [loss])
+    assert args.label_smoothing == {"robust": 0.1, "cdpo": 1 / 3}.get(loss, 0.0)
+    assert args.loss_weights == {"cdpo": [1.1, -0.1], "sigmoid_sft": [1.0, 1.0]}.get(loss)
 
 
 def test_any_other_loss_and_field_of_trl_is_an_override_away(tmp_path):
@@ -171,7 +175,17 @@ REFUSED = [
     (["lora=null"], "a config group cannot be null"),
     (["dataset.rows=abc"], "dataset.rows=abc is no number"),
     (["dataset=hh_rlhf", "judge=[truth]"], "judge=truth knows the truth of dataset=reviews alone"),
-    (["policy=sfft"], "policy=sfft is none of its values: sft, base: did you mean sft"),
+    (
+        ["policy=sfft"],
+        "policy=sfft is neither sft, base nor a folder with config.json or adapter_config.json: did you",
+    ),
+    (["quantization=nf4"], "quantized weights cannot be trained, only an adapter on them: add lora=r16"),
+    (["model.dtype=float16"], "updates round to nothing: type model.dtype=auto"),
+    (["reference=adapter"], "reference=adapter needs an adapter: set lora=r16"),
+    (["reference=adapter", "lora=r8", "reference.path=x"], "reference.path names another model, which no adapter is"),
+    (["loss=robust", "dpo.label_smoothing=0.5"], "dpo.label_smoothing=0.5 is the share of labels believed wrong"),
+    (["loss=cdpo", "dpo.label_smoothing=-0.1"], "dpo.label_smoothing=-0.1 is the share of labels believed wrong"),
+    (["++dpo.label_smoothing=0.1"], "dpo.label_smoothing=0.1 has no effect in TRL with sigmoid: choose loss=cdpo"),
 ]
 
 

@@ -13,6 +13,7 @@ from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.policies import load_policy
 from dpo_pipeline.sft import run_sft
+from dpo_pipeline.training.handoff import loading
 
 ROADS = {
     "full -> full": ("lora=none", ("cached", "frozen")),
@@ -54,8 +55,8 @@ def test_a_road_starts_at_its_reference_and_all_reference_modes_agree(road, smal
 def test_the_sft_policy_is_not_the_base(lora, small, sft):
     run = small(f"lora={lora}")
     ids = torch.tensor([[1, 5, 9, 20]])
-    base = load_policy(run.model.path, run.model, torch.float32)
-    policy = load_policy(sft[lora] / "final", run.model, torch.float32)
+    base = load_policy(run.model.path, loading(run))
+    policy = load_policy(sft[lora] / "final", loading(run))
     assert (base(ids).logits - policy(ids).logits).abs().max() > 0.01
 
 
@@ -79,7 +80,7 @@ def test_final_loads_with_plain_libraries_from_another_directory(typed, small, s
     out = tmp_path / "logits.pt"
     call = [sys.executable, "-c", code, str(final), str(run.lora is not None), str(out)]
     subprocess.run(call, cwd=tmp_path, check=True, capture_output=True)
-    ours = load_policy(final, run.model, torch.float32)
+    ours = load_policy(final, loading(run))
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(final)("film : the wild river . review :", return_tensors="pt").input_ids
@@ -105,25 +106,21 @@ def test_a_run_in_16_bits_loads_back_as_it_was_trained(lora, small):
 @pytest.mark.parametrize(
     ("typed", "sentence"),
     [
-        ("lora=r16", "DPO continues the adapter of .*lora.r was 8, is 16 here"),
         ("++dpo.sync_ref_model=true lora=none", "TRL refuses this combination: .*sync_ref_model"),
         ("evaluation.max_new_tokens=255 lora=none", "leaves no room for a prompt in the model's context of 256"),
-        ("lora=none sft_variant=r8", "is an adapter: continue it with lora="),
-        ("lora=r8 sft_variant=full", "is a full model: continue it with lora=none"),
-        ("lora=none reference=adapter", "reference=adapter needs an adapter"),
     ],
 )
 def test_a_road_that_is_not_there_is_refused(typed, sentence, small, sft):
     with pytest.raises(PipelineError, match=sentence):
-        run_dpo(small(*(["sft_variant=r8"] if typed == "lora=r16" else []), *typed.split(), "variant=refused"))
+        run_dpo(small(*typed.split(), "variant=refused"))
 
 
 def test_a_policy_that_does_not_load_back_as_trained_is_refused(small, sft, monkeypatch, tmp_path):
     from dpo_pipeline.training import trainer
 
     run = small("lora=r8", "variant=broken", *STEPS)
-    bare = load_policy(run.model.path, run.model, torch.float32)
-    monkeypatch.setattr(trainer, "load_policy", lambda *args: bare)  # as if the adapter had not been loaded
+    bare = load_policy(run.model.path, loading(run))
+    monkeypatch.setattr(trainer, "load_policy", lambda *args, **options: bare)  # as if the adapter had not been loaded
     with pytest.raises(PipelineError, match="does not load back as it was trained"):
         run_dpo(run)
     assert runs.state(run.dpo_folder) == "failed"

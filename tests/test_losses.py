@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig
 
 from dpo_pipeline.training.tiny import word_tokenizer
-from dpo_pipeline.training.trainer import build_dpo
+from dpo_pipeline.training.trainer import build_dpo, cache_reference
 
 BETA, SMOOTHING, VOCAB = 0.5, 0.1, 30
 
@@ -42,7 +42,10 @@ def trainer_at_reference(loss_type, folder, cached=True, eval_batch=4):
         max_length=None, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
     )  # fmt: skip
     rows = {"train": pair_rows(), "validation": pair_rows()}
-    return build_dpo(tiny_llama(0), None if cached else tiny_llama(0), None, word_tokenizer(), args, rows)
+    trainer = build_dpo(tiny_llama(0), None if cached else tiny_llama(0), None, word_tokenizer(), args, rows)
+    if cached:
+        cache_reference(trainer)
+    return trainer
 
 
 def moved(model):

@@ -10,6 +10,7 @@ import pytest
 
 from dpo_pipeline import runs
 from dpo_pipeline.config import compose
+from dpo_pipeline.dpo import claim
 from dpo_pipeline.errors import PipelineError
 
 SILENT = {"updated": "now", "step": 1, "error": None}
@@ -57,14 +58,13 @@ def test_another_identity_that_has_only_begun_is_refused_once_it_has_a_checkpoin
 
 def test_another_identity_without_a_checkpoint_is_replaced(tmp_path):
     lay(tmp_path / "a", "failed", {"beta": 0.1})
-    assert runs.decide(tmp_path / "a", {"beta": 0.3}, overwrite=False) == "new"
-    assert not (tmp_path / "a").exists()
+    assert runs.decide(tmp_path / "a", {"beta": 0.3}, overwrite=False) == "replace"
 
 
 def test_overwrite_replaces_another_identity(tmp_path):
     lay(tmp_path / "a", "done", {"beta": 0.1})
-    assert runs.decide(tmp_path / "a", {"beta": 0.3}, overwrite=True) == "new"
-    assert not (tmp_path / "a").exists()
+    assert runs.decide(tmp_path / "a", {"beta": 0.3}, overwrite=True) == "replace"
+    assert (tmp_path / "a").is_dir()  # deciding touches nothing
 
 
 def test_files_of_nobody_are_never_touched(tmp_path):
@@ -138,4 +138,4 @@ def test_a_path_counts_by_what_lies_there(tmp_path):
 
 def test_dpo_before_sft_says_what_to_type(tmp_path):
     with pytest.raises(PipelineError, match="no finished SFT in .*`make sft`.*policy=base"):
-        runs.identity(compose([f"root={tmp_path}"]), "dpo")
+        claim(compose([f"root={tmp_path}"]))

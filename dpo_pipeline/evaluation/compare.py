@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_pipeline import estimates
-from dpo_pipeline.config import Model
 from dpo_pipeline.logprobs import answer_logprobs
-from dpo_pipeline.policies import device, load_policy
+from dpo_pipeline.machine import device
+from dpo_pipeline.policies import Loading, load_policy
 from dpo_pipeline.runs import WEIGHTS, content_hash, read_json, write_json
 from dpo_pipeline.sampling import sample
 
@@ -45,8 +45,7 @@ class Material:
     max_new_tokens: int
     beta: float
     seed: int
-    model: Model
-    dtype: Any
+    loading: Loading
     batch_size: int
     judges: dict[str, Judge] = field(default_factory=dict)
 
@@ -60,7 +59,8 @@ class Material:
             "temperature": 1.0,
             "beta": self.beta,
             "seed": self.seed,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": str(self.loading.dtype).removeprefix("torch."),
+            "quantization": self.loading.quantization,
             "judges": sorted(self.judges),
             "data": hashlib.sha256(data.encode()).hexdigest(),
             "weights": weights,
@@ -89,7 +89,7 @@ def measure(policies: list[Policy], base: str, on: Material) -> None:
     Every policy is measured against the one named `base`, and against its own reference. `policies` come in an order
     in which each stands before what it is measured against; each is then loaded once, one at a time.
     """
-    hashes = {p.name: weights_of(p.path, on.model.revision) for p in policies}
+    hashes = {p.name: weights_of(p.path, on.loading.model.revision) for p in policies}
     settings = {p.name: on.settings({name: hashes[name] for name in compared_with(p, base)}) for p in policies}
     todo = [p for p in policies if not measured(p, settings[p.name])]
     wanted = {name for p in todo for name in compared_with(p, base)}
@@ -97,7 +97,7 @@ def measure(policies: list[Policy], base: str, on: Material) -> None:
     answers: dict[str, list[list[int]]] = {}
     answer_sums: dict[tuple[str, str], list[float]] = {}  # (sampled from, scored by)
     for policy in (p for p in policies if p.name in wanted):
-        model = load_policy(policy.path, on.model, on.dtype).to(device())
+        model = load_policy(policy.path, on.loading, on=device())
         label = f"measuring {policy.name}"
         pair_logprobs[policy.name] = [
             [float(row.sum()) for row in answer_logprobs(model, on.prompts, side, on.batch_size, label)]
@@ -191,7 +191,11 @@ def texts_of(answers: list[list[int]], on: Material) -> tuple[list[str], list[bo
 
 def gather(home: Path) -> dict[str, Any]:
     """results.json and generation_samples.json of a name, made anew from the files of its policies."""
-    files = [home / "base" / "eval.json", *sorted(home.glob("sft/*/eval.json")), *sorted(home.glob("dpo/*/eval.json"))]
+    files = [
+        home / "base" / "eval.json",
+        *sorted(home.glob("sft/*/eval.json")),
+        *sorted(home.glob("dpo/**/eval.json")),
+    ]
     found = [(file.parent, read_json(file)) for file in files if file.is_file()]
     results = {"policies": {result["policy"]: result for _, result in found}}
     by_prompt: dict[str, dict[str, str]] = {}

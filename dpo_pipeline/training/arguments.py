@@ -2,27 +2,16 @@
 
 import dataclasses
 import logging
-import os
 import re
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.config import Run, loss_names
+from dpo_pipeline.config import Run
 from dpo_pipeline.errors import PipelineError, nearest
-from dpo_pipeline.policies import device
+from dpo_pipeline.machine import device, mixed_precision, processes
+from dpo_pipeline.naming import loss_names
 
 log = logging.getLogger(__name__)
-
-
-def mixed_precision(run: Run) -> str:
-    """`bf16`, `fp16` or `fp32`: what `precision` asks for, `auto` by what the device can do."""
-    import torch
-
-    if run.precision.mixed != "auto":
-        return run.precision.mixed
-    if device() != "cuda":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def weights_dtype(run: Run) -> Any:
@@ -33,25 +22,26 @@ def weights_dtype(run: Run) -> Any:
         return getattr(torch, run.model.dtype)
     if run.lora is None:
         return torch.float32
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[mixed_precision(run)]
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[mixed_precision(run.precision.mixed)]
 
 
 def training_arguments(run: Run, stage: str, folder: Path) -> Any:
     """A `trl.SFTConfig` or `trl.DPOConfig`; reads no weight and no row.
 
-    Raises PipelineError for a field that TRL does not know, one that another key decides, a value that it refuses, or
+    With `check` the device is not asked for what it can do: that is for the one that will train. Raises PipelineError
+    for a field that TRL does not know, one that another key decides, a value that it refuses, or
     a global batch that the processes do not divide.
     """
     import trl
 
-    world, micro, size = int(os.environ.get("WORLD_SIZE", 1)), run.batch.micro_size, run.batch.global_size
+    world, micro, size = processes(), run.batch.micro_size, run.batch.global_size
     if size % (micro * world):
         raise PipelineError(
             f"batch.global_size={size} is no multiple of batch.micro_size={micro} times {world} process(es): set "
             f"batch.global_size={max(1, round(size / (micro * world))) * micro * world} or another batch.micro_size"
         )
     steps = size // (micro * world)
-    precision = mixed_precision(run)
+    precision = "fp32" if run.check else mixed_precision(run.precision.mixed)
     decided = {
         "seed": run.seed,
         "data_seed": run.seed,
@@ -68,6 +58,7 @@ def training_arguments(run: Run, stage: str, folder: Path) -> Any:
         "use_cpu": device() == "cpu",
         "dataloader_pin_memory": device() == "cuda",
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # which shows an average in the place of a loss that is no number
         "eval_strategy": "steps",
         "save_strategy": "steps",
     }
@@ -77,7 +68,7 @@ def training_arguments(run: Run, stage: str, folder: Path) -> Any:
             decided |= {"metric_for_best_model": "eval_perplexity", "greater_is_better": False}
     else:
         decided |= {"beta": run.beta, "precompute_ref_log_probs": run.reference.mode == "cached"}
-    arguments, fields = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}[stage], getattr(run, stage)
+    arguments, fields = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}[stage], dict(getattr(run, stage))
     known = {field.name: field for field in dataclasses.fields(arguments) if field.init}
     for name in fields:
         if name in decided:
@@ -88,8 +79,9 @@ def training_arguments(run: Run, stage: str, folder: Path) -> Any:
         if type(known[name].default) in (int, float) and not isinstance(fields[name], int | float):
             raise PipelineError(f"{stage}.{name}={fields[name]} is no number")
     if stage == "dpo":
+        fields |= conservative(run)
         losses = re.findall(r"`'(\w+)'`", known["loss_type"].metadata["help"])
-        for loss in loss_names(run):
+        for loss in fields["loss_type"] if isinstance(fields["loss_type"], list) else [fields["loss_type"]]:
             if loss not in losses:
                 raise PipelineError(f"dpo.loss_type={loss} is no loss of TRL{nearest(loss, losses)}")
     try:
@@ -101,6 +93,19 @@ def training_arguments(run: Run, stage: str, folder: Path) -> Any:
         *(precision, made.device, size, micro, world, steps),
     )
     return made
+
+
+def conservative(run: Run) -> dict[str, Any]:
+    """Conservative DPO with a share e of wrong labels, as losses that TRL has; nothing for another loss.
+
+    (1 - e) L(margin) + e L(-margin), L = -log sigmoid (Mitchell, "A note on DPO with noisy preferences", 2023,
+    equation 7) is (1 + e) sigmoid - e robust(1/3), since robust(1/3) is 2 L(margin) - L(-margin). TRL's own
+    `label_smoothing` does nothing to its sigmoid loss.
+    """
+    if loss_names(run) != ["cdpo"]:
+        return {}
+    e = run.dpo["label_smoothing"]
+    return {"loss_type": ["sigmoid", "robust"], "loss_weights": [1 + e, -e], "label_smoothing": 1 / 3}
 
 
 OWNERS = {

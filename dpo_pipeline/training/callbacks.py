@@ -89,7 +89,10 @@ class KeepRandomState(TrainerCallback):
 
 
 class CheckpointOnInterrupt(TrainerCallback):
-    """Ctrl-C ends the step at hand, writes a checkpoint and stops; a second Ctrl-C stops at once."""
+    """Ctrl-C ends the step at hand, writes a checkpoint and stops; a second Ctrl-C stops at once.
+
+    The processes of a run agree after each step: one that stopped alone would leave the others waiting for it.
+    """
 
     interrupted = False
 
@@ -101,6 +104,12 @@ class CheckpointOnInterrupt(TrainerCallback):
         signal.signal(signal.SIGINT, self.before)
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            import torch
+
+            flag = torch.tensor(float(self.interrupted), device=args.device)
+            torch.distributed.all_reduce(flag)
+            self.interrupted = bool(flag)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 

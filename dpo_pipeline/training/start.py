@@ -1,18 +1,20 @@
-"""What a stage starts from: tokenizer, rows, starting policy and reference."""
+"""What a stage learns from: its base, its rows as text and as token ids, and what the manifest tells of them."""
 
 import hashlib
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from datasets import DatasetDict, load_from_disk
 
 from dpo_pipeline.config import Run, build
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.data.tokens import Lengths, end_tokens, tokenize
-from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.policies import is_adapter, load_config, load_policy
-from dpo_pipeline.training.arguments import weights_dtype
+from dpo_pipeline.machine import processes, together
+from dpo_pipeline.policies import Loading, load_config
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +22,7 @@ log = logging.getLogger(__name__)
 def prepare_base(run: Run) -> None:
     """Make the base model where it is one that code makes."""
     if run.model.builder:
-        build(run.model.builder, folder=run.model.path)
+        together(lambda: build(run.model.builder, folder=run.model.path))
 
 
 def load_rows(run: Run, stage: str) -> dict[str, list[dict]]:
@@ -32,6 +34,29 @@ def load_rows(run: Run, stage: str) -> dict[str, list[dict]]:
 def answers(run: Run, stage: str) -> tuple[str, ...]:
     """The columns that a stage learns from."""
     return (str(run.sft_target),) if stage == "sft" else ("chosen", "rejected")
+
+
+def prepared(run: Run, stage: str, tokenizer: Any) -> dict[str, Any]:
+    """The train and validation rows of a stage, loaded and as token ids."""
+    return tokenized(run, stage, tokenizer, load_rows(run, stage), "train", "validation")
+
+
+def made_once(run: Run, make: Callable[[], tuple[dict[str, Any], Any]]) -> tuple[dict[str, Any], Any]:
+    """The tables and whatever else `make` gives, made by rank 0 alone; the tables reach the other ranks by disk."""
+
+    def save() -> tuple[dict[str, Any], Any]:
+        tables, other = make()
+        if processes() == 1:
+            return tables, other
+        folder = Path(run.root) / ".cache" / "data" / fingerprint(tables["train"])
+        if not folder.is_dir():
+            partial = folder.with_suffix(".partial")
+            DatasetDict(tables).save_to_disk(partial)
+            partial.rename(folder)
+        return folder, other
+
+    tables, other = together(save)
+    return (dict(load_from_disk(tables)) if isinstance(tables, Path) else tables), other
 
 
 def tokenized(run: Run, stage: str, tokenizer: Any, rows: dict[str, list[dict]], *splits: str) -> dict[str, Any]:
@@ -56,41 +81,6 @@ def ends_and_lengths(run: Run, tokenizer: Any) -> tuple[list[int], Lengths]:
     return end_tokens(tokenizer, generation), Lengths.of(run.length.max, run.length.max_prompt, context)
 
 
-def new_adapter(run: Run) -> Any:
-    """The config of an adapter to be made on the base, which it names with its revision; None without one."""
-    return build(run.lora, revision=run.model.revision) if run.lora else None
-
-
-def starting_policy(run: Run) -> Any:
-    """What DPO trains, before step 1: the SFT policy or the base, on the CPU.
-
-    Raises PipelineError where the SFT policy and `lora` do not go together.
-    """
-    dtype = weights_dtype(run)
-    if run.policy == "base":
-        return load_policy(run.model.path, run.model, dtype, trainable=True)
-    final = run.sft_folder / "final"
-    if is_adapter(final) != (run.lora is not None):
-        given, wanted = ("an adapter", "lora=r16 or another") if is_adapter(final) else ("a full model", "lora=none")
-        raise PipelineError(f"{final} is {given}: continue it with {wanted}, as its SFT had, or train another SFT")
-    return load_policy(final, run.model, dtype, trainable=True)
-
-
-def frozen_reference(run: Run) -> Any:
-    """A second copy of the starting policy that nothing trains, for reference=frozen; else None.
-
-    Raises PipelineError where reference=adapter has no adapter.
-    """
-    if run.reference.mode == "adapter" and run.lora is None:
-        raise PipelineError("reference=adapter needs an adapter: set lora=r16, or reference=frozen or cached")
-    if run.reference.mode != "frozen":
-        return None
-    path = run.model.path if run.policy == "base" else run.sft_folder / "final"
-    loaded = load_policy(path, run.model, weights_dtype(run)).requires_grad_(False)
-    # TRL puts its loss head on the model itself, which a PEFT wrapper would hide; the adapter's layers are inside.
-    return loaded.get_base_model() if is_adapter(path) else loaded
-
-
 def limit_steps(run: Run, args: Any, rows: int) -> None:
     """At most 50 steps where `debug` is set."""
     planned = args.max_steps if args.max_steps > 0 else math.ceil(rows / run.batch.global_size) * args.num_train_epochs
@@ -98,7 +88,7 @@ def limit_steps(run: Run, args: Any, rows: int) -> None:
         args.max_steps = 50
 
 
-def facts(trainer: Any, rows: dict[str, Any], starting: str | Path) -> dict[str, Any]:
+def facts(trainer: Any, rows: dict[str, Any], starting: str | Path, loading: Loading) -> dict[str, Any]:
     """What the manifest tells of a run: its rows with their fingerprint, what it starts from, what it trains."""
     parameters = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
     return {
@@ -109,6 +99,7 @@ def facts(trainer: Any, rows: dict[str, Any], starting: str | Path) -> dict[str,
         "trainable_parameters": sum(n for n, trained in parameters if trained),
         "precision": "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "fp32",
         "device": str(trainer.args.device),
+        "loading": {"dtype": str(loading.dtype).removeprefix("torch."), "quantization": loading.quantization},
     }
 
 

@@ -12,7 +12,8 @@ from trl import DPOTrainer, SFTTrainer
 from dpo_pipeline import runs
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.logprobs import answer_logprobs
-from dpo_pipeline.policies import device, load_policy
+from dpo_pipeline.machine import device, is_main_process, together
+from dpo_pipeline.policies import Loading, load_policy
 from dpo_pipeline.training.callbacks import CheckpointOnInterrupt, KeepRandomState
 
 log = logging.getLogger(__name__)
@@ -32,19 +33,20 @@ class PairTrainer(DPOTrainer):
 
 
 def cache_reference(trainer: PairTrainer) -> None:
-    """Give every row its log-probs under the reference, which here is the policy before step 1.
+    """Give every row its log-probs under the reference: the policy before step 1, or a model given to the trainer.
 
     Sums over the answer's tokens, in nats, by the trainer's own forward, so that a first reward is exactly 0. With a
-    continued adapter the reference is TRL's frozen copy of it, which is then let go.
+    continued adapter the reference is TRL's frozen copy of it, which is then let go, as is a model.
     """
     trainer.train_dataset = with_reference(trainer, trainer.train_dataset, "reference on train")
     trainer.eval_dataset = with_reference(trainer, trainer.eval_dataset, "reference on validation")
+    trainer.ref_model = None
     model = trainer.accelerator.unwrap_model(trainer.model)
     if is_peft_model(model) and "ref" in model.peft_config:
         model.delete_adapter("ref")
 
 
-def with_reference(trainer: PairTrainer, rows: Any, label: str) -> Any:
+def with_reference(trainer: PairTrainer, rows: Any, label: str | None) -> Any:
     """The rows with columns `ref_chosen_logps` and `ref_rejected_logps`."""
     from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
@@ -54,8 +56,9 @@ def with_reference(trainer: PairTrainer, rows: Any, label: str) -> Any:
     size = trainer.args.per_device_eval_batch_size
     loader = trainer.accelerator.prepare(DataLoader(rows, batch_size=size, collate_fn=trainer.data_collator))
     columns: dict[str, list[float]] = {"ref_chosen_logps": [], "ref_rejected_logps": []}
-    for batch in tqdm(loader, desc=label, leave=False, disable=not runs.is_main_process()):
-        both = trainer.accelerator.gather_for_metrics(trainer.compute_ref_log_probs(trainer.model, batch))
+    reference = trainer.ref_model or trainer.model
+    for batch in tqdm(loader, desc=label, leave=False, disable=not (label and is_main_process())):
+        both = trainer.accelerator.gather_for_metrics(trainer.compute_ref_log_probs(reference, batch))
         for column, values in zip(columns.values(), both, strict=True):
             column.extend(values.tolist())
     for name, values in columns.items():
@@ -74,34 +77,42 @@ def build_sft(policy: Any, lora: Any, tokenizer: Any, args: Any, rows: dict[str,
         rows[split].map(labelled, remove_columns=rows[split].column_names, keep_in_memory=True)
         for split in ("train", "validation")
     )
-    return refused(
-        SFTTrainer,
-        model=policy, args=args, train_dataset=train, eval_dataset=validation, processing_class=tokenizer,
-        peft_config=lora,
+    return built(
+        SFTTrainer, policy,
+        args=args, train_dataset=train, eval_dataset=validation, processing_class=tokenizer, peft_config=lora,
     )  # fmt: skip
 
 
 def build_dpo(policy: Any, reference: Any, lora: Any, tokenizer: Any, args: Any, rows: dict[str, Any]) -> PairTrainer:
-    """A DPO trainer on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`, its reference log-probs cached if asked.
+    """A DPO trainer on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`; `cache_reference` before it trains.
 
-    `reference` is a second model, or None for cached log-probs and for the adapter's own reference.
+    `reference` is a second model, or None for the starting policy itself: its cached log-probs, or its frozen adapter.
     """
-    trainer = refused(
-        PairTrainer,
-        model=policy, ref_model=reference, args=args, train_dataset=rows["train"], eval_dataset=rows["validation"],
+    return built(
+        PairTrainer, policy,
+        ref_model=reference, args=args, train_dataset=rows["train"], eval_dataset=rows["validation"],
         processing_class=tokenizer, peft_config=lora,
     )  # fmt: skip
-    if args.precompute_ref_log_probs:
-        cache_reference(trainer)
-    return trainer
 
 
-def refused(trainer: Any, **arguments: Any) -> Any:
-    """The trainer of these arguments, or one sentence where TRL refuses them."""
+def built(trainer: Any, policy: Any, **arguments: Any) -> Any:
+    """The trainer of these arguments, adapter weights in float32; one sentence where TRL refuses them.
+
+    On a quantized base TRL casts them to bfloat16: fp16's gradient scaler fails on that, and a continued adapter would
+    not start as it was saved.
+    """
+    import torch
+
+    saved = {name: weight.detach().clone() for name, weight in policy.named_parameters() if weight.requires_grad}
     try:
-        return trainer(**arguments)
+        made = trainer(model=policy, **arguments)
     except (ValueError, NotImplementedError) as error:
         raise PipelineError(f"TRL refuses this combination: {' '.join(str(error).split())}") from error
+    if is_peft_model(made.model):
+        for name, weight in made.model.named_parameters():
+            if weight.requires_grad and weight.dtype != torch.float32:
+                weight.data = saved[name].to(weight.device).float() if name in saved else weight.data.float()
+    return made
 
 
 def train(trainer: Any, folder: Path, callbacks: list[TrainerCallback]) -> None:
@@ -121,13 +132,21 @@ def train(trainer: Any, folder: Path, callbacks: list[TrainerCallback]) -> None:
         raise KeyboardInterrupt
 
 
-def save_final(trainer: Any, tokenizer: Any, folder: Path, model: Any, dtype: Any) -> dict[str, Any]:
+def save_final(trainer: Any, tokenizer: Any, folder: Path, loading: Loading, probe: dict[str, Any]) -> dict[str, Any]:
     """Save what `from_pretrained` loads into `folder/final`, reload it once, and tell its facts for the manifest.
 
-    Raises PipelineError where the reloaded policy does not give the log-probs that training ended with.
+    Written by rank 0. Raises PipelineError where the reloaded policy does not give the log-probs that training ended
+    with, on the rows of `probe`.
     """
     # Without Accelerate's autocast, as anybody loads it.
     policy = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return together(lambda: save_and_reload(trainer, policy, tokenizer, folder, loading, probe))
+
+
+def save_and_reload(
+    trainer, policy, tokenizer, folder: Path, loading: Loading, probe: dict[str, Any]
+) -> dict[str, Any]:
+    """What `save_final` does, in one process."""
     final, partial = folder / "final", folder / "final.partial"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(final, ignore_errors=True)
@@ -138,22 +157,24 @@ def save_final(trainer: Any, tokenizer: Any, folder: Path, model: Any, dtype: An
     trainer.create_model_card(model_name=folder.name)
     shutil.move(Path(trainer.args.output_dir) / "README.md", partial / "README.md")
     partial.rename(final)
-    rows = trainer.train_dataset.select(range(min(4, len(trainer.train_dataset))))
-    if "labels" in rows.column_names:
-        prompts, answers = [ids[:1] for ids in rows["input_ids"]], [ids[1:] for ids in rows["input_ids"]]
-    else:
-        prompts, answers = list(rows["prompt_ids"]), list(rows["chosen_ids"])
-    trained = answer_logprobs(policy, prompts, answers, 4)
+    rows = probe["prompts"], probe["answers"]
+    trained = answer_logprobs(policy, *rows, len(rows[0]))
     # Room on the device for the reloaded policy: the trained one has done its part.
     trainer.optimizer = trainer.lr_scheduler = None
     trainer.accelerator.free_memory()
-    policy.to("cpu")
-    saved = answer_logprobs(load_policy(final, model, dtype).to(device()), prompts, answers, 4)
+    if loading.quantization is None:
+        policy.to("cpu")
+    saved = answer_logprobs(load_policy(final, loading, on=device()), *rows, len(rows[0]))
     worst = max(float((a - b).abs().max()) for a, b in zip(trained, saved, strict=True))
-    if worst > (1e-3 if dtype.itemsize == 4 else 0.1):
+    if worst > (1e-3 if loading.dtype.itemsize == 4 else 0.1):
         raise PipelineError(f"{final} does not load back as it was trained: log-probs differ by {worst:.3g} nats")
     best = trainer.state.best_model_checkpoint
     step = int(best.rsplit("-", 1)[1]) if best else trainer.state.global_step
     if best:
         log.info("final/ is step %d: lowest validation perplexity, %.3f", step, trainer.state.best_metric)
-    return {"step": step, "sha256": runs.content_hash(final, runs.WEIGHTS), "reload_difference_nats": worst}
+    return {
+        "step": step,
+        "sha256": runs.content_hash(final, runs.WEIGHTS),
+        "reload_difference_nats": worst,
+        "probe": {**probe, "after": [float(row.sum()) for row in saved]},
+    }

@@ -1,0 +1,153 @@
+"""What this machine is and can do: its device and precision, its processes, its memory and versions."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from dpo_pipeline.errors import PipelineError
+
+LIBRARIES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
+
+
+def processes() -> int:
+    """How many processes a launcher started for this run; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and prints: rank 0, or the only one."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def together(decision: Callable[[], Any]) -> Any:
+    """What rank 0 makes of `decision`, given to every process; where it raises PipelineError, all do.
+
+    For what must be decided or made once: ranks that look at a folder by themselves may each see another state of it.
+    """
+    if processes() == 1:
+        return decision()
+    import torch
+    from accelerate import PartialState
+
+    # Before TRL makes its own with ten minutes: rank 0 may tokenize, or merge, for longer than that.
+    PartialState(cpu=device() == "cpu", timeout=timedelta(days=1))
+    box: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            box[0] = decision()
+        except PipelineError as error:
+            box[1] = error
+    torch.distributed.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def device() -> str:
+    """`cuda`, `mps` or `cpu`: where this machine trains, measures and samples."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_device(command: str) -> None:
+    """Raise PipelineError where the GPUs cannot be used as the process was started; `command` is what was typed."""
+    import torch
+
+    if device() != "cuda":
+        return
+    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    kinds = [re.match(r"(sm|compute)_(\d+)(\d)", kind) for kind in torch.cuda.get_arch_list()]
+    built = [(kind[1], int(kind[2]), int(kind[3])) for kind in kinds if kind]
+    # Kernels run on later minor versions of their own major one, intermediate code (compute_) on all later ones.
+    if not any(
+        (own == major and sub <= minor) if kind == "sm" else (own, sub) <= (major, minor) for kind, own, sub in built
+    ):
+        raise PipelineError(
+            f"{name} has compute capability {major}.{minor}, and the installed torch {torch.__version__} holds "
+            f"kernels for {', '.join(torch.cuda.get_arch_list())} alone: install a build that has them, `pip install "
+            f"torch=={torch.__version__.split('+')[0]} --index-url https://download.pytorch.org/whl/cu126` (Pascal, "
+            "Volta) or cu130 (Turing and newer)"
+        )
+    if (count := torch.cuda.device_count()) > 1 and processes() == 1:
+        raise PipelineError(
+            f"{count} GPUs are visible to one process: use all with `accelerate launch --config_file "
+            f"launch/accelerate/ddp.yaml --num_processes {count} -m {command} ...` or `make ... GPUS={count}`, or one "
+            "with CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def mixed_precision(asked: str) -> str:
+    """`bf16`, `fp16` or `fp32`: what is asked for, and for `auto` the fastest that the device can do.
+
+    Raises PipelineError where the device lacks it.
+    """
+    import torch
+
+    where = device()
+    # Emulated bf16 (T4, V100) is slower than fp32, and counts as none.
+    has_bf16 = where == "cpu" or (where == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    if asked == "auto":
+        return "fp32" if where != "cuda" else "bf16" if has_bf16 else "fp16"
+    if asked == "fp16" and where == "cpu":
+        raise PipelineError("precision=fp16 needs a GPU, and there is none: type precision=auto, fp32 or bf16")
+    if asked == "bf16" and not has_bf16:
+        card = torch.cuda.get_device_name() if where == "cuda" else where
+        raise PipelineError(
+            f"precision=bf16: {card} cannot compute in bfloat16: type precision=fp16 or precision=auto"
+        )
+    return asked
+
+
+def peak_memory() -> int | None:
+    """Peak memory of this process in bytes: the GPU's where there is one, else resident; None where unknown."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def card() -> tuple[str, int | None]:
+    """The name of what holds the weights in training, and its memory in bytes, as far as known."""
+    import torch
+
+    if device() == "cuda":
+        return torch.cuda.get_device_name(), torch.cuda.get_device_properties().total_memory
+    if sys.platform == "win32":
+        return "this machine", None
+    return "this machine", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def gigabytes(size: int | None) -> str:
+    """Bytes as `14.5 GB`, of 10^9."""
+    return "?" if size is None else f"{size / 1e9:.1f} GB"
+
+
+def versions() -> dict[str, str]:
+    """The version of Python and of each library that is installed."""
+    there = {dist.metadata["Name"].lower(): dist.version for dist in distributions()}
+    return {"python": platform.python_version(), **{name: there[name] for name in LIBRARIES if name in there}}
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit and dirtiness of the checkout in `folder`, or None where it is none."""
+    call = ["git", "-C", str(folder)]
+    try:
+        commit = subprocess.run([*call, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*call, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}

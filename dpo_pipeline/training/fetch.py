@@ -1,0 +1,50 @@
+"""Has a run's base model at hand without loading its weights: what `check=true` looks at."""
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from dpo_pipeline.config import Model, Run, build
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.policies import explained
+from dpo_pipeline.runs import WEIGHTS
+
+
+@contextlib.contextmanager
+def base_at_hand(run: Run) -> Iterator[Run]:
+    """The run with its base on this machine: fetched into the hub's cache, or, where code makes it, made untrained."""
+    if run.model.builder is None:
+        fetch(run.model)
+        yield run
+    elif Path(run.model.path).is_dir():
+        yield run
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/model"
+            build(run.model.builder | {"steps": 0}, folder=path)
+            yield dataclasses.replace(run, model=dataclasses.replace(run.model, path=path))
+
+
+def fetch(model: Model) -> None:
+    """Download what `from_pretrained` reads, weights included, so that a machine without network finds it.
+
+    Raises PipelineError where it is not to be had, or where a local folder's weights are missing or cut short.
+    """
+    from huggingface_hub import snapshot_download
+    from safetensors import safe_open
+
+    folder = Path(model.path)
+    if not folder.is_dir():
+        wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+        wanted += (["*.bin"] if model.use_safetensors is None else []) + (["*.py"] if model.trust_remote_code else [])
+        options = {"revision": model.revision, "allow_patterns": wanted, "ignore_patterns": ["*/*"]}
+        folder = Path(explained(snapshot_download, model.path, **options))
+    if not any(folder.glob(f"*{ending}") for ending in WEIGHTS):
+        raise PipelineError(
+            f"{folder} holds no weights ({' or '.join(WEIGHTS)}): give a folder that from_pretrained loads"
+        )
+    for file in folder.glob("*.safetensors"):
+        # Opening reads the header, and compares it with the length of the file.
+        explained(lambda _, file=file: safe_open(file, "pt").keys(), folder)

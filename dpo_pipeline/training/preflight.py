@@ -1,0 +1,301 @@
+"""What must hold before step 1, looked at on the run's own first batch; and whether its longest batch fits.
+
+TRL checks none of it: with a wrong reference, an adapter that was not loaded or an answer without its end it trains.
+"""
+
+import contextlib
+import copy
+import logging
+import math
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_utils import IntervalStrategy
+
+from dpo_pipeline.config import Run
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.logprobs import answer_logprobs
+from dpo_pipeline.machine import card, device, gigabytes, peak_memory
+from dpo_pipeline.training.trainer import with_reference
+
+log = logging.getLogger(__name__)
+
+# Rates that published runs of 0.1 to 70 B parameters used, by stage and adapter: lowest, highest, where.
+KNOWN_RATES = {
+    "sft": (1e-6, 1e-4, "2e-5 in TRL's examples and Zephyr (arXiv:2310.16944), 5e-6 in Tulu 3"),
+    "sft_lora": (2e-5, 2e-3, "1e-4 to 2e-4 in QLoRA (arXiv:2305.14314), 2e-4 in TRL's examples"),
+    "dpo": (5e-8, 1e-5, "1e-6 in the DPO paper (arXiv:2305.18290), 5e-7 in Zephyr, 2e-7 to 5e-7 in Tulu 3"),
+    "dpo_lora": (5e-7, 1e-4, "5e-6 in TRL's examples and Zephyr's QLoRA recipe, up to 5e-5 for small models"),
+}
+
+
+def check_rate(run: Run, stage: str) -> None:
+    """Warn of a learning rate ten times beyond those known to work for its stage and mode, or for this model."""
+    mode = stage if run.lora is None else f"{stage}_lora"
+    rate, own = getattr(run, stage)["learning_rate"], getattr(run.model.learning_rate, mode)
+    low, high, source = KNOWN_RATES[mode]
+    if not min(low, own) / 10 <= rate <= 10 * max(high, own):
+        log.warning(
+            "%s.learning_rate=%g is far from what is known to work for %s %s: %g for this model, else %g to %g (%s)",
+            *(stage, rate, stage.upper(), "with LoRA" if run.lora else "of every weight", own, low, high, source),
+        )
+
+
+def check_answers(pairs: Iterable[tuple[list[int], list[int]]], ends: list[int], bos: int | None) -> None:
+    """Raise PipelineError unless each answer has one end token, its last, and a pair of token ids one BOS at most."""
+    for row, (prompt, answer) in enumerate(pairs):
+        found = sum(token in ends for token in answer)
+        if found != 1 or answer[-1] not in ends:
+            raise PipelineError(
+                f"answer {row} has {found} end tokens, expected one, as the last of its {len(answer)} tokens: a policy "
+                "trained on it would not learn to stop"
+            )
+        # A chat template may open every message with it, a text may not, and nothing starts with two.
+        if bos is not None and bos not in ends and (prompt[:2] == [bos, bos] or bos in answer):
+            raise PipelineError(
+                f"row {row} holds the BOS token twice: take it out of the text, the tokenizer puts one before it"
+            )
+
+
+def check_rows(rows: Any, ends: list[int], bos: int | None) -> None:
+    """`check_answers` of every answer of a table of token ids."""
+    for name in rows.column_names:
+        if name.endswith("_ids") and name != "prompt_ids":
+            check_answers(zip(rows["prompt_ids"], rows[name], strict=True), ends, bos)
+
+
+def learnt_pairs(batch: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) of each row of a collated batch, as the trainer's masks have them."""
+    if "labels" in batch:
+        masks = batch["labels"] != -100
+        real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(masks)
+    else:
+        masks, real = batch["completion_mask"].bool(), batch["attention_mask"].bool()
+    pairs = []
+    for ids, mask, there in zip(batch["input_ids"], masks, real, strict=True):
+        if not mask[there].diff().int().sum() <= 1 or not mask.any():
+            raise PipelineError("a batch learns from something else than one answer behind its prompt")
+        pairs.append((ids[there & ~mask].tolist(), ids[mask].tolist()))
+    return pairs
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave Python's, numpy's and torch's random states as they are found."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
+def first_batch(trainer: Any) -> dict[str, Any]:
+    """The first micro batch that this process will train on."""
+    with random_state_kept():
+        loader = trainer.get_train_dataloader()
+        batch = next(iter(loader))
+        loader.end()
+    return batch
+
+
+def probe(trainer: Any) -> dict[str, Any]:
+    """Two rows to recognise a policy by, with their log-probs in nats before training."""
+    rows = trainer.train_dataset.select(range(min(2, len(trainer.train_dataset))))
+    pairs = learnt_pairs(trainer.data_collator(list(rows)))[: len(rows)]
+    prompts, answers = [p[-256:] for p, _ in pairs], [a[:256] for _, a in pairs]
+    return {"prompts": prompts, "answers": answers, "before": nats(trainer, prompts, answers)}
+
+
+def nats(trainer: Any, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
+    """The log-prob of each answer under the policy before it trains: as anybody loads it, without autocast."""
+    return [float(row.sum()) for row in answer_logprobs(trainer.model, prompts, answers, len(prompts))]
+
+
+def check_policy(trainer: Any, ends: list[int], bos: int | None, rows: Any) -> dict[str, Any]:
+    """The first batch of a run whose policy can learn from it; raises PipelineError where it cannot."""
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    if not trained:
+        raise PipelineError("no weight of the policy is trainable: nothing would be learnt; check lora.target_modules")
+    check_rows(rows, ends, bos)
+    batch = first_batch(trainer)
+    check_answers(learnt_pairs(batch), ends, bos)
+    total = sum(p.numel() for p in trainer.model.parameters())
+    log.info("preflight: %s of %s parameters are trained; every answer ends once", f"{trained:,}", f"{total:,}")
+    return batch
+
+
+def check_start(trainer: Any, sft: dict[str, Any], loading: dict[str, Any], source: Any) -> None:
+    """Raise PipelineError where the starting policy is not what SFT ended with, by the rows it left to know it by.
+
+    `sft` is the manifest of the SFT, `loading` how this run loads weights: in another precision or quantization the
+    policy is not quite the same, which is told where it is much.
+    """
+    left, same_loading = sft["final"]["probe"], sft["loading"] == loading
+    found = nats(trainer, left["prompts"], left["answers"])
+    tokens = sum(map(len, left["answers"]))
+    moved = max(abs(a - b) for a, b in zip(left["after"], left["before"], strict=True))
+    off = max(abs(a - b) for a, b in zip(left["after"], found, strict=True))
+    if moved == 0:
+        raise PipelineError(f"the SFT policy {source} is the bare base: its training changed nothing; train it anew")
+    allowed = tokens * (1e-3 if trainer.model.dtype.itemsize == 4 else 0.1)
+    if same_loading and off > allowed:
+        raise PipelineError(
+            f"the starting policy is not what SFT ended with ({source}): answers that SFT left to know it by differ by "
+            f"{off:.3g} nats, and SFT had moved them by {moved:.3g}: its weights or its adapter were not loaded"
+        )
+    if off > max(allowed, moved / 2):
+        log.warning(
+            "loaded in another precision, the starting policy is %.3g nats off what SFT had moved by %.3g", off, moved
+        )
+    log.info(
+        "preflight: the starting policy is %s, %.3g nats from its base, %.2g from what SFT ended with",
+        source,
+        moved,
+        off,
+    )
+
+
+def pair_logps(trainer: Any, model: Any, batch: dict[str, Any], of_policy: bool) -> Any:
+    """Summed log-probs [chosen..., rejected...] of a batch in nats, by the trainer's own forward."""
+    held = trainer.ref_model
+    try:
+        if of_policy:
+            trainer.ref_model = model  # so that TRL switches no adapter off
+        return torch.cat(trainer.compute_ref_log_probs(model, batch)).double()
+    finally:
+        trainer.ref_model = held
+
+
+def check_reference(trainer: Any, batch: dict[str, Any], source: Any, reference: str | None) -> None:
+    """Raise PipelineError unless every reward of the batch is 0 and a sigmoid loss ln 2: policy = reference.
+
+    The tolerance, in nats, is four roundings of the dtype for the square root of the answer's tokens; both sides come
+    from one forward, so that they are equal but for that. `reference` names another one given on purpose: then only
+    told.
+    """
+    trainer.model.train()
+    own = pair_logps(trainer, trainer.model, batch, True)
+    theirs = pair_logps(trainer, trainer.ref_model or trainer.model, batch, False)
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    used = next((t for name, t in dtypes.items() if getattr(trainer.args, name)), trainer.model.dtype)
+    tokens = batch["completion_mask"].sum(-1)
+    tolerance = 4 * torch.finfo(used).eps * tokens.double().sqrt()
+    rewards = own - theirs
+    worst = int((rewards.abs() / tolerance).argmax())
+    margins = rewards.chunk(2)[0] - rewards.chunk(2)[1]
+    if reference:
+        log.info(
+            "preflight: reference %s, as asked; first margins %.3g nats in the mean", reference, float(margins.mean())
+        )
+        return
+    if not rewards.abs()[worst] <= tolerance[worst]:
+        raise PipelineError(
+            f"a step-0 reward is {float(rewards[worst]):.3g} nats, expected 0 within {float(tolerance[worst]):.2g}: the "
+            f"reference is not the starting policy ({source}). Set reference=cached or frozen, or name another on "
+            "purpose with reference.path=..."
+        )
+    chosen, rejected = theirs.float().chunk(2)
+    with torch.no_grad(), trainer.accelerator.autocast():
+        loss = float(
+            trainer.compute_loss(trainer.model, {**batch, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected})
+        )
+    trainer._metrics["train"].clear()  # what TRL would else log with the first step
+    trainer._total_train_tokens = 0
+    if not math.isfinite(loss) or (trainer.loss_types == ["sigmoid"] and abs(loss - math.log(2)) > 1e-3):
+        raise PipelineError(f"the first loss is {loss:.4g}, expected ln 2 = 0.6931 of sigmoid, a number of any other")
+    log.info("preflight: reference = starting policy: largest reward %.2g nats, loss %.4f", rewards.abs().max(), loss)
+
+
+def rehearse(trainer: Any, run: Run, stage: str) -> None:
+    """Let the longest rows make two whole steps at learning rate 0, and put everything back as it was.
+
+    Two, since the optimizer's memory exists only after the first. Raises PipelineError with cheaper settings where the
+    device's memory does not hold them.
+    """
+    args, rows, handler, optimizer = trainer.args, trainer.train_dataset, trainer.callback_handler, trainer.optimizer
+    scaler = trainer.accelerator.scaler
+    accumulated = min(2, args.gradient_accumulation_steps)  # gradients lie there while the second batch goes forward
+    longest, length = longest_row(rows)
+    copies = args.per_device_train_batch_size * args.world_size * accumulated * 2
+    forwards = {name: value for name, value in vars(trainer.model).items() if name in ("forward", "_original_forward")}
+    scale = scaler.state_dict() if scaler is not None else None
+    try:
+        with random_state_kept():
+            # Before the reference pass the rows have no log-probs of it yet.
+            cached = stage == "dpo" and args.precompute_ref_log_probs
+            row = with_reference(trainer, longest, None) if cached else longest
+            trainer.train_dataset = row.select([0] * copies)
+            trainer.args = copy.copy(args)
+            off = dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), IntervalStrategy.NO)
+            off |= {"eval_on_start": False, "logging_first_step": False, "load_best_model_at_end": False}
+            two = {"num_train_epochs": 1, "max_steps": -1, "gradient_accumulation_steps": accumulated}
+            for key, value in {**off, **two, "learning_rate": 0.0, "warmup_steps": 0}.items():
+                setattr(trainer.args, key, value)
+            if scale:
+                scaler.load_state_dict({**scale, "scale": 1.0})  # no overflow: a skipped step makes no optimizer state
+            trainer.callback_handler = CallbackHandler(
+                [DefaultFlowCallback()], trainer.model, trainer.processing_class, None, None
+            )
+            trainer.train()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise PipelineError(out_of_memory(run, stage, length)) from error
+    finally:
+        trainer.model.zero_grad()
+        trainer.accelerator.free_memory()
+        trainer.model_wrapped = trainer.model
+        for name in ("forward", "_original_forward"):  # Accelerate's autocast goes, TRL's loss head stays
+            vars(trainer.model).pop(name, None)
+        vars(trainer.model).update(forwards)
+        trainer.args, trainer.train_dataset, trainer.callback_handler = args, rows, handler
+        trainer.optimizer = optimizer
+        if scale:
+            scaler.load_state_dict(scale)
+        if stage == "dpo":
+            trainer._total_train_tokens = 0
+        if device() == "cuda":
+            torch.cuda.empty_cache()
+    name, size = card()
+    peak = f"{gigabytes(peak_memory())} of {gigabytes(size)} ({name})"
+    log.info("preflight: the longest batch, %d tokens a row, makes two steps: peak %s", length, peak)
+
+
+def longest_row(rows: Any) -> tuple[Any, int]:
+    """The row of a trainer's table that pads a batch to most tokens, and how many."""
+    if "input_ids" in rows.column_names:
+        lengths = [len(ids) for ids in rows["input_ids"]]
+    else:
+        columns = (rows[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        lengths = [len(p) + max(len(c), len(r)) for p, c, r in zip(*columns, strict=True)]
+    at = max(range(len(lengths)), key=lengths.__getitem__)
+    return rows.select([at]), lengths[at]
+
+
+def out_of_memory(run: Run, stage: str, longest: int) -> str:
+    """What was needed, what there is, and cheaper settings to type, the cheapest in speed first."""
+    name, size = card()
+    micro = run.batch.micro_size
+    cheaper = []
+    if stage == "dpo" and run.reference.mode == "frozen":
+        cheaper.append("reference=cached (no second model; no slower)")
+    if micro > 1:
+        cheaper.append(f"batch.micro_size={max(1, micro // 2)} (same result)")
+    if not getattr(run, stage)["activation_checkpointing"]:
+        cheaper.append(f"{stage}.activation_checkpointing=true (same result, a fifth slower)")
+    if run.lora is None:
+        if device() == "cuda":
+            cheaper.append(f"{stage}.optim=paged_adamw_8bit (a quarter of the optimizer's memory)")
+        cheaper.append("lora=r16 (trains an adapter)")
+    elif run.quantization is None:
+        cheaper.append("quantization=nf4 (the base in 4 bits)")
+    cheaper.append(f"length.max={max(64, longest // 2)} (drops what is longer)")
+    return (
+        f"out of memory: the longest batch, {micro or '?'} rows of up to {longest} tokens, reached "
+        f"{gigabytes(peak_memory())} of {gigabytes(size)} ({name}). Add one of these, the first costs least: "
+        + "; ".join(cheaper)
+    )
