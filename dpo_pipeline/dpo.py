@@ -47,7 +47,10 @@ def run_dpo(run: Run) -> dict[str, Any]:
         ends, _ = start.ends_and_lengths(run, tokenizer)
         batch = preflight.check_policy(dpo, ends, tokenizer.bos_token_id, rows["train"])
         if run.policy == "sft":
-            preflight.check_start(dpo, runs.finished_sft(run), record.manifest["loading"], begin.source)
+            sft = runs.finished_sft(run)
+            rounded = begin.into and (run.quantization is not None or loading.dtype.itemsize < 4)
+            exact = sft["loading"] == record.manifest["loading"] and not rounded
+            preflight.check_start(dpo, sft["final"]["probe"], exact, begin.source)
         preflight.check_reference(dpo, batch, begin.source, run.reference.path)
         probe = preflight.probe(dpo)
         preflight.rehearse(dpo, run, "dpo")

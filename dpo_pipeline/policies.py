@@ -114,6 +114,12 @@ def load_policy(path: str | Path, loading: Loading, trainable: bool = False, on:
             f"{base} lacks {len(lacking)} weights of its architecture, {type(loaded).__name__}, such as {lacking[0]}: "
             "it is cut short, or another kind of model: give a causal language model"
         )
+    if loading.quantization is not None and device() == "cpu":
+        from bitsandbytes.nn import Linear4bit
+
+        # Else a forward in eval mode packs the weights anew, with coarser scales: policy and reference then differ.
+        for layer in (module for module in loaded.modules() if isinstance(module, Linear4bit)):
+            layer.support_avx512bf16_for_cpu = False
     if base != str(path):
         from peft import PeftModel
 

@@ -12,6 +12,10 @@ WARNINGS = (
 LOG_LINES = {
     # 4-bit kernels of the CPU, which would be downloaded; the slower built-in ones work.
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    # What int8 does on every forward: LLM.int8() multiplies in float16 where columns are outliers.
+    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast from",
+    # merge.py asks for just that.
+    "transformers.integrations.bitsandbytes": "The modules are dequantized in",
     # Tied weights are saved once: an lm_head is "missing" whenever the best checkpoint is loaded.
     "transformers.trainer": "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",
     # How checkpoints are sorted for deletion on some file systems; by number is what is wanted.

@@ -57,6 +57,7 @@ def training_arguments(run: Run, stage: str, folder: Path) -> Any:
         "disable_tqdm": True,  # callbacks.py shows one bar
         "use_cpu": device() == "cpu",
         "dataloader_pin_memory": device() == "cuda",
+        "ddp_find_unused_parameters": False,  # there are none, and looking for them costs a pass each step
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # which shows an average in the place of a loss that is no number
         "eval_strategy": "steps",
@@ -90,7 +91,7 @@ def training_arguments(run: Run, stage: str, folder: Path) -> Any:
         raise PipelineError(f"trl.{arguments.__name__} refuses what stands under {stage}: {error}") from error
     log.info(
         "%s on %s: batch of %d rows = %d at once x %d process(es) x %d accumulated",
-        *(precision, made.device, size, micro, world, steps),
+        *(precision, made.device.type, size, micro, world, steps),
     )
     return made
 

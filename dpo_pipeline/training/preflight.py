@@ -128,13 +128,12 @@ def check_policy(trainer: Any, ends: list[int], bos: int | None, rows: Any) -> d
     return batch
 
 
-def check_start(trainer: Any, sft: dict[str, Any], loading: dict[str, Any], source: Any) -> None:
+def check_start(trainer: Any, left: dict[str, Any], exact: bool, source: Any) -> None:
     """Raise PipelineError where the starting policy is not what SFT ended with, by the rows it left to know it by.
 
-    `sft` is the manifest of the SFT, `loading` how this run loads weights: in another precision or quantization the
-    policy is not quite the same, which is told where it is much.
+    Unless `exact`, weights were rounded on the way, to another precision or quantization: then what that changed is
+    told where it is much.
     """
-    left, same_loading = sft["final"]["probe"], sft["loading"] == loading
     found = nats(trainer, left["prompts"], left["answers"])
     tokens = sum(map(len, left["answers"]))
     moved = max(abs(a - b) for a, b in zip(left["after"], left["before"], strict=True))
@@ -142,7 +141,7 @@ def check_start(trainer: Any, sft: dict[str, Any], loading: dict[str, Any], sour
     if moved == 0:
         raise PipelineError(f"the SFT policy {source} is the bare base: its training changed nothing; train it anew")
     allowed = tokens * (1e-3 if trainer.model.dtype.itemsize == 4 else 0.1)
-    if same_loading and off > allowed:
+    if exact and off > allowed:
         raise PipelineError(
             f"the starting policy is not what SFT ended with ({source}): answers that SFT left to know it by differ by "
             f"{off:.3g} nats, and SFT had moved them by {moved:.3g}: its weights or its adapter were not loaded"
