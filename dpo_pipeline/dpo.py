@@ -46,6 +46,8 @@ def run_dpo(run: Run) -> dict[str, Any]:
         record.save_manifest(**start.facts(dpo, rows, begin.source, loading), handoff=str(begin), reference=told)
         ends, _ = start.ends_and_lengths(run, tokenizer)
         batch = preflight.check_policy(dpo, ends, tokenizer.bos_token_id, rows["train"])
+        if begin.adapter and not begin.into:
+            preflight.check_adapter(dpo, begin.source)
         if run.policy == "sft":
             sft = runs.finished_sft(run)
             rounded = begin.into and (run.quantization is not None or loading.dtype.itemsize < 4)

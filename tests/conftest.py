@@ -34,6 +34,7 @@ def small(tmp_path_factory):
         defaults = [item for item in (*SMALL, f"root={root}", "name=small") if item.split("=")[0] not in given]
         return compose([*defaults, *overrides])
 
+    run.typed = list(SMALL)
     return run
 
 

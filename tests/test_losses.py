@@ -9,6 +9,8 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig
 
+from dpo_pipeline.config import compose
+from dpo_pipeline.training.arguments import training_arguments
 from dpo_pipeline.training.tiny import word_tokenizer
 from dpo_pipeline.training.trainer import build_dpo, cache_reference
 
@@ -35,9 +37,12 @@ def pair_rows():
     return Dataset.from_dict(dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(list, columns), strict=True)))
 
 
-def trainer_at_reference(loss_type, folder, cached=True, eval_batch=4):
+def trainer_at_reference(loss, folder, cached=True, eval_batch=4):
+    """A trainer with the fields that conf/loss/ and training_arguments give TRL for a loss."""
+    ours = training_arguments(compose([f"loss={loss}"]), "dpo", folder)
+    fields = {name: getattr(ours, name) for name in ("loss_type", "loss_weights", "label_smoothing")}
     args = DPOConfig(
-        output_dir=str(folder), loss_type=[loss_type], beta=BETA, label_smoothing=SMOOTHING * (loss_type == "robust"),
+        output_dir=str(folder), beta=BETA, **fields,
         precompute_ref_log_probs=cached, per_device_train_batch_size=6, per_device_eval_batch_size=eval_batch,
         max_length=None, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
     )  # fmt: skip
@@ -106,8 +111,14 @@ def robust(chosen, rejected, *_):
     return ((1 - SMOOTHING) * right - SMOOTHING * flipped) / (1 - 2 * SMOOTHING)
 
 
+def cdpo(chosen, rejected, *_):
+    """ericmitchell.ai/cdpo.pdf, equation 7: the binary cross-entropy with a target of 1 - e."""
+    right, flipped = negative_log_sigmoid(BETA * (chosen - rejected)), negative_log_sigmoid(BETA * (rejected - chosen))
+    return (1 - SMOOTHING) * right + SMOOTHING * flipped
+
+
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "frozen"])
-@pytest.mark.parametrize("formula", [sigmoid, ipo, hinge, robust])
+@pytest.mark.parametrize("formula", [sigmoid, ipo, hinge, robust, cdpo])
 def test_loss_and_gradient_equal_the_formula(formula, cached, tmp_path):
     trainer = trainer_at_reference(formula.__name__, tmp_path, cached)
     moved(trainer.model)
@@ -123,6 +134,27 @@ def test_loss_and_gradient_equal_the_formula(formula, cached, tmp_path):
         assert theirs.grad.abs().max() > 1e-4, name
         error = (ours.grad - theirs.grad).abs().max() / theirs.grad.abs().max()
         assert error < 1e-4, name
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_sigmoid_sft_adds_the_mean_negative_log_prob_of_the_chosen_tokens(rows, tmp_path):
+    """arXiv 2404.19733, equation 1, with alpha 1; TRL takes the mean over the tokens of a batch, not of an answer."""
+    trainer = trainer_at_reference("sigmoid_sft", tmp_path, cached=False)
+    moved(trainer.model)
+    batch = trainer.data_collator(list(pair_rows().select(range(rows))))
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    policy = in_float64(trainer.model)
+    preference = [sigmoid(*row) for row in log_ratios(policy, in_float64(tiny_llama(0)))][:rows]
+    nll = [-answer_logprob(policy, row["prompt_ids"], row["chosen_ids"]) for row in pair_rows()][:rows]
+    tokens = [len(row["chosen_ids"]) for row in pair_rows()][:rows]
+    expected = sum(preference) / rows + sum(nll) / sum(tokens)
+    if rows == 1:  # then it is the paper's
+        assert expected.item() == pytest.approx((preference[0] + nll[0] / tokens[0]).item())
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, theirs in zip(trainer.model.parameters(), policy.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).abs().max() < 1e-4 * theirs.grad.abs().max()
 
 
 def test_the_moved_policy_has_pairs_on_both_sides_of_the_hinge(tmp_path):

@@ -41,7 +41,7 @@ def fetch(model: Model) -> None:
         wanted += (["*.bin"] if model.use_safetensors is None else []) + (["*.py"] if model.trust_remote_code else [])
         options = {"revision": model.revision, "allow_patterns": wanted, "ignore_patterns": ["*/*"]}
         folder = Path(explained(snapshot_download, model.path, **options))
-    if not any(folder.glob(f"*{ending}") for ending in WEIGHTS):
+    if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
         raise PipelineError(
             f"{folder} holds no weights ({' or '.join(WEIGHTS)}): give a folder that from_pretrained loads"
         )

@@ -128,6 +128,15 @@ def check_policy(trainer: Any, ends: list[int], bos: int | None, rows: Any) -> d
     return batch
 
 
+def check_adapter(trainer: Any, source: Any) -> None:
+    """Raise PipelineError where a continued adapter changes nothing: it was not trained, or not loaded."""
+    halves = [p for name, p in trainer.model.named_parameters() if ".lora_B.default" in name]
+    if halves and not any(bool(p.any()) for p in halves):
+        raise PipelineError(
+            f"the adapter in {source} changes nothing, its B matrices are 0: give one that was trained"
+        )
+
+
 def check_start(trainer: Any, left: dict[str, Any], exact: bool, source: Any) -> None:
     """Raise PipelineError where the starting policy is not what SFT ended with, by the rows it left to know it by.
 

@@ -48,7 +48,8 @@ def made_once(run: Run, make: Callable[[], tuple[dict[str, Any], Any]]) -> tuple
         tables, other = make()
         if processes() == 1:
             return tables, other
-        folder = Path(run.root) / ".cache" / "data" / fingerprint(tables["train"])
+        of_all = hashlib.sha256("".join(map(fingerprint, tables.values())).encode()).hexdigest()
+        folder = Path(run.root) / ".cache" / "data" / of_all
         if not folder.is_dir():
             partial = folder.with_suffix(".partial")
             DatasetDict(tables).save_to_disk(partial)

@@ -43,6 +43,23 @@ def build(folder: str, hidden_size: int, layers: int, heads: int, steps: int, se
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
+    if steps:
+        pretrain(model, tokenizer, steps, seed)
+    partial = f"{folder}.{os.getpid()}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    write_json(Path(partial) / "builder.json", mine)
+    try:
+        os.replace(partial, folder)
+    except OSError:  # another run of this name was faster
+        shutil.rmtree(partial)
+
+
+def pretrain(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
+    """Teach the model sentences, 64 a step."""
+    import torch
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     rng = random.Random(seed)
@@ -56,15 +73,6 @@ def build(folder: str, hidden_size: int, layers: int, heads: int, steps: int, se
         schedule.step()
         optimizer.zero_grad()
     log.info("made the tiny base: %s parameters, loss %.2f", f"{model.num_parameters():,}", loss.item())
-    partial = f"{folder}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    write_json(Path(partial) / "builder.json", mine)
-    try:
-        os.replace(partial, folder)
-    except OSError:  # another run of this name was faster
-        shutil.rmtree(partial)
 
 
 def word_tokenizer() -> Any:
