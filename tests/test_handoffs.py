@@ -2,26 +2,63 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from dpo_pipeline import runs
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.policies import load_policy
 from dpo_pipeline.sft import run_sft
+from dpo_pipeline.training import handoff, start
+from dpo_pipeline.training.arguments import training_arguments
 from dpo_pipeline.training.handoff import loading
+from dpo_pipeline.training.trainer import build_dpo
 
 ROADS = {
     "full -> full": ("lora=none", ("cached", "frozen")),
     "LoRA -> LoRA": ("lora=r8", ("cached", "adapter", "frozen")),
     "base -> full": ("lora=none policy=base", ("cached", "frozen")),
     "base -> LoRA": ("lora=r8 policy=base", ("cached", "adapter", "frozen")),
+    "full -> LoRA": ("lora=r8 sft_variant=full", ("cached", "adapter", "frozen")),
+    "LoRA -> other LoRA": ("lora=r16 sft_variant=r8", ("cached", "adapter", "frozen")),
+    "LoRA -> full": ("lora=none sft_variant=r8", ("cached", "frozen")),
+    "QLoRA -> QLoRA": ("lora=r8 quantization=nf4", ("cached", "adapter", "frozen")),
+    "QLoRA -> full": ("lora=none sft_variant=r8-nf4", ("cached",)),
+    "8-bit LoRA -> itself": ("lora=r8 quantization=int8", ("adapter",)),
+    "full -> QLoRA": ("lora=r8 quantization=nf4 sft_variant=full", ("frozen",)),
+    "anybody's model -> full": ("lora=none policy={none}/final", ("cached",)),
+    "anybody's model -> LoRA": ("lora=r8 policy={none}/final", ("adapter",)),
+    "anybody's adapter -> itself": ("lora=r8 policy={r8}/final", ("cached", "frozen")),
+    "anybody's adapter -> other LoRA": ("lora=r16 policy={r8}/final", ("adapter",)),
+    "anybody's adapter -> full": ("lora=none policy={r8}/final", ("cached",)),
+}
+MERGED = {
+    "LoRA -> other LoRA",
+    "LoRA -> full",
+    "QLoRA -> full",
+    "anybody's adapter -> other LoRA",
+    "anybody's adapter -> full",
 }
 STEPS = ("++dpo.max_steps=4", "dpo.learning_rate=1e-3")
+
+
+SFT_FIRST = {  # what a road starts from, beside the fixture's two
+    "QLoRA -> QLoRA": "lora=r8 quantization=nf4",
+    "QLoRA -> full": "lora=r8 quantization=nf4",
+    "8-bit LoRA -> itself": "lora=r8 quantization=int8",
+}
+
+
+def named_base(run) -> str | None:
+    """The base that the adapter of a finished DPO names; None where it is a whole model."""
+    config = runs.read_json(run.dpo_folder / "final" / "adapter_config.json")
+    return config and config["base_model_name_or_path"]
 
 
 def metrics(folder) -> list[dict]:
@@ -31,9 +68,12 @@ def metrics(folder) -> list[dict]:
 @pytest.mark.parametrize("road", ROADS)
 def test_a_road_starts_at_its_reference_and_all_reference_modes_agree(road, small, sft):
     typed, modes = ROADS[road]
+    if road in SFT_FIRST:
+        run_sft(small(*SFT_FIRST[road].split(), "++sft.max_steps=4"))
     losses = {}
     for mode in modes:
-        run = small(*typed.split(), f"reference={mode}", *STEPS)
+        name = "variant=" + "".join(c if c.isalnum() else "_" for c in road) + "-" + mode
+        run = small(*typed.format(**sft).split(), f"reference={mode}", name, *STEPS)
         run_dpo(run)
         log = [row for row in metrics(run.dpo_folder) if "loss" in row]
         assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -42,11 +82,16 @@ def test_a_road_starts_at_its_reference_and_all_reference_modes_agree(road, smal
         losses[mode] = [row["loss"] for row in log]
         assert abs(losses[mode][-1] - math.log(2)) > 1e-4  # the policy has moved
         manifest = runs.read_json(run.dpo_folder / "manifest.json")
-        starting = run.model.path if run.policy == "base" else run.sft_folder / "final"
+        starting = {"base": run.model.path, "sft": run.sft_folder / "final"}.get(run.policy, run.policy)
         assert manifest["starting_policy"] == str(starting)
         assert manifest["reference"] == f"{starting} ({mode})"
         whole = manifest["trainable_parameters"] == manifest["parameters"]
         assert whole == (run.lora is None)
+        assert manifest["final"]["reload_difference_nats"] < 1e-5
+        assert not any((run.dpo_folder / "final").glob("ref*"))
+        merged = (run.sft_folder if run.policy == "sft" else run.dpo_folder) / "merged"
+        assert (f"{merged}" == f"{named_base(run)}") == (road in MERGED and run.lora is not None)
+        assert (merged / "model.safetensors").is_file() >= (road in MERGED)
     for mode in modes[1:]:
         assert losses[mode] == pytest.approx(losses[modes[0]], abs=1e-5)
 
@@ -61,28 +106,34 @@ def test_the_sft_policy_is_not_the_base(lora, small, sft):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("typed", ["lora=none", "lora=r8", "lora=r8 policy=base"])
+@pytest.mark.parametrize(
+    "typed",
+    ["lora=none", "lora=r8", "lora=r8 policy=base", "lora=r8 sft_variant=full", "lora=r16 sft_variant=r8",
+     "lora=none sft_variant=r8", "lora=r8 quantization=nf4 sft_variant=full"],
+)  # fmt: skip
 def test_final_loads_with_plain_libraries_from_another_directory(typed, small, sft, tmp_path):
     run = small(*typed.split(), *STEPS, "variant=" + typed.replace("=", "").replace(" ", "-"))
     run_dpo(run)
     final = (run.dpo_folder / "final").resolve()
     code = (
         "import sys, torch\n"
+        "from transformers import BitsAndBytesConfig\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "from peft import AutoPeftModelForCausalLM\n"
         "folder, adapter = sys.argv[1], sys.argv[2] == 'True'\n"
         "auto = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM\n"
-        "model = auto.from_pretrained(folder).eval()\n"
+        "nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True)\n"
+        "quantized = {'quantization_config': nf4, 'device_map': {'': 'cpu'}} if sys.argv[4] == 'True' else {}\n"
+        "model = auto.from_pretrained(folder, **quantized).train()\n"  # no dropout; bitsandbytes packs in eval
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
         "ids = tokenizer('film : the wild river . review :', return_tensors='pt').input_ids\n"
         "torch.save(model(ids).logits, sys.argv[3])"
     )
     out = tmp_path / "logits.pt"
     call = [sys.executable, "-c", code, str(final), str(run.lora is not None), str(out)]
+    call.append(str(run.quantization is not None))
     subprocess.run(call, cwd=tmp_path, check=True, capture_output=True)
     ours = load_policy(final, loading(run))
-    from transformers import AutoTokenizer
-
     ids = AutoTokenizer.from_pretrained(final)("film : the wild river . review :", return_tensors="pt").input_ids
     assert torch.equal(torch.load(out), ours(ids).logits)
     assert runs.read_json(run.dpo_folder / "manifest.json")["final"]["reload_difference_nats"] < 1e-5
@@ -92,6 +143,41 @@ def test_final_loads_with_plain_libraries_from_another_directory(typed, small, s
     )
     found = {file.name for file in final.iterdir()}
     assert {*expected, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"} == found
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["quantization=nf4", "quantization=nf4 precision=bf16", "quantization=int8 precision=bf16", "precision=bf16"],
+)
+@pytest.mark.parametrize("policy", ["base", "{r8}/final"])
+def test_an_adapter_trains_in_float32_and_starts_as_it_was_saved_whatever_it_lies_on(
+    typed, policy, small, sft, tmp_path
+):
+    from safetensors.torch import load_file
+
+    run = small("lora=r8", *typed.split(), f"policy={policy.format(**sft)}")
+    begin = handoff.dpo_start(run)
+    tokenizer = handoff.tokenizer_of(run, begin)
+    rows = start.prepared(run, "dpo", tokenizer)
+    args = training_arguments(run, "dpo", tmp_path)
+    dpo = build_dpo(handoff.load_start(run, begin), None, begin.lora, tokenizer, args, rows)
+    trained = {name: weight for name, weight in dpo.model.named_parameters() if weight.requires_grad}
+    assert {weight.dtype for weight in trained.values()} == {torch.float32}
+    if policy != "base":
+        saved = load_file(sft["r8"] / "final" / "adapter_model.safetensors")
+        assert len(saved) == len(trained)
+        for name, weight in saved.items():
+            assert torch.equal(trained[name.replace(".weight", ".default.weight")], weight)
+
+
+def test_a_policy_with_another_chat_template_than_its_base_is_refused(small, sft, tmp_path):
+    folder = tmp_path / "policy"
+    shutil.copytree(sft["none"] / "final", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(PipelineError, match="another chat template than that of the base .*in both"):
+        run_dpo(small(f"policy={folder}", "variant=templated"))
 
 
 @pytest.mark.parametrize("lora", ["none", "r8"])

@@ -55,7 +55,7 @@ def moved(model, seed: int = 1):
     "typed", ["lora=none reference=cached", "lora=none reference=frozen", "lora=r8 reference=adapter"]
 )
 def test_a_right_reference_passes_with_rewards_of_zero_and_a_loss_of_ln_2(typed, built, caplog):
-    run, dpo = built("dpo", *typed.split())
+    _, dpo = built("dpo", *typed.split())
     caplog.set_level("INFO")
     preflight.check_reference(dpo, preflight.first_batch(dpo), "the SFT", None)
     assert "largest reward 0 nats, loss 0.6931" in caplog.text
@@ -177,11 +177,17 @@ def state_of(made) -> dict:
 
     model = {name: p.detach().clone() for name, p in made.model.state_dict().items()}
     return {
-        "model": model, "torch": torch.get_rng_state(), "python": random.getstate(),
-        "numpy": np.random.get_state()[1].tolist(), "args": made.args.to_dict(), "rows": made.train_dataset.to_dict(), "optimizer": made.optimizer,
-        "grads": [p.grad for p in made.model.parameters()], "forward": made.model.forward,
+        "model": model,
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "args": made.args.to_dict(),
+        "rows": made.train_dataset.to_dict(),
+        "optimizer": made.optimizer,
+        "grads": [p.grad for p in made.model.parameters()],
+        "forward": made.model.forward,
         "callbacks": list(made.callback_handler.callbacks),
-    }  # fmt: skip
+    }
 
 
 def same(a, b) -> bool:

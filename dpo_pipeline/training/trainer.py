@@ -88,6 +88,10 @@ def build_dpo(policy: Any, reference: Any, lora: Any, tokenizer: Any, args: Any,
 
     `reference` is a second model, or None for the starting policy itself: its cached log-probs, or its frozen adapter.
     """
+    # TRL switches nn.Dropout off; OPT and others keep a number and drop by function, which the reference does not.
+    for module in policy.modules():
+        for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
+            setattr(module, name, 0.0)
     return built(
         PairTrainer, policy,
         ref_model=reference, args=args, train_dataset=rows["train"], eval_dataset=rows["validation"],

@@ -1,0 +1,147 @@
+"""Eight families of models, tiny and untrained, go from SFT to DPO: each trains what it should and loads back so."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpo_pipeline.config import compose
+from dpo_pipeline.data.splits import load_splits
+from dpo_pipeline.dpo import run_dpo
+from dpo_pipeline.sft import run_sft
+from dpo_pipeline.training.tiny import CONTEXT, word_tokenizer
+
+SIZES = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": CONTEXT}
+GATED = {"intermediate_size": 64, "num_key_value_heads": 2}
+LLAMA = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+
+# By transformers' model type: what its config takes beside SIZES, the tokens that begin, end and pad a text in the
+# published tokenizer (None: there is none), and every linear layer of one block, which an adapter is to train.
+FAMILIES = {
+    "llama": (GATED, ("<s>", "</s>", None), LLAMA),
+    "gpt2": ({}, (None, "</s>", None), "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj"),
+    "gpt_neox": (
+        {"intermediate_size": 64},
+        (None, "</s>", None),
+        "attention.query_key_value attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h",
+    ),
+    "opt": (
+        {"ffn_dim": 64, "word_embed_proj_dim": 32},
+        ("</s>", "</s>", "<pad>"),
+        "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj fc1 fc2",
+    ),
+    "phi": (
+        GATED,
+        (None, "</s>", None),
+        "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.dense mlp.fc1 mlp.fc2",
+    ),
+    "mistral": (GATED | {"sliding_window": 24}, ("<s>", "</s>", None), LLAMA),
+    "gemma3_text": (
+        GATED | {"head_dim": 16, "sliding_window": 24, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+        ("<s>", "</s>", "<pad>"),
+        LLAMA,
+    ),
+    "qwen3": (GATED | {"head_dim": 16}, (None, "</s>", "<pad>"), LLAMA),
+}
+
+
+def layers(family: str) -> int:
+    """As few as make 20 linear layers: from there on PEFT names them by their last part, as it does at real sizes."""
+    return math.ceil(20 / len(FAMILIES[family][2].split()))
+
+
+def save_base(folder, family: str):
+    """A model of random weights, biases included, with its tokenizer; the tokenizer as it was saved."""
+    from tokenizers import processors
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    options, (begin, end, pad), _ = FAMILIES[family]
+    words = word_tokenizer().backend_tokenizer
+    front = [(begin, words.token_to_id(begin))] if begin else []
+    words.post_processor = processors.TemplateProcessing(single=f"{begin or ''} $A".strip(), special_tokens=front)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token=begin or end, eos_token=end, pad_token=pad, unk_token="<unk>"
+    )
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    sizes = {**SIZES, "vocab_size": len(tokenizer), "num_hidden_layers": layers(family)}
+    config = AutoConfig.for_model(family, **sizes, **special, **options)
+    with torch.random.fork_rng([]), torch.no_grad():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for weight in model.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def logprobs(model, tokenizer, rows: list[dict], answer: str) -> tuple[list[float], list[int]]:
+    """The summed log-prob of each row's answer, end token included, and its tokens; one row at a time."""
+    sums, tokens = [], []
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = torch.tensor([tokenizer(row["prompt"] + row[answer])["input_ids"] + [tokenizer.eos_token_id]])
+        with torch.inference_mode():
+            given = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        of_answer = given.gather(-1, ids[0, len(prompt) :, None])
+        sums.append(float(of_answer.sum()))
+        tokens.append(len(of_answer))
+    return sums, tokens
+
+
+def logged(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("lora", ["none", "r8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_goes_from_sft_to_dpo(family, lora, tmp_path):
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = save_base(tmp_path / "base", family)
+    run = compose(
+        ["model=path", f"model.path={tmp_path}/base", f"root={tmp_path}", f"lora={lora}", "dataset.rows=64",
+         "batch.global_size=8", "++sft.max_steps=2", "++dpo.max_steps=2", "dpo.logging_steps=1",
+         "sft.learning_rate=3e-3", "dpo.learning_rate=3e-3", "evaluation.pairs=8", "evaluation.prompts=2",
+         "evaluation.max_new_tokens=8", "sft.eval_steps=2", "dpo.eval_steps=2",
+         f"model.activation_checkpointing={lora != 'none'}"]  # as the options of 1B and more have it
+    )  # fmt: skip
+    run_sft(run)
+    results = run_dpo(run)["policies"]
+    assert all(policy["against"]["base"]["margin_nats"]["n"] == 8 for policy in results.values())
+
+    log = logged(run.dpo_folder)
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+    final = {"base": tmp_path / "base", "sft": run.sft_folder / "final", "dpo": run.dpo_folder / "final"}
+    file = "model.safetensors" if run.lora is None else "adapter_model.safetensors"
+    weights = {name: load_file(folder / file) for name, folder in final.items() if (folder / file).is_file()}
+    for before, after in (("sft", "dpo"), *([("base", "sft")] if run.lora is None else [])):
+        assert set(weights[before]) == set(weights[after])
+        for name in weights[before]:
+            assert not torch.equal(weights[before][name], weights[after][name]), (name, before, after)
+
+    if run.lora is not None:
+        linears = FAMILIES[family][2].split()
+        adapter = json.loads((final["dpo"] / "adapter_config.json").read_text())
+        assert set(adapter["target_modules"]) == {path.split(".")[-1] for path in linears}
+        assert adapter["modules_to_save"] is None
+        trained = {re.fullmatch(r".*?\.(\d+)\.(.+)\.lora_[AB]\.weight", name).groups() for name in weights["dpo"]}
+        assert trained == {(str(layer), path) for layer in range(layers(family)) for path in linears}
+
+    # Log-probs of the validation rows: by the policy in training, as logged, and by what plain libraries load.
+    auto = AutoModelForCausalLM if run.lora is None else AutoPeftModelForCausalLM
+    loaded = {name: auto.from_pretrained(final[name], dtype=torch.float32).eval() for name in ("sft", "dpo")}
+    rows = load_splits(run.dataset, ("chosen", "rejected", "demonstration"))["validation"]
+    for side in ("chosen", "rejected"):
+        sums, _ = logprobs(loaded["dpo"], tokenizer, rows, side)
+        seen = [row[f"eval_logps/{side}"] for row in log if f"eval_logps/{side}" in row]
+        assert sum(sums) / len(sums) == pytest.approx(seen[-1], abs=1e-3)
+    sums, tokens = logprobs(loaded["sft"], tokenizer, rows, "demonstration")
+    seen = [row["eval_perplexity"] for row in logged(run.sft_folder) if "eval_perplexity" in row]
+    assert math.exp(-sum(sums) / sum(tokens)) == pytest.approx(min(seen), rel=1e-4)
