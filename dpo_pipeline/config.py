@@ -2,17 +2,19 @@
 
 import dataclasses
 import inspect
+import itertools
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_pipeline.errors import PipelineError, explain, nearest
+from dpo_pipeline.errors import OneRankError, PipelineError, explain, nearest
 from dpo_pipeline.machine import is_main_process, processes
 from dpo_pipeline.naming import loss_names, name_folders
 
@@ -164,23 +166,28 @@ def main(stage: Callable[[Run], Any]) -> None:
         hydra_cfg = HydraConfig.get()
         try:
             stage(check(cfg, list(hydra_cfg.overrides.task), dict(hydra_cfg.runtime.choices)))
-        except PipelineError as error:
-            fail(error)
+        except Exception as error:  # here, since Hydra prints a line of its own for what leaves a task
+            if sentence := sentence_for(error):
+                fail(sentence, alone=isinstance(error, OneRankError))
+            raise
 
     try:
         task()
     except KeyboardInterrupt:
         sys.exit(75)
     except Exception as error:
-        sentence = sentence_for(error)
-        if sentence is None:
-            raise
-        fail(sentence)
+        if sentence := sentence_for(error):
+            fail(sentence)
+        raise
 
 
-def fail(sentence: object) -> NoReturn:
-    """End the process with 1 and one sentence, told once however many processes there are."""
-    sys.exit(f"error: {sentence}" if is_main_process() else 1)
+def fail(sentence: object, alone: bool = False) -> NoReturn:
+    """End the process with 1 and one sentence: of rank 0, or of the rank that met an error `alone`."""
+    lines = (line.strip() for line in str(sentence).splitlines())  # what a library said may have several
+    told = f"error: {' '.join(line for line in lines if line)}"
+    if is_main_process():
+        sys.exit(told)
+    sys.exit(f"rank {os.environ['RANK']}: {told}" if alone else 1)
 
 
 def compose(overrides: list[str]) -> Run:
@@ -219,18 +226,15 @@ def check(cfg: DictConfig, typed: list[str], choices: dict[str, str]) -> Run:
         if value not in allowed:
             names = ", ".join("null" if a is None else a for a in allowed)
             raise PipelineError(f"{key}={value} is none of its values: {names}{nearest(value, allowed)}")
-    for key in (
-        *("beta", "batch.global_size", "evaluation.pairs", "evaluation.prompts", "evaluation.max_new_tokens"),
-        *("batch.micro_size", "length.max", "length.max_prompt"),
-    ):
-        value = OmegaConf.select(merged, key)
-        if value is not None and not value > 0:
-            raise PipelineError(f"{key}={value}: it must be larger than 0")
+    check_numbers(merged)
     for key in ("dataset", "sft_dataset"):
         if (node := getattr(run, key)) is not None:
             for name in sorted(set(SPLIT_KEYS) - set(node)):
                 raise PipelineError(f"{key} has no {name}: every option of conf/dataset/ sets {', '.join(SPLIT_KEYS)}")
+            if "path" in node and not node["path"]:
+                raise PipelineError(f"{key}.path has no value: type {key}.path=...")
             check_arguments(key, {k: v for k, v in node.items() if k not in SPLIT_KEYS})
+    check_places(run)
     check_together(run)
     if "truth" in run.judge and run.dataset["_target_"] != "dpo_pipeline.data.reviews.load":
         if any(item.startswith("judge") for item in typed):
@@ -238,6 +242,48 @@ def check(cfg: DictConfig, typed: list[str], choices: dict[str, str]) -> Run:
         del run.judge["truth"]  # came with dataset@sft_dataset=reviews
     fill(run, typed, choices)
     return run
+
+
+def check_numbers(merged: DictConfig) -> None:
+    """Raise PipelineError for a number that TRL would take, and then train nothing or fail at step 1."""
+    stages = [("sft", "dpo"), ("num_train_epochs", "logging_steps", "eval_steps", "save_steps", "save_total_limit")]
+    positive = (
+        *("beta", "batch.global_size", "evaluation.pairs", "evaluation.prompts", "evaluation.max_new_tokens"),
+        *("batch.micro_size", "length.max", "length.max_prompt"),
+        *(".".join(key) for key in itertools.product(*stages)),
+    )
+    stages = [("sft", "dpo"), ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")]
+    for key in (*positive, "seed", *(".".join(key) for key in itertools.product(*stages))):
+        value = OmegaConf.select(merged, key)
+        if value is None:
+            continue
+        if not isinstance(value, int | float):
+            raise PipelineError(f"{key}={value} is no number")
+        if key in positive and not value > 0:
+            raise PipelineError(f"{key}={value}: it must be larger than 0")
+        if not value >= 0:
+            raise PipelineError(f"{key}={value}: it must not be below 0")
+
+
+def check_places(run: Run) -> None:
+    """Raise PipelineError where no folder can lie at the places named, or nothing is named."""
+    if not run.root:
+        raise PipelineError("root has no value: type root=...")
+    for key in ("name", "variant", "sft_variant"):
+        if (value := getattr(run, key)) in (".", ".."):
+            raise PipelineError(f"{key}={value} is another folder's place: type a name of its own")
+    if not run.model.builder and not run.model.path:
+        raise PipelineError("model.path has no value: type model.path=...")
+    for place in (Path(run.root), *Path(run.root).parents):
+        if place.is_file():
+            raise PipelineError(
+                f"root={run.root}: no folder can lie in {place}, which is a file: name another by root=..."
+            )
+    if run.report_to == "tensorboard" and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
+        raise PipelineError(
+            "report_to=tensorboard needs the package tensorboard, which is not installed: `pip install tensorboard`, "
+            "or type report_to=wandb or none"
+        )
 
 
 def check_together(run: Run) -> None:
@@ -260,6 +306,8 @@ def check_together(run: Run) -> None:
             f"{nearest(run.policy, ('sft', 'base'))}"
         )
     losses = loss_names(run)
+    if losses == ["cdpo"] and ("label_smoothing" not in run.dpo or "loss_weights" in run.dpo):
+        raise PipelineError("cdpo needs dpo.label_smoothing and sets the weights itself: choose it by loss=cdpo alone")
     if "label_smoothing" not in run.dpo:
         return
     smoothing = run.dpo["label_smoothing"]
@@ -326,11 +374,13 @@ def build(node: dict[str, Any], **extra: Any) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, PipelineError):
             raise error.__cause__ from None
+        if isinstance(error.__cause__, ValueError | TypeError) and not node["_target_"].startswith("dpo_pipeline."):
+            raise PipelineError(f"{node['_target_']} refuses its options: {error.__cause__}") from error
         raise
 
 
 def sentence_for(error: BaseException) -> str | None:
-    """One sentence for an error of Hydra or OmegaConf, with the nearest names of ours; None for any other error."""
+    """One sentence for an error that a person caused, with the nearest names of ours; None for any other error."""
     groups = {
         folder.name: [file.stem for file in folder.glob("*.yaml")] for folder in CONF.iterdir() if folder.is_dir()
     }

@@ -38,30 +38,33 @@ def run_dpo(run: Run) -> dict[str, Any]:
         tokenizer = handoff.tokenizer_of(run, begin)
         rows, on = start.made_once(run, lambda: prepared(run, tokenizer))
         start.limit_steps(run, args, len(rows["train"]))
-        room.check_room(run, "dpo", begin)
-        policy, reference = handoff.load_start(run, begin), handoff.second_model(run, begin)
-        log.info("DPO of %s on %d pairs, beta %g -> %s", begin, len(rows["train"]), run.beta, folder)
-        dpo = trainer.build_dpo(policy, reference, begin.lora, tokenizer, args, rows)
-        told = f"{run.reference.path or begin.source} ({run.reference.mode})"
-        record.save_manifest(**start.facts(dpo, rows, begin.source, loading), handoff=str(begin), reference=told)
-        ends, _ = start.ends_and_lengths(run, tokenizer)
-        batch = preflight.check_policy(dpo, ends, tokenizer.bos_token_id, rows["train"])
-        if begin.adapter and not begin.into:
-            preflight.check_adapter(dpo, begin.source)
-        if run.policy == "sft":
-            sft = runs.finished_sft(run)
-            rounded = begin.into and (run.quantization is not None or loading.dtype.itemsize < 4)
-            exact = sft["loading"] == record.manifest["loading"] and not rounded
-            preflight.check_start(dpo, sft["final"]["probe"], exact, begin.source)
-        preflight.check_reference(dpo, batch, begin.source, run.reference.path)
-        probe = preflight.probe(dpo)
-        preflight.rehearse(dpo, run, "dpo")
-        if args.precompute_ref_log_probs:
-            trainer.cache_reference(dpo)
-        del policy, reference
-        trainer.train(dpo, folder, [callbacks.Metrics(record, run.beta), guards.Guards(dpo)])
-        record.save_manifest(peak_memory_bytes=peak_memory())
-        record.save_manifest(final=trainer.save_final(dpo, tokenizer, folder, loading, probe))
+        room.check_room(run, "dpo", folder, begin)
+        with preflight.memory_told(run, "dpo"):
+            policy, reference = handoff.load_start(run, begin), handoff.second_model(run, begin)
+            log.info("DPO of %s on %d pairs, beta %g -> %s", begin, len(rows["train"]), run.beta, folder)
+            dpo = trainer.build_dpo(policy, reference, begin.lora, tokenizer, args, rows)
+            told = f"{run.reference.path or begin.source} ({run.reference.mode})"
+            record.save_manifest(**start.facts(dpo, rows, begin.source, loading), handoff=str(begin), reference=told)
+            ends, _ = start.ends_and_lengths(run, tokenizer)
+            batch = preflight.check_policy(dpo, ends, tokenizer.bos_token_id, rows["train"])
+            if begin.adapter and not begin.into:
+                preflight.check_adapter(dpo, begin.source)
+            if run.policy == "sft":
+                sft = runs.finished_sft(run)
+                rounded = begin.into and (run.quantization is not None or loading.dtype.itemsize < 4)
+                exact = sft["loading"] == record.manifest["loading"] and not rounded
+                preflight.check_start(dpo, sft["final"]["probe"], exact, begin.source)
+            preflight.check_reference(dpo, batch, begin.source, run.reference.path)
+            probe = preflight.probe(dpo)
+            preflight.rehearse(dpo, run, "dpo")
+            if args.precompute_ref_log_probs:
+                trainer.cache_reference(dpo)
+                if run.reference.path is None:
+                    preflight.check_cache(dpo, begin.source)
+            del policy, reference
+            trainer.train(dpo, folder, [callbacks.Metrics(record, run.beta), guards.Guards(dpo)])
+            record.save_manifest(peak_memory_bytes=peak_memory())
+            record.save_manifest(final=trainer.save_final(dpo, tokenizer, folder, loading, probe))
         del dpo
         return together(lambda: compare_policies(run, on))
 
@@ -102,7 +105,7 @@ def check_run(run: Run, folder: Path) -> None:
         tokenizer = load_tokenizer(run.model) if to_come else handoff.tokenizer_of(run, begin)
         rows, _ = prepared(run, tokenizer)
         preflight.check_rows(rows["train"], start.ends_and_lengths(run, tokenizer)[0], tokenizer.bos_token_id)
-        needed, free = room.check_room(run, "dpo", begin)
+        needed, free = room.check_room(run, "dpo", folder, begin)
         log.info(
             "check: DPO of %s on %d pairs -> %s (%s); writes up to %s of %s free",
             *(begin, len(rows["train"]), folder, decision, gigabytes(needed), gigabytes(free)),

@@ -1,6 +1,7 @@
 """What a person is told: one exception for what they gave, and one sentence for each error of the config libraries."""
 
 import difflib
+import errno
 import re
 from typing import Any
 
@@ -11,6 +12,10 @@ class PipelineError(Exception):
     """What a person gave cannot be: the message says what it was, why not, and what to type instead."""
 
 
+class OneRankError(PipelineError):
+    """One that a single process of several may meet: it tells it itself."""
+
+
 def nearest(name: Any, names: Any) -> str:
     """`: did you mean a or b?`, or nothing where no name is near; a name's last dotted part counts too."""
     names = [str(n) for n in names]
@@ -19,21 +24,69 @@ def nearest(name: Any, names: Any) -> str:
     return f": did you mean {' or '.join(near[:3])}?" if near else ""
 
 
+def chain_of(error: BaseException) -> list[BaseException]:
+    """An error and what it came from, the outermost first."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    return chain
+
+
+# What the system says of a full disk, safetensors after it, and torch: these write by themselves, with other errors.
+DISK_FULL = r"No space left on device|Disk quota exceeded|PytorchStreamWriter failed|inline_container.*unexpected pos"
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+WRONG_KIND = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+
+
+def explain_disk(error: BaseException) -> str | None:
+    """One sentence where room or a right on the disk is lacking, or a file is in a folder's place; None for the rest.
+
+    The last two count only where they are the error itself or its stated cause: a library that tries one place and
+    fails later, for a reason of its own, has them in its past.
+    """
+    for inner in chain_of(error):
+        if re.search(DISK_FULL, str(inner)):
+            where = f" while {inner.filename} was written" if isinstance(inner, OSError) and inner.filename else ""
+            return (
+                f"the disk is full{where}: free some space and type the same command, which goes on from the newest "
+                "checkpoint, or name another disk (root=... for results, HF_HOME=... for what is fetched)"
+            )
+    while error.__cause__ is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    if not isinstance(error, OSError) or error.errno not in (*REFUSED, *WRONG_KIND):
+        return None
+    where = error.filename or "a file of this run"
+    if error.errno in REFUSED:
+        return (
+            f"{where} cannot be read or written ({error.strerror}): give yourself the right to it, or name another "
+            "place (root=... for results)"
+        )
+    return (
+        f"{where} cannot be made or opened ({error.strerror}): a file lies where a folder has to be, or a folder "
+        "where a file has to be: move it away, or name another place (root=..., name=...)"
+    )
+
+
 def explain(error: BaseException, keys: list[str], groups: dict[str, list[str]]) -> str | None:
-    """One sentence for the innermost error of Hydra or OmegaConf, or None where the error is none of theirs.
+    """One sentence for an error of ours, of the disk, or the innermost of Hydra or OmegaConf; None for any other.
 
     `keys` are the config's dotted keys, `groups` the options of each group: what a misspelt name is held against.
     """
     from hydra.errors import (
         ConfigCompositionException,
         HydraException,
+        InstantiationException,
         MissingConfigException,
         OverrideParseException,
     )
 
-    chain = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
+    if isinstance(error, PipelineError):
+        return str(error)
+    if sentence := explain_disk(error):
+        return sentence
+    if isinstance(error, InstantiationException):
+        return None  # Hydra's wrapping of whatever a loader of ours raised: its traceback is needed
+    chain = chain_of(error)
     for inner in chain:
         if isinstance(inner, OverrideParseException):
             why = str(inner.message).splitlines()[0]

@@ -67,7 +67,7 @@ def check_device(command: str) -> None:
     kinds = [re.match(r"(sm|compute)_(\d+)(\d)", kind) for kind in torch.cuda.get_arch_list()]
     built = [(kind[1], int(kind[2]), int(kind[3])) for kind in kinds if kind]
     # Kernels run on later minor versions of their own major one, intermediate code (compute_) on all later ones.
-    if not any(
+    if built and not any(
         (own == major and sub <= minor) if kind == "sm" else (own, sub) <= (major, minor) for kind, own, sub in built
     ):
         raise PipelineError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_pipeline.config import Model, build
-from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.errors import PipelineError, explain_disk
 from dpo_pipeline.machine import device
 
 
@@ -28,8 +28,14 @@ def is_adapter(path: str | Path) -> bool:
 
 def base_of(adapter: str | Path) -> str:
     """The model that an adapter names as its base; raises PipelineError where it names none."""
-    named = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    if not named:
+    file = Path(adapter) / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PipelineError(f"{file} is no JSON ({error}): give the folder as PEFT saved it") from error
+    if not isinstance(config, dict):
+        raise PipelineError(f"{file} holds no JSON object: give the folder as PEFT saved it")
+    if not (named := config.get("base_model_name_or_path")):
         raise PipelineError(
             f"the adapter in {adapter} names no base: set base_model_name_or_path in adapter_config.json"
         )
@@ -38,34 +44,59 @@ def base_of(adapter: str | Path) -> str:
 
 def explained(load: Any, path: str | Path, **options: Any) -> Any:
     """`load(path, **options)`, with one sentence where nothing can be loaded from there."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from torch import OutOfMemoryError
 
-    if str(path).startswith(("/", ".", "~")) and not Path(path).is_dir():
-        raise PipelineError(f"there is no model folder {path} (from {Path.cwd()}): check model.path")
+    local = Path(path)
+    if local.is_file():
+        raise PipelineError(f"{path} is a file, not a model: give the folder that holds config.json and the weights")
+    if str(path).startswith(("/", ".", "~")) and not local.is_dir():
+        raise PipelineError(f"there is no model folder {path} (from {Path.cwd()}): give one that is, or a hub id")
     try:
         return load(str(path), **options)
     except OutOfMemoryError:
         raise
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError, pickle.PickleError) as error:
+    except (
+        *(OSError, ValueError, TypeError, ImportError, RuntimeError, KeyError),
+        *(SafetensorError, StrictDataclassError, pickle.PickleError),
+    ) as error:
+        if sentence := explain_disk(error):
+            raise PipelineError(sentence) from error
         reason = " ".join(str(error).split())
-        if "gated" in reason or "401" in reason or "403" in reason:
-            fix = "accept its licence on its page on the hub, then log in with `hf auth login`"
-        elif "safetensors" in reason and "use_safetensors" not in reason:
-            fix = (
-                "it may hold pickles alone: model.use_safetensors=null takes them through torch's weights-only loader"
-            )
-        elif Path(path).is_dir():
-            fix = "give a folder that from_pretrained loads, with config.json and whole weights"
-        else:
-            fix = "check the name, give a local folder by model=path model.path=..., or reach the hub"
+        reason = reason if " " in reason else repr(error)  # the text of a KeyError is the key alone
+        fix = way_out(local, reason)
         raise PipelineError(f"no model could be loaded from {path} ({reason[:300]}): {fix}") from error
+
+
+def way_out(path: Path, reason: str) -> str:
+    """What to type where a library could not load a model, for the reason it gave."""
+    if "attn_implementation" in reason or "FlashAttention" in reason:
+        return "type model.attn_implementation=sdpa or eager"
+    if "trust_remote_code" in reason or "contains custom code" in reason:
+        return "read that code, then type model.trust_remote_code=true to run it"
+    if not path.is_dir() and ("gated" in reason or "401" in reason or "403" in reason):
+        return "accept its licence on its page on the hub, then log in with `hf auth login`"
+    if not path.is_dir():
+        return f"no folder {path} lies here: check the name, give one by model=path model.path=..., or reach the hub"
+    if is_adapter(path):
+        return "give the folder that PEFT saved: adapter_config.json and adapter_model.safetensors, made on its base"
+    if not any(path.glob("*.safetensors")) and "safetensors" in reason:
+        if any(path.glob("*.bin")) and ".bin" not in reason:  # else it was looked for too
+            return "it holds pickles alone: model.use_safetensors=null takes them through torch's weights-only loader"
+        return "it holds no weights: give a folder with model.safetensors"
+    return "give a folder that from_pretrained loads, with config.json, whole weights and the tokenizer's files"
 
 
 def load_tokenizer(model: Model, path: str | Path | None = None) -> Any:
     """The tokenizer of `path`, else of the base model; its padding token is its end token where it has none."""
     from transformers import AutoTokenizer
 
+    if path is None and is_adapter(model.path):
+        raise PipelineError(
+            f"{model.path} is an adapter, not a whole model: give its base by model.path=, and start DPO from the "
+            "adapter by policy=FOLDER"
+        )
     where = {"revision": model.revision} if path is None else {}
     tokenizer = explained(
         AutoTokenizer.from_pretrained, path or model.path, trust_remote_code=model.trust_remote_code, **where
@@ -76,13 +107,26 @@ def load_tokenizer(model: Model, path: str | Path | None = None) -> Any:
 
 
 def load_config(model: Model, path: str | Path | None = None) -> Any:
-    """The config of the model at `path`, else of the base (layers, context), without its weights."""
-    from transformers import AutoConfig
+    """The config of the model at `path`, else of the base (layers, context), without its weights.
+
+    Raises PipelineError where it is not that of a causal language model, or names no context.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     where = {"revision": model.revision} if path is None else {}
-    return explained(
-        AutoConfig.from_pretrained, path or model.path, trust_remote_code=model.trust_remote_code, **where
-    )
+    path = path or model.path
+    config = explained(AutoConfig.from_pretrained, path, trust_remote_code=model.trust_remote_code, **where)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not model.trust_remote_code:
+        raise PipelineError(
+            f"{path} is no causal language model (model_type {config.model_type}): give one that AutoModelForCausalLM "
+            "loads, such as model=gpt2"
+        )
+    # Not an attribute of every architecture: some need no positions, and have no limit that rows could be held to.
+    if getattr(config.get_text_config(), "max_position_embeddings", None) is None:
+        raise PipelineError(
+            f"{path} names no context (model_type {config.model_type}): set max_position_embeddings in its config.json"
+        )
+    return config
 
 
 def load_policy(path: str | Path, loading: Loading, trainable: bool = False, on: str = "cpu") -> Any:
@@ -100,6 +144,7 @@ def load_policy(path: str | Path, loading: Loading, trainable: bool = False, on:
         "attn_implementation": model.attn_implementation,
         "trust_remote_code": model.trust_remote_code,
         "use_safetensors": model.use_safetensors,
+        "ignore_mismatched_sizes": True,  # told below: transformers' own error refers to a table it logs
     }
     if loading.quantization is not None:
         compute = {"bnb_4bit_compute_dtype": loading.dtype} if "load_in_4bit" in loading.quantization else {}
@@ -114,6 +159,12 @@ def load_policy(path: str | Path, loading: Loading, trainable: bool = False, on:
             f"{base} lacks {len(lacking)} weights of its architecture, {type(loaded).__name__}, such as {lacking[0]}: "
             "it is cut short, or another kind of model: give a causal language model"
         )
+    if other := sorted(info["mismatched_keys"]):
+        name, found, wanted = other[0]
+        raise PipelineError(
+            f"{len(other)} weights in {base} have not the shape that its config.json names, such as {name}, "
+            f"{list(found)} instead of {list(wanted)}: give the config.json that these weights were saved with"
+        )
     if loading.quantization is not None and device() == "cpu":
         from bitsandbytes.nn import Linear4bit
 
@@ -123,6 +174,8 @@ def load_policy(path: str | Path, loading: Loading, trainable: bool = False, on:
     if base != str(path):
         from peft import PeftModel
 
+        if not any(Path(path).glob("adapter_model.*")):
+            raise PipelineError(f"{path} holds no adapter_model.safetensors: give the folder as PEFT saved it")
         with warnings.catch_warnings():
             # Else an adapter of another architecture leaves the base as it is.
             warnings.filterwarnings("error", message="Found missing adapter keys")

@@ -20,7 +20,8 @@ from typing import Any
 from dpo_pipeline.config import CONF, Run
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.machine import git_state, is_main_process, processes, versions
-from dpo_pipeline.naming import NOT_IDENTITY
+from dpo_pipeline.naming import NOT_IDENTITY, loss_names
+from dpo_pipeline.policies import base_of, is_adapter
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,11 @@ def identity(run: Run, stage: str) -> dict[str, Any]:
         if run.policy == "sft" and state(run.sft_folder) == "done":
             parts["starting_policy"] = finished_sft(run)["final"]["sha256"]
         elif run.policy not in ("sft", "base"):
-            parts |= {"policy": "folder", "starting_policy": by_content(run.policy, WEIGHTS)}
+            policy = by_content(run.policy, (*WEIGHTS, "adapter_config.json"))
+            base = by_content(base_of(run.policy), WEIGHTS) if is_adapter(run.policy) else None
+            parts |= {"policy": "folder", "starting_policy": policy, "starting_base": base}
+        if "sft" in loss_names(run):
+            parts["micro_size"] = run.batch.micro_size  # TRL takes that term per token of each micro batch
     parts["dataset"] = {k: by_content(v) if k.endswith("path") else v for k, v in parts["dataset"].items()}
     return dict(sorted(flat(parts).items()))
 

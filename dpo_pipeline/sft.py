@@ -33,19 +33,20 @@ def run_sft(run: Run) -> Path:
         tokenizer, begin = load_tokenizer(run.model), handoff.sft_start(run)
         rows, _ = start.made_once(run, lambda: (start.prepared(run, "sft", tokenizer), None))
         start.limit_steps(run, args, len(rows["train"]))
-        room.check_room(run, "sft", begin)
-        policy = handoff.load_start(run, begin)
-        sft = trainer.build_sft(policy, begin.lora, tokenizer, args, rows)
-        record.save_manifest(**start.facts(sft, rows, run.model.path, loading))
-        log.info("SFT of %s on %d answers -> %s", run.model.path, len(rows["train"]), folder)
-        ends, _ = start.ends_and_lengths(run, tokenizer)
-        preflight.check_policy(sft, ends, tokenizer.bos_token_id, rows["train"])
-        probe = preflight.probe(sft)
-        preflight.rehearse(sft, run, "sft")
-        watch = [callbacks.ValidationPerplexity(sft), callbacks.Metrics(record), guards.Guards(sft)]
-        trainer.train(sft, folder, watch)
-        record.save_manifest(peak_memory_bytes=peak_memory())
-        record.save_manifest(final=trainer.save_final(sft, tokenizer, folder, loading, probe))
+        room.check_room(run, "sft", folder, begin)
+        with preflight.memory_told(run, "sft"):
+            policy = handoff.load_start(run, begin)
+            sft = trainer.build_sft(policy, begin.lora, tokenizer, args, rows)
+            record.save_manifest(**start.facts(sft, rows, run.model.path, loading))
+            log.info("SFT of %s on %d answers -> %s", run.model.path, len(rows["train"]), folder)
+            ends, _ = start.ends_and_lengths(run, tokenizer)
+            preflight.check_policy(sft, ends, tokenizer.bos_token_id, rows["train"])
+            probe = preflight.probe(sft)
+            preflight.rehearse(sft, run, "sft")
+            watch = [callbacks.ValidationPerplexity(sft), callbacks.Metrics(record), guards.Guards(sft)]
+            trainer.train(sft, folder, watch)
+            record.save_manifest(peak_memory_bytes=peak_memory())
+            record.save_manifest(final=trainer.save_final(sft, tokenizer, folder, loading, probe))
     return folder
 
 
@@ -62,7 +63,7 @@ def check_run(run: Run, folder: Path) -> None:
         tokenizer = load_tokenizer(run.model)
         rows = start.prepared(run, "sft", tokenizer)
         preflight.check_rows(rows["train"], start.ends_and_lengths(run, tokenizer)[0], tokenizer.bos_token_id)
-        needed, free = room.check_room(run, "sft", handoff.sft_start(run))
+        needed, free = room.check_room(run, "sft", folder, handoff.sft_start(run))
         log.info(
             "check: SFT of %s on %d answers -> %s (%s); writes up to %s of %s free",
             *(run.model.path, len(rows["train"]), folder, decision, gigabytes(needed), gigabytes(free)),

@@ -185,7 +185,8 @@ def state_of(made) -> dict:
         "rows": made.train_dataset.to_dict(),
         "optimizer": made.optimizer,
         "grads": [p.grad for p in made.model.parameters()],
-        "forward": made.model.forward,
+        "trainer": {key: id(value) for key, value in vars(made).items() if key not in ("_metrics", "model_wrapped")},
+        "module": {key: id(value) for key, value in vars(made.model).items()},
         "callbacks": list(made.callback_handler.callbacks),
     }
 
@@ -216,12 +217,60 @@ def test_the_rehearsal_puts_everything_back_bit_for_bit(stage, typed, built, mon
     assert len(steps) == 2 * accumulated  # two whole steps were made
 
 
+@pytest.mark.parametrize("typed", ["lora=none", "lora=r8 model.dtype=float32"])
+def test_training_in_bf16_is_in_bf16_after_the_rehearsal_too(typed, small, sft, monkeypatch):
+    """Accelerate prepares a model once: a rehearsal that left it marked as prepared would leave out its autocast."""
+    seen: dict[int, set] = {}
+
+    def look(self, *args, **options):
+        (layer,) = [m for name, m in self.model.named_modules() if name.endswith("layers.0.mlp.down_proj")]
+        hook = layer.register_forward_hook(
+            lambda *_: (
+                self.model.training and seen.setdefault(id(self.args), set()).add(torch.is_autocast_enabled("cpu"))
+            )
+        )
+        loss = inner(self, *args, **options)
+        hook.remove()
+        return loss
+
+    inner = trainer.PairTrainer._compute_loss
+    monkeypatch.setattr(trainer.PairTrainer, "_compute_loss", look)
+    run_dpo(small(*typed.split(), "precision=bf16", "reference=frozen", "variant=bf16-" + typed[5:7], *STEPS))
+    assert list(seen.values()) == [{True}] * 2  # in the rehearsal (with args of its own) and in training
+    first = json.loads((small("variant=bf16-" + typed[5:7]).dpo_folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0
+
+
+def test_a_wrong_cache_of_the_reference_is_caught(built):
+    _, dpo = built("dpo", "lora=r8", "reference=cached")
+    trainer.cache_reference(dpo)
+    preflight.check_cache(dpo, "the SFT")
+    columns = {name: dpo.train_dataset[name][::-1] for name in ("ref_chosen_logps", "ref_rejected_logps")}
+    rows = dpo.train_dataset.remove_columns(list(columns))
+    for name, values in columns.items():
+        rows = rows.add_column(name, values)
+    dpo.train_dataset = rows
+    with pytest.raises(
+        PipelineError, match="cached reference log-probs are .* nats from those of the starting policy"
+    ):
+        preflight.check_cache(dpo, "the SFT")
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["++dpo.loss_weights=[0.5]", "++dpo.use_weighting=true", "loss=ipo", "loss=cdpo", "loss=sigmoid_sft",
+     "dpo.lr_scheduler_type=polynomial"],
+)  # fmt: skip
+def test_a_right_run_of_another_loss_or_schedule_passes(typed, small, sft):
+    run_dpo(small(typed, "variant=right" + "".join(filter(str.isalnum, typed)), *STEPS))
+
+
 @pytest.mark.parametrize("lora", ["none", "r8"])
 def test_training_after_preflight_gives_the_bytes_of_training_without(lora, small, sft, monkeypatch):
     weights = "adapter_model.safetensors" if lora == "r8" else "model.safetensors"
     looked = small(f"lora={lora}", "variant=looked-" + lora, *STEPS)
     run_dpo(looked)
-    for name in ("rehearse", "check_reference"):
+    for name in ("rehearse", "check_reference", "check_cache"):
         monkeypatch.setattr(preflight, name, lambda *args: None)
     blind = small(f"lora={lora}", "variant=blind-" + lora, *STEPS)
     run_dpo(blind)
@@ -262,14 +311,20 @@ made = trainer.build_dpo(handoff.load_start(run, begin), None, begin.lora, token
 used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000, used + 300_000_000))
 try:
-    preflight.rehearse(made, run, "dpo")
+    with preflight.memory_told(run, "dpo"):
+        preflight.rehearse(made, run, "dpo")
 except PipelineError as error:
     print("SENTENCE", error)
 """
     done = subprocess.run([sys.executable, "-c", code, run.root + "/oom"], capture_output=True, text=True)
-    assert "SENTENCE out of memory: the longest batch, 4096 rows of up to" in done.stdout, done.stderr
+    assert "SENTENCE out of memory: 4096 rows at once reached" in done.stdout, done.stderr
     found = done.stdout.index
-    cheaper = ("batch.micro_size=2048", "dpo.activation_checkpointing=true", "lora=r16", "length.max=64")
+    cheaper = (
+        "batch.micro_size=2048",
+        "dpo.activation_checkpointing=true",
+        "lora=r16 sft_variant=full",
+        "length.max=256",
+    )
     assert [found(item) for item in cheaper] == sorted(found(item) for item in cheaper)
 
 
@@ -381,7 +436,7 @@ def test_a_check_leaves_nothing_and_says_what_would_be_done(stage, lora, small, 
 def test_a_check_finds_what_a_run_would(small, sft, monkeypatch):
     with pytest.raises(PipelineError, match="holds another run"):
         run_sft(small("lora=none", "sft.learning_rate=1e-5", "check=true"))
-    with pytest.raises(PipelineError, match="no rows are left for train"):
+    with pytest.raises(PipelineError, match="train, validation and test need 16 at least"):
         run_dpo(small("dataset.test_rows=0", "dataset.rows=1", "check=true", "name=unseen"))
     usage = namedtuple("usage", "total used free")(10**6, 0, 10**6)
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage)  # a megabyte

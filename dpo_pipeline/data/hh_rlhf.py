@@ -11,8 +11,10 @@ REPLY = "\n\nAssistant:"
 def load(path: str, subsets: list[str] | None) -> dict[str, list[dict]]:
     """Pairs of each split; the prompt is the dialogue up to and with its last `Assistant:`.
 
-    A row whose two dialogues differ before that carries the reason as `problem`.
+    A row whose two dialogues differ before that, or have none, carries the reason as `problem`.
     """
+    if isinstance(subsets, str):
+        raise PipelineError(f"dataset.subsets={subsets} is no list: type 'dataset.subsets=[{subsets}]'")
     if subsets and Path(path).is_file():
         raise PipelineError(
             f"dataset.path={path} is one file, without the folders {', '.join(subsets)}: set dataset.subsets=null"
@@ -27,6 +29,8 @@ def load(path: str, subsets: list[str] | None) -> dict[str, list[dict]]:
 
 def pair(chosen: str, rejected: str) -> dict:
     """One row from two whole dialogues."""
+    if REPLY not in chosen or REPLY not in rejected:
+        return {"prompt": chosen, "chosen": chosen, "rejected": rejected, "problem": f"without {REPLY!r}"}
     at, other = chosen.rfind(REPLY) + len(REPLY), rejected.rfind(REPLY) + len(REPLY)
     row = {"prompt": chosen[:at], "chosen": chosen[at:], "rejected": rejected[other:]}
     return row if chosen[:at] == rejected[:other] else {**row, "problem": "prompts differ"}

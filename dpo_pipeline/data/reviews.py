@@ -105,7 +105,9 @@ def load(rows: int, slope: float, seed: int) -> dict:
     of any mood. An eighth of `rows`, at most 1,000, are test.
     """
     if rows > FILMS:
-        raise PipelineError(f"dataset.rows={rows}: there are {FILMS:,} films, and each has one row")
+        raise PipelineError(f"dataset.rows={rows}: there are {FILMS:,} films, and each has one row: lower it")
+    if rows < 16:
+        raise PipelineError(f"dataset.rows={rows}: train, validation and test need 16 at least: raise it")
     rng = random.Random(seed)
     films: dict[str, None] = {}
     while len(films) < rows:

@@ -24,7 +24,9 @@ class Lengths:
             raise PipelineError(f"length.max={longest} exceeds the model's context of {context} tokens: lower it")
         cut = max_prompt or longest // 2
         if cut >= longest:
-            raise PipelineError(f"length.max_prompt={cut} leaves no room for an answer in length.max={longest}")
+            raise PipelineError(
+                f"length.max_prompt={cut} leaves no room for an answer in length.max={longest}: lower it"
+            )
         return cls(longest, cut)
 
 
@@ -34,7 +36,9 @@ def end_tokens(tokenizer: Any, generation_config: Any) -> list[int]:
     Raises PipelineError where the tokenizer has none.
     """
     if tokenizer.eos_token_id is None:
-        raise PipelineError("the tokenizer has no end token, so no answer could end: set eos_token in its config")
+        raise PipelineError(
+            "the tokenizer has no end token, so no answer could end: set eos_token in its tokenizer_config.json"
+        )
     also = generation_config.eos_token_id
     also = [] if also is None else [also] if isinstance(also, int) else also
     return list(dict.fromkeys([tokenizer.eos_token_id, *also]))
@@ -120,8 +124,27 @@ def encode(rows: list[dict], answer: str | None, tokenizer: Any, ends: list[int]
             "the pairs as text"
         )
     dialogues = [row["prompt"] + (messages(row[answer]) if answer else []) for row in rows]
-    texts = tokenizer.apply_chat_template(dialogues, tokenize=False, add_generation_prompt=answer is None)
+    texts = [templated(dialogue, tokenizer, answer is None) for dialogue in dialogues]
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def templated(dialogue: list[dict], tokenizer: Any, ask: bool) -> str:
+    """A dialogue as the tokenizer's chat template writes it; raises PipelineError where the template refuses it."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    try:
+        return tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=ask)
+    except TemplateSyntaxError as error:
+        raise PipelineError(
+            f"the tokenizer's chat template cannot be read (line {error.lineno}: {error.message}): correct its "
+            "chat_template.jinja, or take the one of the model's own page"
+        ) from error
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in dialogue)
+        raise PipelineError(
+            f"the tokenizer's chat template refuses a dialogue of {roles} ({error.message}): give the messages in the "
+            "order and roles that it takes"
+        ) from error
 
 
 def messages(answer: str | list[dict]) -> list[dict]:

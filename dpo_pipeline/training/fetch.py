@@ -8,15 +8,21 @@ from pathlib import Path
 
 from dpo_pipeline.config import Model, Run, build
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.policies import explained
+from dpo_pipeline.policies import base_of, explained, is_adapter
 from dpo_pipeline.runs import WEIGHTS
 
 
 @contextlib.contextmanager
 def base_at_hand(run: Run) -> Iterator[Run]:
     """The run with its base on this machine: fetched into the hub's cache, or, where code makes it, made untrained."""
+    others = [run.reference.path] if run.reference.path else []
+    others += [run.policy] if run.policy not in ("sft", "base") else []
+    for path in others:
+        fetch(run.model, path)
+        if is_adapter(path) and base_of(path) != run.model.path:
+            fetch(run.model, base_of(path))
     if run.model.builder is None:
-        fetch(run.model)
+        fetch(run.model, run.model.path)
         yield run
     elif Path(run.model.path).is_dir():
         yield run
@@ -27,7 +33,7 @@ def base_at_hand(run: Run) -> Iterator[Run]:
             yield dataclasses.replace(run, model=dataclasses.replace(run.model, path=path))
 
 
-def fetch(model: Model) -> None:
+def fetch(model: Model, path: str) -> None:
     """Download what `from_pretrained` reads, weights included, so that a machine without network finds it.
 
     Raises PipelineError where it is not to be had, or where a local folder's weights are missing or cut short.
@@ -35,12 +41,13 @@ def fetch(model: Model) -> None:
     from huggingface_hub import snapshot_download
     from safetensors import safe_open
 
-    folder = Path(model.path)
+    folder = Path(path)
     if not folder.is_dir():
         wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
         wanted += (["*.bin"] if model.use_safetensors is None else []) + (["*.py"] if model.trust_remote_code else [])
-        options = {"revision": model.revision, "allow_patterns": wanted, "ignore_patterns": ["*/*"]}
-        folder = Path(explained(snapshot_download, model.path, **options))
+        revision = model.revision if path == model.path else None
+        options = {"revision": revision, "allow_patterns": wanted, "ignore_patterns": ["*/*"]}
+        folder = Path(explained(snapshot_download, path, **options))
     if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
         raise PipelineError(
             f"{folder} holds no weights ({' or '.join(WEIGHTS)}): give a folder that from_pretrained loads"

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.errors import OneRankError
 
 FIRST_STEPS = 3  # without any gradient in all of them nothing is trained; later a hinge may rest
 OVERFLOWS = 10  # in a row; fp16's loss scale starts high and skips some steps
@@ -13,7 +13,7 @@ SETTLED = 10  # steps after warm-up by which weights must have moved
 
 
 class Guards(TrainerCallback):
-    """Raises PipelineError for a loss or gradient that is no number, for no gradient, and for weights that rest.
+    """Raises OneRankError for a loss or gradient that is no number, for no gradient, and for weights that rest.
 
     transformers puts an average in the place of a loss that is none, and trains on.
     """
@@ -23,7 +23,7 @@ class Guards(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.begun = state.global_step
-        self.moved = False
+        self.looked = False
         self.before = samples(model)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -31,21 +31,21 @@ class Guards(TrainerCallback):
 
         step = state.global_step + 1
         if not math.isfinite(self.trainer._tr_loss):
-            raise PipelineError(
+            raise OneRankError(
                 f"the loss is no number at step {step}: the learning rate {args.learning_rate:g} is too high, or a "
                 "row overflows this precision: lower it tenfold, or type precision=bf16 or fp32"
             )
         norm = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
         self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
         if self.overflows > (OVERFLOWS - 1 if args.fp16 else 0):
-            raise PipelineError(
+            raise OneRankError(
                 f"the gradient is no number at step {step}, {self.overflows} time(s) in a row: the learning rate "
                 f"{args.learning_rate:g} is too high, or the model overflows in this precision: lower it tenfold, or "
                 "type precision=bf16 or fp32"
             )
         self.still = self.still + 1 if norm == 0 else 0
-        if self.still == step - self.begun == min(FIRST_STEPS, state.max_steps):
-            raise PipelineError(
+        if self.still == step == min(FIRST_STEPS, state.max_steps):
+            raise OneRankError(
                 f"no weight has a gradient in the first {self.still} steps: the model is frozen, or policy and "
                 "reference are one model; check lora.target_modules and reference="
             )
@@ -53,11 +53,11 @@ class Guards(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         warmup = args.get_warmup_steps(state.max_steps)
         last = min(max(warmup, self.begun) + SETTLED, state.max_steps)
-        if self.moved or state.global_step != last or last <= warmup or self.overflows:
+        if self.looked or state.global_step < last or last <= warmup or self.overflows:
             return
-        self.moved = any(not before.equal(now) for before, now in zip(self.before, samples(model), strict=True))
-        if not self.moved:
-            raise PipelineError(
+        self.looked = True
+        if all(before.equal(now) for before, now in zip(self.before, samples(model), strict=True)):
+            raise OneRankError(
                 f"no weight has moved in {last - self.begun} steps: the learning rate {args.learning_rate:g} is too "
                 "small for these weights to notice: raise it, or hold them in float32 by model.dtype=auto"
             )

@@ -82,6 +82,8 @@ def dpo_start(run: Run) -> Start:
             f"{run.model.path}: give its base by model=path model.path=..."
         )
     check_fits(run, base)
+    if run.policy != "sft" and base != run.model.path:
+        log.info("the adapter in %s lies on %s, not on this run's base %s", source, base, run.model.path)
     mine = new_adapter(run, base)
     differing = [] if mine is None else different(run, base, mine, source)
     if mine is not None and not differing:

@@ -55,6 +55,9 @@ def merge(adapter: Path, folder: Path, loading: Loading) -> Path:
         raise PipelineError(
             f"merging {adapter} changed its logits by {worst:.2g} of their size: continue it with lora="
         )
-    os.replace(partial, folder)
+    try:
+        os.replace(partial, folder)
+    except OSError:  # another run that starts from it was faster
+        shutil.rmtree(partial)
     log.info("merged %s into %s: logits differ by %.1g of their size", adapter, folder, worst)
     return folder

@@ -8,21 +8,24 @@ import copy
 import logging
 import math
 import random
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from dpo_pipeline.config import Run
-from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.errors import OneRankError, PipelineError
 from dpo_pipeline.logprobs import answer_logprobs
-from dpo_pipeline.machine import card, device, gigabytes, peak_memory
+from dpo_pipeline.machine import card, device, gigabytes, peak_memory, processes
 from dpo_pipeline.training.trainer import with_reference
 
 log = logging.getLogger(__name__)
+
+NO_MEMORY = r"out of memory|can't allocate memory|ALLOC_FAILED"
 
 # Rates that published runs of 0.1 to 70 B parameters used, by stage and adapter: lowest, highest, where.
 KNOWN_RATES = {
@@ -46,13 +49,13 @@ def check_rate(run: Run, stage: str) -> None:
 
 
 def check_answers(pairs: Iterable[tuple[list[int], list[int]]], ends: list[int], bos: int | None) -> None:
-    """Raise PipelineError unless each answer has one end token, its last, and a pair of token ids one BOS at most."""
+    """Raise PipelineError unless each answer has one end token, its last, and no BOS, and no prompt opens with two."""
     for row, (prompt, answer) in enumerate(pairs):
         found = sum(token in ends for token in answer)
         if found != 1 or answer[-1] not in ends:
             raise PipelineError(
-                f"answer {row} has {found} end tokens, expected one, as the last of its {len(answer)} tokens: a policy "
-                "trained on it would not learn to stop"
+                f"answer {row} has {found} end tokens, expected one, as the last of its {len(answer)} tokens: a "
+                "policy trained on it would not learn to stop"
             )
         # A chat template may open every message with it, a text may not, and nothing starts with two.
         if bos is not None and bos not in ends and (prompt[:2] == [bos, bos] or bos in answer):
@@ -144,26 +147,24 @@ def check_start(trainer: Any, left: dict[str, Any], exact: bool, source: Any) ->
     told where it is much.
     """
     found = nats(trainer, left["prompts"], left["answers"])
-    tokens = sum(map(len, left["answers"]))
-    moved = max(abs(a - b) for a, b in zip(left["after"], left["before"], strict=True))
-    off = max(abs(a - b) for a, b in zip(left["after"], found, strict=True))
+    moved = sum(abs(a - b) for a, b in zip(left["after"], left["before"], strict=True))
+    off = sum(abs(a - b) for a, b in zip(left["after"], found, strict=True))
+    from_base = sum(abs(a - b) for a, b in zip(left["before"], found, strict=True))
     if moved == 0:
         raise PipelineError(f"the SFT policy {source} is the bare base: its training changed nothing; train it anew")
-    allowed = tokens * (1e-3 if trainer.model.dtype.itemsize == 4 else 0.1)
-    if exact and off > allowed:
+    allowed = sum(map(len, left["answers"])) * (1e-3 if trainer.model.dtype.itemsize == 4 else 0.02)
+    if off >= from_base or (exact and off > allowed):
         raise PipelineError(
-            f"the starting policy is not what SFT ended with ({source}): answers that SFT left to know it by differ by "
-            f"{off:.3g} nats, and SFT had moved them by {moved:.3g}: its weights or its adapter were not loaded"
+            f"the starting policy is not what SFT ended with ({source}): answers that SFT left to know it by differ "
+            f"by {off:.3g} nats, and by {from_base:.3g} from its base: its weights or its adapter were not loaded"
         )
-    if off > max(allowed, moved / 2):
+    if off > moved / 4:
         log.warning(
-            "loaded in another precision, the starting policy is %.3g nats off what SFT had moved by %.3g", off, moved
+            "loaded in another precision, the starting policy is %.3g nats off, of %.3g that SFT moved", off, moved
         )
     log.info(
         "preflight: the starting policy is %s, %.3g nats from its base, %.2g from what SFT ended with",
-        source,
-        moved,
-        off,
+        *(source, from_base, off),
     )
 
 
@@ -178,33 +179,36 @@ def pair_logps(trainer: Any, model: Any, batch: dict[str, Any], of_policy: bool)
         trainer.ref_model = held
 
 
+def tolerance(trainer: Any, batch: dict[str, Any], roundings: int) -> Any:
+    """How far two log-probs [chosen..., rejected...] of one policy may differ, in nats.
+
+    That is 0.001, or so many roundings of the dtype for the square root of the answer's tokens.
+    """
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    used = next((t for name, t in dtypes.items() if getattr(trainer.args, name)), trainer.model.dtype)
+    return (roundings * torch.finfo(used).eps * batch["completion_mask"].sum(-1).double().sqrt()).clamp(min=1e-3)
+
+
 def check_reference(trainer: Any, batch: dict[str, Any], source: Any, reference: str | None) -> None:
     """Raise PipelineError unless every reward of the batch is 0 and a sigmoid loss ln 2: policy = reference.
 
-    The tolerance, in nats, is four roundings of the dtype for the square root of the answer's tokens; both sides come
-    from one forward, so that they are equal but for that. `reference` names another one given on purpose: then only
-    told.
+    Both sides come from one forward on one batch, so that they are equal but for roundings. `reference` names another
+    one given on purpose: then only told.
     """
     trainer.model.train()
     own = pair_logps(trainer, trainer.model, batch, True)
     theirs = pair_logps(trainer, trainer.ref_model or trainer.model, batch, False)
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    used = next((t for name, t in dtypes.items() if getattr(trainer.args, name)), trainer.model.dtype)
-    tokens = batch["completion_mask"].sum(-1)
-    tolerance = 4 * torch.finfo(used).eps * tokens.double().sqrt()
-    rewards = own - theirs
-    worst = int((rewards.abs() / tolerance).argmax())
+    rewards, allowed = own - theirs, tolerance(trainer, batch, 4)
+    worst = int((rewards.abs() / allowed).argmax())
     margins = rewards.chunk(2)[0] - rewards.chunk(2)[1]
     if reference:
-        log.info(
-            "preflight: reference %s, as asked; first margins %.3g nats in the mean", reference, float(margins.mean())
-        )
+        log.info("preflight: reference %s, as asked; first margins %.3g nats in the mean", reference, margins.mean())
         return
-    if not rewards.abs()[worst] <= tolerance[worst]:
+    if not rewards.abs()[worst] <= allowed[worst]:
         raise PipelineError(
-            f"a step-0 reward is {float(rewards[worst]):.3g} nats, expected 0 within {float(tolerance[worst]):.2g}: the "
-            f"reference is not the starting policy ({source}). Set reference=cached or frozen, or name another on "
-            "purpose with reference.path=..."
+            f"a step-0 reward is {rewards[worst]:.3g} nats, expected 0 within {allowed[worst]:.2g}: the reference is "
+            f"not the starting policy ({source}). Set reference=cached or frozen, or name another on purpose with "
+            "reference.path=..."
         )
     chosen, rejected = theirs.float().chunk(2)
     with torch.no_grad(), trainer.accelerator.autocast():
@@ -213,23 +217,42 @@ def check_reference(trainer: Any, batch: dict[str, Any], source: Any, reference:
         )
     trainer._metrics["train"].clear()  # what TRL would else log with the first step
     trainer._total_train_tokens = 0
-    if not math.isfinite(loss) or (trainer.loss_types == ["sigmoid"] and abs(loss - math.log(2)) > 1e-3):
+    plain = (trainer.loss_types, trainer.loss_weights) == (["sigmoid"], [1.0])
+    plain = plain and not trainer.use_weighting and not trainer.aux_loss_enabled
+    if not math.isfinite(loss) or (plain and abs(loss - math.log(2)) > 1e-3):
         raise PipelineError(f"the first loss is {loss:.4g}, expected ln 2 = 0.6931 of sigmoid, a number of any other")
     log.info("preflight: reference = starting policy: largest reward %.2g nats, loss %.4f", rewards.abs().max(), loss)
+
+
+def check_cache(trainer: Any, source: Any) -> None:
+    """Raise PipelineError unless the reference log-probs that the rows now hold are the starting policy's.
+
+    Of the first batch, by a forward of its own, whose padding is another one: so with more room for roundings.
+    """
+    batch = first_batch(trainer)
+    held = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]).double()
+    off = (pair_logps(trainer, trainer.model, batch, True) - held).abs()
+    allowed = tolerance(trainer, batch, 40)
+    worst = int((off / allowed).argmax())
+    if not off[worst] <= allowed[worst]:
+        raise PipelineError(
+            f"cached reference log-probs are {off[worst]:.3g} nats from those of the starting policy ({source}), more "
+            f"than {allowed[worst]:.2g}: another precision or order of the rows: type reference=frozen, and report it"
+        )
 
 
 def rehearse(trainer: Any, run: Run, stage: str) -> None:
     """Let the longest rows make two whole steps at learning rate 0, and put everything back as it was.
 
-    Two, since the optimizer's memory exists only after the first. Raises PipelineError with cheaper settings where the
-    device's memory does not hold them.
+    Two, since the optimizer's memory exists only after the first. `memory_told` says what to type where the device's
+    memory does not hold them.
     """
-    args, rows, handler, optimizer = trainer.args, trainer.train_dataset, trainer.callback_handler, trainer.optimizer
-    scaler = trainer.accelerator.scaler
+    # Whole, since a second train() would else find a model that is prepared, and leave out its autocast.
+    held = [(vars(one), dict(vars(one))) for one in (trainer, trainer.model)]
+    args, scaler = trainer.args, trainer.accelerator.scaler
     accumulated = min(2, args.gradient_accumulation_steps)  # gradients lie there while the second batch goes forward
-    longest, length = longest_row(rows)
+    longest, length = longest_row(trainer.train_dataset)
     copies = args.per_device_train_batch_size * args.world_size * accumulated * 2
-    forwards = {name: value for name, value in vars(trainer.model).items() if name in ("forward", "_original_forward")}
     scale = scaler.state_dict() if scaler is not None else None
     try:
         with random_state_kept():
@@ -240,8 +263,12 @@ def rehearse(trainer: Any, run: Run, stage: str) -> None:
             trainer.args = copy.copy(args)
             off = dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), IntervalStrategy.NO)
             off |= {"eval_on_start": False, "logging_first_step": False, "load_best_model_at_end": False}
+            flat = {
+                "lr_scheduler_type": SchedulerType.CONSTANT,
+                "lr_scheduler_kwargs": {},
+            }  # others divide by the rate
             two = {"num_train_epochs": 1, "max_steps": -1, "gradient_accumulation_steps": accumulated}
-            for key, value in {**off, **two, "learning_rate": 0.0, "warmup_steps": 0}.items():
+            for key, value in {**off, **two, "learning_rate": 0.0, "warmup_steps": 0, **flat}.items():
                 setattr(trainer.args, key, value)
             if scale:
                 scaler.load_state_dict({**scale, "scale": 1.0})  # no overflow: a skipped step makes no optimizer state
@@ -249,23 +276,14 @@ def rehearse(trainer: Any, run: Run, stage: str) -> None:
                 [DefaultFlowCallback()], trainer.model, trainer.processing_class, None, None
             )
             trainer.train()
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise PipelineError(out_of_memory(run, stage, length)) from error
     finally:
         trainer.model.zero_grad()
         trainer.accelerator.free_memory()
-        trainer.model_wrapped = trainer.model
-        for name in ("forward", "_original_forward"):  # Accelerate's autocast goes, TRL's loss head stays
-            vars(trainer.model).pop(name, None)
-        vars(trainer.model).update(forwards)
-        trainer.args, trainer.train_dataset, trainer.callback_handler = args, rows, handler
-        trainer.optimizer = optimizer
+        for live, was in held:
+            live.clear()
+            live.update(was)
         if scale:
             scaler.load_state_dict(scale)
-        if stage == "dpo":
-            trainer._total_train_tokens = 0
         if device() == "cuda":
             torch.cuda.empty_cache()
     name, size = card()
@@ -284,26 +302,36 @@ def longest_row(rows: Any) -> tuple[Any, int]:
     return rows.select([at]), lengths[at]
 
 
-def out_of_memory(run: Run, stage: str, longest: int) -> str:
+@contextlib.contextmanager
+def memory_told(run: Run, stage: str) -> Iterator[None]:
+    """Raise PipelineError with cheaper settings where the device's memory does not suffice for what is done."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(NO_MEMORY, str(error)):
+            raise
+        raise OneRankError(out_of_memory(run, stage)) from error
+
+
+def out_of_memory(run: Run, stage: str) -> str:
     """What was needed, what there is, and cheaper settings to type, the cheapest in speed first."""
-    name, size = card()
-    micro = run.batch.micro_size
-    cheaper = []
+    (name, size), micro, cheaper = card(), run.batch.micro_size, []
     if stage == "dpo" and run.reference.mode == "frozen":
         cheaper.append("reference=cached (no second model; no slower)")
     if micro > 1:
-        cheaper.append(f"batch.micro_size={max(1, micro // 2)} (same result)")
+        fitting = (n for n in range(micro // 2, 0, -1) if run.batch.global_size % (n * processes()) == 0)
+        cheaper.append(f"batch.micro_size={next(fitting, 1)} (a little slower)")
     if not getattr(run, stage)["activation_checkpointing"]:
         cheaper.append(f"{stage}.activation_checkpointing=true (same result, a fifth slower)")
+    same_sft = f" sft_variant={run.sft_variant}" if stage == "dpo" and run.policy == "sft" else ""
     if run.lora is None:
-        if device() == "cuda":
+        if device() == "cuda" and "8bit" not in getattr(run, stage)["optim"]:
             cheaper.append(f"{stage}.optim=paged_adamw_8bit (a quarter of the optimizer's memory)")
-        cheaper.append("lora=r16 (trains an adapter)")
+        cheaper.append(f"lora=r16{same_sft} (trains an adapter)")
     elif run.quantization is None:
-        cheaper.append("quantization=nf4 (the base in 4 bits)")
-    cheaper.append(f"length.max={max(64, longest // 2)} (drops what is longer)")
+        cheaper.append(f"quantization=nf4{same_sft} (the base in 4 bits)")
+    cheaper.append(f"length.max={(run.length.max or 512) // 2} (drops what is longer)")
     return (
-        f"out of memory: the longest batch, {micro or '?'} rows of up to {longest} tokens, reached "
-        f"{gigabytes(peak_memory())} of {gigabytes(size)} ({name}). Add one of these, the first costs least: "
-        + "; ".join(cheaper)
+        f"out of memory: {micro} rows at once reached {gigabytes(peak_memory())} of {gigabytes(size)} ({name}). Add "
+        f"one of these, the first costs least: {'; '.join(cheaper)}"
     )

@@ -9,8 +9,8 @@ from dpo_pipeline.machine import gigabytes
 from dpo_pipeline.training.handoff import Start, new_adapter, on_meta
 
 
-def check_room(run: Run, stage: str, start: Start) -> tuple[int, int]:
-    """Bytes that a run will write at most, and those that are free; raises PipelineError where they do not suffice.
+def check_room(run: Run, stage: str, folder: Path, start: Start) -> tuple[int, int]:
+    """Bytes that a run will still write, and those that are free; raises PipelineError where they do not suffice.
 
     Counts `final/`, what is merged, and the checkpoints kept, one more while the oldest goes: trained weights in
     float32 and AdamW's two numbers for each, of one byte in 8 bits.
@@ -22,12 +22,14 @@ def check_room(run: Run, stage: str, start: Start) -> tuple[int, int]:
     fields = getattr(run, stage)
     optimizer = 2 if "8bit" in fields["optim"] else 8
     kept = fields["save_total_limit"] or 10
-    needed = (kept + 1) * trained * (4 + optimizer) + 4 * trained + (4 * whole if start.into else 0)
+    there = sum(file.stat().st_size for file in (folder / "checkpoints").rglob("*") if file.is_file())
+    needed = max(0, (kept + 1) * trained * (4 + optimizer) - there) + 4 * trained
+    needed += 4 * whole if start.into and not start.into.is_dir() else 0
     place = Path(run.root).expanduser().resolve()
     free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.exists())).free
     if needed > free:
         raise PipelineError(
-            f"the disk of {place} has {gigabytes(free)} left and this run writes up to {gigabytes(needed)}: free some, "
-            f"name another disk by root=..., or keep fewer checkpoints by {stage}.save_total_limit=1"
+            f"the disk of {place} has {gigabytes(free)} left and this run writes up to {gigabytes(needed)}: free "
+            f"some, name another disk by root=..., or keep fewer checkpoints by {stage}.save_total_limit=1"
         )
     return needed, free

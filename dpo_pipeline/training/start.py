@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def made_once(run: Run, make: Callable[[], tuple[dict[str, Any], Any]]) -> tuple
         of_all = hashlib.sha256("".join(map(fingerprint, tables.values())).encode()).hexdigest()
         folder = Path(run.root) / ".cache" / "data" / of_all
         if not folder.is_dir():
-            partial = folder.with_suffix(".partial")
+            partial = folder.with_suffix(f".{os.getpid()}.partial")
             DatasetDict(tables).save_to_disk(partial)
             partial.rename(folder)
         return folder, other

@@ -107,7 +107,8 @@ def built(trainer: Any, policy: Any, **arguments: Any) -> Any:
     """
     import torch
 
-    saved = {name: weight.detach().clone() for name, weight in policy.named_parameters() if weight.requires_grad}
+    weights = policy.named_parameters() if is_peft_model(policy) else ()
+    saved = {name: weight.detach().clone() for name, weight in weights if weight.requires_grad}
     try:
         made = trainer(model=policy, **arguments)
     except (ValueError, NotImplementedError) as error:
