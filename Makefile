@@ -1,13 +1,16 @@
-# make sft dpo ARGS="model=gpt2 dataset=hh_rlhf beta=0.3"      ARGS goes to every target named
+# make sft dpo ARGS="model=gpt2 dataset=hh_rlhf beta=0.3" GPUS=4      ARGS and GPUS go to every target named
 ARGS ?=
+GPUS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
+RUN = $(if $(filter-out 1,$(GPUS)),TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 $(VENV)/bin/accelerate launch --config_file \
+	launch/accelerate/ddp.yaml --num_processes $(GPUS),$(PY))
 # The first interpreter of a version that TRL and bitsandbytes run on; `make PYTHON=...` names another.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 
 .NOTPARALLEL:
-.PHONY: help install sft dpo test test-real lint clean
+.PHONY: help install check sft dpo test test-real lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -21,11 +24,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-sft: install  ## fine-tune the base model on the answers to imitate
-	@$(PY) -m dpo_pipeline.sft $(ARGS)
+check: install  ## say what would keep sft and dpo from running; fetch model and data, train nothing
+	@$(PY) -m dpo_pipeline.sft $(ARGS) check=true && $(PY) -m dpo_pipeline.dpo $(ARGS) check=true
 
-dpo: install  ## align the SFT policy with the pairs; ends with the table
-	@$(PY) -m dpo_pipeline.dpo $(ARGS)
+sft: install  ## fine-tune the base model on the answers to imitate; on 4 GPUs with GPUS=4
+	@$(RUN) -m dpo_pipeline.sft $(ARGS)
+
+dpo: install  ## align the SFT policy with the pairs; ends with the table; on 4 GPUs with GPUS=4
+	@$(RUN) -m dpo_pipeline.dpo $(ARGS)
 
 test: install  ## run every test that needs nothing but this checkout
 	@$(PY) -m pytest -m "not real"

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -149,12 +150,6 @@ def main(stage: Callable[[Run], Any]) -> None:
     from dpo_pipeline.quiet import quiet
 
     quiet()
-    if processes() > 1 and {"-m", "--multirun"} & set(sys.argv):
-        given = " ".join(item for item in sys.argv[1:] if item not in ("-m", "--multirun"))
-        fail(
-            f"a sweep under a launcher would run whole in each of the {processes()} processes: type `python -m "
-            f"dpo_pipeline.{stage.__name__.removeprefix('run_')} -m {given}` without the launcher"
-        )
     # Hydra then raises instead of printing; the libraries' many small bars are off, the training's own is not.
     os.environ.update(HYDRA_FULL_ERROR="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false")
     register()
@@ -162,8 +157,15 @@ def main(stage: Callable[[Run], Any]) -> None:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def task(cfg: DictConfig) -> None:
         from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
 
         hydra_cfg = HydraConfig.get()
+        if processes() > 1 and hydra_cfg.mode == RunMode.MULTIRUN:
+            given = " ".join(item for item in sys.argv[1:] if item not in ("-m", "--multirun"))
+            fail(
+                f"a sweep under a launcher would run whole in each of the {processes()} processes: type `python -m "
+                f"dpo_pipeline.{stage.__name__.removeprefix('run_')} -m {given}` without the launcher"
+            )
         try:
             stage(check(cfg, list(hydra_cfg.overrides.task), dict(hydra_cfg.runtime.choices)))
         except Exception as error:  # here, since Hydra prints a line of its own for what leaves a task
@@ -187,6 +189,8 @@ def fail(sentence: object, alone: bool = False) -> NoReturn:
     told = f"error: {' '.join(line for line in lines if line)}"
     if is_main_process():
         sys.exit(told)
+    if not alone:
+        time.sleep(10)  # rank 0 tells it; a rank that ended before would have the launcher end rank 0 untold
     sys.exit(f"rank {os.environ['RANK']}: {told}" if alone else 1)
 
 

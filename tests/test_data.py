@@ -261,12 +261,12 @@ def test_rows_that_teach_nothing_are_dropped_and_counted(tmp_path, caplog):
 
 
 def test_sft_and_dpo_hold_out_the_same_prompts_whatever_each_drops(tmp_path):
-    rows = [{**row, "chosen": row["rejected"]} if i % 5 == 0 else row for i, row in enumerate(pairs(100))]
+    rows = [{**row, "chosen": row["rejected"]} if i % 25 == 0 else row for i, row in enumerate(pairs(100))]
     path = write(tmp_path / "a.jsonl", rows)
     node = {"_target_": "dpo_pipeline.data.json_file.load", "path": path, "test_path": None, **SPLIT, "test_rows": 20}
     sft, dpo = load_splits(node, ("chosen",)), load_splits(node, ("chosen", "rejected"))
     assert sum(map(len, sft.values())) == 100
-    assert sum(map(len, dpo.values())) == 80
+    assert sum(map(len, dpo.values())) == 96
     for split in ("train", "validation", "test"):
         assert {row["prompt"] for row in dpo[split]} <= {row["prompt"] for row in sft[split]}
 

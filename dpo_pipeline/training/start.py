@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,10 @@ def made_once(run: Run, make: Callable[[], tuple[dict[str, Any], Any]]) -> tuple
         if not folder.is_dir():
             partial = folder.with_suffix(f".{os.getpid()}.partial")
             DatasetDict(tables).save_to_disk(partial)
-            partial.rename(folder)
+            try:
+                partial.rename(folder)
+            except OSError:  # another run on this data was faster
+                shutil.rmtree(partial)
         return folder, other
 
     tables, other = together(save)

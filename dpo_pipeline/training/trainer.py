@@ -161,6 +161,8 @@ def save_and_reload(
     tokenizer.save_pretrained(partial)
     trainer.create_model_card(model_name=folder.name)
     shutil.move(Path(trainer.args.output_dir) / "README.md", partial / "README.md")
+    for file in partial.glob("*.safetensors"):  # written for the owner alone, else
+        file.chmod((partial / "generation_config.json").stat().st_mode)
     partial.rename(final)
     rows = probe["prompts"], probe["answers"]
     trained = answer_logprobs(policy, *rows, len(rows[0]))

@@ -1,0 +1,395 @@
+"""Two processes give what one gives, write and print once, and stop together; and a launcher starts them.
+
+Run as a module under a launcher, this file is the command itself, in ranks that tell what they saw.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from datasets import Dataset, load_from_disk
+from safetensors.torch import load_file
+
+from dpo_pipeline import machine, runs
+from dpo_pipeline.config import CONF, main
+from dpo_pipeline.dpo import run_dpo
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.sft import run_sft
+from dpo_pipeline.training import callbacks, start, trainer
+
+ROOT = CONF.parent
+LAUNCH = ROOT / "launch" / "accelerate"
+TWO = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+STAGES = {"sft": run_sft, "dpo": run_dpo}
+
+
+def a_rank() -> None:
+    """The stage named by STAGE; leaves what this rank saw in the folder SEEN.
+
+    With SIGNAL, Ctrl-C at step 7: of `rank` 1 alone, or of the `launcher`, which is what a terminal does to it.
+    """
+    rank, seen, sent = int(os.environ["RANK"]), {"tokenized": 0}, os.environ.get("SIGNAL")
+    os.umask(0 if rank else 0o022)  # who made a file shows
+    tokenize, cache, train = start.tokenize, trainer.cache_reference, trainer.train
+    step_end, save = callbacks.Metrics.on_step_end, trainer.SFTTrainer._save_optimizer_and_scheduler
+
+    def counted(*args):
+        seen["tokenized"] += 1
+        return tokenize(*args)
+
+    def cached(made):
+        cache(made)
+        seen["reference"] = [made.train_dataset[f"ref_{side}_logps"][:] for side in ("chosen", "rejected")]
+
+    def trained(made, *args):
+        try:
+            train(made, *args)
+        finally:
+            seen["step"] = made.state.global_step
+            group = torch.distributed.distributed_c10d._get_default_group()
+            seen["timeout"] = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+    def signalled(self, args, state, control, **kwargs):
+        step_end(self, args, state, control, **kwargs)
+        if sent == "rank" and rank == 1 and state.global_step == 7:
+            signal.raise_signal(signal.SIGINT)
+        if sent == "launcher" and rank == 0 and state.global_step == 7:
+            os.kill(os.getppid(), signal.SIGINT)  # its children, in sessions of their own, hear of it from it
+        if sent == "launcher" and state.global_step >= 7:
+            time.sleep(0.5)
+
+    def told(run):
+        seen["run"] = dataclasses.asdict(run)
+        return STAGES[os.environ["STAGE"]](run)
+
+    def slow(self, folder):
+        time.sleep(3)  # as a large model's checkpoint takes its time
+        save(self, folder)
+
+    start.tokenize, trainer.cache_reference, trainer.train = counted, cached, trained
+    callbacks.Metrics.on_step_end = signalled
+    if sent and rank == 0:
+        trainer.SFTTrainer._save_optimizer_and_scheduler = trainer.PairTrainer._save_optimizer_and_scheduler = slow
+    try:
+        main(told)
+    finally:
+        (Path(os.environ["SEEN"]) / f"{rank}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    a_rank()
+    sys.exit()
+
+
+@pytest.fixture(scope="module")
+def typed(small):
+    """The command line of the small task, in the folder that the other tests use."""
+    from tests.conftest import SMALL
+
+    return [*SMALL, f"root={small().root}", "name=small"]
+
+
+@pytest.fixture(scope="module")
+def one(small, sft):
+    """What one process makes of each stage, 16 rows at once: its folder, and its reference log-probs."""
+    made, cache = {}, trainer.cache_reference
+
+    def once(stage, lora):
+        if (stage, lora) not in made:
+            seen = []
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(trainer, "cache_reference", lambda dpo: (cache(dpo), seen.append(dpo.train_dataset)))
+                if stage == "dpo":
+                    run_dpo(run := small(f"lora={lora}", f"variant=one-{lora}"))
+            folder = sft[lora] if stage == "sft" else run.dpo_folder
+            reference = [seen[0][f"ref_{side}_logps"][:] for side in ("chosen", "rejected")] if seen else None
+            made[stage, lora] = folder, reference
+        return made[stage, lora]
+
+    return once
+
+
+def launched(*call: str, **variables: str) -> subprocess.CompletedProcess:
+    """What a launcher makes of a command."""
+    options = {"cwd": ROOT, "env": os.environ | variables, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-m", *call], **options, text=True) as process:
+        try:
+            printed, told = process.communicate(timeout=400)
+        finally:
+            if process.poll() is None:
+                process.terminate()  # which ends its ranks
+    sys.stderr.write(told[-3000:])  # shown where the test fails
+    return subprocess.CompletedProcess(call, process.returncode, printed, told)
+
+
+def two_ranks(seen: Path, stage: str, *overrides: str, **variables: str) -> tuple[subprocess.CompletedProcess, list]:
+    """A stage in two ranks of four rows at once, and what each rank saw."""
+    done = launched(
+        *TWO, "-m", "tests.test_processes", *overrides, "batch.micro_size=4", STAGE=stage, SEEN=str(seen), **variables
+    )
+    return done, [json.loads((seen / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == list(range(1, len(steps) + 1))
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def weights_apart(*folders: Path) -> float:
+    """The largest difference between two policies' weights."""
+    (file,) = {file.name for file in (folders[0] / "final").glob("*.safetensors")}
+    first, second = (load_file(folder / "final" / file) for folder in folders)
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def check_equal(folder: Path, other: Path) -> None:
+    """The same losses and weights; but for the last step, whose batch is not full: ranks fill it up, or split it."""
+    assert runs.state(folder) == runs.state(other) == "done"
+    mine, theirs = losses(folder), losses(other)
+    assert len(mine) == len(theirs) == 16
+    assert mine[:-1] == pytest.approx(theirs[:-1], abs=5e-6)
+    assert mine[-1] == pytest.approx(theirs[-1], abs=0.1)
+    assert weights_apart(folder, other) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_four_rows_one_by_one_are_four_rows_at_once(stage, small, sft):
+    folders = []
+    for micro in (1, 4):
+        batch = ("batch.global_size=4", f"batch.micro_size={micro}")
+        variants = (f"sft_variant=micro-{micro}",) if stage == "sft" else (f"variant=micro-{micro}",)
+        run = small("lora=none", *batch, f"++{stage}.max_steps=6", *variants)
+        STAGES[stage](run)
+        folders.append(run.sft_folder if stage == "sft" else run.dpo_folder)
+    assert losses(folders[0]) == pytest.approx(losses(folders[1]), abs=1e-5)
+    assert weights_apart(*folders) < 1e-5
+
+
+@pytest.mark.slow
+def test_two_ranks_of_sft_are_one_and_print_once(typed, one):
+    file = "launch/accelerate/ddp.yaml"
+    call = ("accelerate.commands.launch", "--config_file", file, "--num_processes", "2", "-m", "dpo_pipeline.sft")
+    done = launched(*call, *typed, "batch.micro_size=4", "sft_variant=two")
+    assert done.returncode == 0
+    folder, _ = one("sft", "none")
+    check_equal(folder.parent / "two", folder)
+    printed = Counter(line for line in done.stdout.splitlines() if line.strip())
+    assert set(printed.values()) == {1}
+    assert "fp32 on cpu: batch of 16 rows = 4 at once x 2 process(es) x 2 accumulated" in printed
+
+
+@pytest.fixture(scope="module")
+def two_of_dpo(typed, one, tmp_path_factory):
+    """A DPO in two ranks: its process, what each rank saw, its folder, and that of one process with its reference."""
+    folder, reference = one("dpo", "none")
+    done, seen = two_ranks(tmp_path_factory.mktemp("seen"), "dpo", *typed, "variant=two")
+    assert done.returncode == 0
+    return done, seen, folder.parent / "two", folder, reference
+
+
+@pytest.mark.slow
+def test_two_ranks_of_dpo_are_one(two_of_dpo):
+    _, seen, folder, other, reference = two_of_dpo
+    check_equal(folder, other)
+    for rank in seen:
+        for side, expected in zip(rank["reference"], reference, strict=True):
+            assert side == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_ranks_read_one_config_and_prepare_the_data_once(two_of_dpo):
+    _, seen, folder, *_ = two_of_dpo
+    assert seen[0]["run"] == seen[1]["run"]
+    assert seen[0]["run"]["variant"] == folder.name
+    assert [rank["tokenized"] for rank in seen] == [3, 0]  # train, validation, test
+    assert runs.read_json(folder / "manifest.json")["world_size"] == 2
+    entries = list((folder.parents[2] / ".cache" / "data").iterdir())
+    tables = [load_from_disk(entry)["train"] for entry in entries]
+    assert sum("chosen_ids" in table.column_names for table in tables) == 1
+    assert not [entry for entry in entries if entry.suffix == ".partial"]
+
+
+@pytest.mark.slow
+def test_rank_0_alone_writes_and_prints(two_of_dpo):
+    done, _, folder, *_ = two_of_dpo
+    files = (file for file in folder.parents[2].rglob("*") if file.is_file())
+    of_rank_1 = {file.name for file in files if file.stat().st_mode & 0o002}
+    assert of_rank_1 == {"rng_state_1.pth"}  # its own random state, of each checkpoint
+    for told in ("fp32 on cpu", "DPO of", "preflight: reference", "All against the base", "Results:", "DPO done"):
+        assert done.stdout.count(told) == 1
+    assert "measuring dpo/two" in done.stderr
+
+
+@pytest.mark.slow
+def test_no_rank_gives_up_while_rank_0_prepares(two_of_dpo):
+    day = 24 * 60 * 60
+    assert [rank["timeout"] for rank in two_of_dpo[1]] == [day, day]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "sent"), [("sft", "rank"), ("dpo", "launcher")])
+def test_ctrl_c_stops_both_ranks_at_one_step_and_the_command_goes_on(stage, sent, typed, one, tmp_path):
+    other, _ = one(stage, "r8")
+    folder = other.parent / "stopped"
+    call = (stage, *typed, "lora=r8", f"{'sft_variant' if stage == 'sft' else 'variant'}=stopped")
+    done, seen = two_ranks(tmp_path, *call, SIGNAL=sent)
+    assert done.returncode != 0
+    assert seen[0]["step"] == seen[1]["step"] < 16
+    assert runs.read_json(folder / "status.json")["state"] == "interrupted"
+    assert runs.newest_checkpoint(folder).name == f"checkpoint-{seen[0]['step']}"
+    assert done.stdout.count("interrupted: type the same command to go on from") == 1
+    done, seen = two_ranks(tmp_path, *call)
+    assert done.returncode == 0
+    check_equal(folder, other)
+
+
+@pytest.mark.slow
+def test_accelerate_starts_the_command_on_one_device(typed):
+    file = "launch/accelerate/single_gpu.yaml"
+    call = ("accelerate.commands.launch", "--config_file", file, "-m", "dpo_pipeline.sft")
+    done = launched(*call, *typed, "sft_variant=accelerate", "++sft.max_steps=2")
+    assert done.returncode == 0
+    (root,) = (item.removeprefix("root=") for item in typed if item.startswith("root="))
+    folder = Path(root) / "small" / "sft" / "accelerate"
+    manifest = runs.read_json(folder / "manifest.json")
+    assert (runs.state(folder), manifest["world_size"], manifest["precision"]) == ("done", 1, "fp32")
+
+
+@pytest.mark.slow
+def test_two_ranks_tell_an_error_once(typed, sft):
+    done = launched(*TWO, "-m", "dpo_pipeline.dpo", *typed, "variant=wrong", "++dpo.lerning_rate=1")
+    assert done.returncode != 0
+    assert done.stderr.count("error: dpo.lerning_rate is no field of trl.DPOConfig: did you mean learning_rate") == 1
+    assert "/dpo_pipeline/" not in done.stderr
+
+
+@pytest.mark.parametrize(("file", "kind"), [("single_gpu", DistributedType.NO), ("ddp", DistributedType.MULTI_GPU)])
+def test_accelerate_reads_each_launch_file_and_finds_no_precision_in_it(file, kind):
+    config = load_config_from_file(str(LAUNCH / f"{file}.yaml"))
+    assert config.distributed_type == kind
+    assert config.mixed_precision is None
+    assert not config.use_cpu
+
+
+@pytest.mark.parametrize("target", ["sft", "dpo"])
+def test_make_starts_as_many_processes_as_gpus_are_asked_for(target):
+    for gpus, start_of_call in (
+        ("GPUS=4", "accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 4 -m"),
+        *(("GPUS=1", "python -m"), ("GPUS=", "python -m")),
+    ):
+        call = ["make", "-n", target, gpus, "ARGS=beta=0.3", "PYTHON=python3"]
+        plan = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert f"/bin/{start_of_call} dpo_pipeline.{target} beta=0.3" in plan
+
+
+def test_make_check_looks_at_both_stages():
+    call = ["make", "-n", "check", "ARGS=beta=0.3", "PYTHON=python3"]
+    plan = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"-m dpo_pipeline.sft beta=0.3 check=true && .*-m dpo_pipeline.dpo beta=0.3 check=true", plan)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_sweep_under_a_launcher_is_refused(rank, monkeypatch):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", rank)):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["dpo.py", "-m", "beta=0.1,0.3"])
+    monkeypatch.setattr("dpo_pipeline.config.time.sleep", lambda seconds: None)
+    with pytest.raises(SystemExit) as ended:
+        main(run_dpo)
+    told = (
+        "error: a sweep under a launcher would run whole in each of the 2 processes: type `python -m dpo_pipeline.dpo "
+        "-m beta=0.1,0.3` without the launcher"
+    )
+    assert ended.value.code == (told if rank == "0" else 1)
+
+
+def test_another_validation_split_is_prepared_anew(small, monkeypatch):
+    monkeypatch.setattr(start, "processes", lambda: 2)
+    monkeypatch.setattr(start, "together", lambda decision: decision())
+    train = Dataset.from_dict({"prompt_ids": [[1]]})
+    for ids in ([1], [2]):
+        tables = {"train": train, "validation": Dataset.from_dict({"prompt_ids": [ids]})}
+        made, _ = start.made_once(small("lora=none"), lambda tables=tables: (tables, None))
+        assert made["validation"]["prompt_ids"][0] == ids
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Makes this machine one with a card: `gpu("T4", (7, 5), bf16=False)`."""
+
+    def become(name, capability, bf16=True, count=1, kernels=("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")):
+        for attribute, value in (
+            *(("is_available", True), ("device_count", count), ("get_device_name", name)),
+            *(("get_device_capability", capability), ("get_arch_list", list(kernels)), ("is_bf16_supported", bf16)),
+        ):
+            monkeypatch.setattr(torch.cuda, attribute, lambda *args, value=value, **options: value)
+
+    return become
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [("T4", (7, 5)), ("A100", (8, 0)), ("L4", (8, 9)), ("H100", (9, 0)), ("B200", (10, 0)), ("RTX 5090", (12, 0))],
+)
+def test_a_card_that_the_build_has_kernels_for_passes(name, capability, gpu):
+    gpu(name, capability)
+    machine.check_device("dpo_pipeline.sft")
+
+
+def test_a_card_without_kernels_is_told_with_the_build_that_has_them(gpu):
+    gpu("V100", (7, 0))
+    with pytest.raises(PipelineError, match=r"V100 has compute capability 7\.0.*sm_75, .*torch==[\d.]+ .*/whl/cu126"):
+        machine.check_device("dpo_pipeline.sft")
+    gpu("V100", (7, 0), kernels=["sm_75", "compute_60"])
+    machine.check_device("dpo_pipeline.sft")
+    gpu("MI300X", (9, 4), kernels=["gfx942"])  # AMD's names are no capabilities
+    machine.check_device("dpo_pipeline.sft")
+
+
+def test_several_gpus_in_one_process_are_told_what_to_type(gpu, monkeypatch):
+    gpu("A100", (8, 0), count=4)
+    with pytest.raises(PipelineError) as told:
+        machine.check_device("dpo_pipeline.dpo")
+    for typed in (
+        "`accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 4 -m dpo_pipeline.dpo ...`",
+        *("make ... GPUS=4", "CUDA_VISIBLE_DEVICES=0"),
+    ):
+        assert typed in str(told.value)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    machine.check_device("dpo_pipeline.dpo")
+
+
+PRECISIONS = {
+    "T4": {"auto": "fp16", "fp16": "fp16", "bf16": None, "fp32": "fp32"},
+    "A100": {"auto": "bf16", "fp16": "fp16", "bf16": "bf16", "fp32": "fp32"},
+    "cpu": {"auto": "fp32", "fp16": None, "bf16": "bf16", "fp32": "fp32"},
+    "mps": {"auto": "fp32", "fp16": "fp16", "bf16": None, "fp32": "fp32"},
+}
+
+
+@pytest.mark.parametrize("card", PRECISIONS)
+def test_each_device_computes_in_what_it_can(card, gpu, monkeypatch):
+    if card in ("T4", "A100"):
+        gpu(card, (7, 5) if card == "T4" else (8, 0), bf16=card == "A100")
+    if card == "mps":
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for asked, given in PRECISIONS[card].items():
+        if given is None:
+            with pytest.raises(PipelineError, match=rf"^precision={asked}.*type precision="):
+                machine.mixed_precision(asked)
+        else:
+            assert machine.mixed_precision(asked) == given
