@@ -79,7 +79,7 @@ def test_prompts_leave_room_for_the_answer_in_the_context():
     rows = Dataset.from_dict(
         {"prompt_ids": [[1, *range(10, 20)], [1, 5]], "chosen_ids": [[2]] * 2, "rejected_ids": [[3]] * 2}
     )
-    rest = dict.fromkeys(("dataset", "tokenizer", "ends", "beta", "seed", "model", "dtype", "batch_size"))
+    rest = dict.fromkeys(("dataset", "tokenizer", "ends", "beta", "seed", "loading", "batch_size"))
     made = compare.material(rows, pairs=9, prompts=9, context=12, max_new_tokens=8, **rest)
     assert made.questions == [[1, 17, 18, 19], [1, 5]]
     assert made.prompts[0] == [1, *range(10, 20)]
