@@ -34,7 +34,7 @@ dpo: install  ## align the SFT policy with the pairs; ends with the table; on 4 
 	@$(RUN) -m dpo_pipeline.dpo $(ARGS)
 
 test: install  ## run every test that needs nothing but this checkout
-	@$(PY) -m pytest -m "not real"
+	@$(PY) -m pytest -n 2 -m "not real"
 
 test-real: install  ## run the tests on the real models and data of ../shared
 	@$(PY) -m pytest -m real

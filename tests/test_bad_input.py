@@ -1,0 +1,665 @@
+"""Whatever is given wrong is one clear sentence and exit 1: no traceback, nothing written over."""
+
+import contextlib
+import errno
+import gzip
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from dpo_pipeline import runs
+from dpo_pipeline.config import compose, main
+from dpo_pipeline.dpo import run_dpo
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.evaluation import compare
+from dpo_pipeline.sft import run_sft
+from dpo_pipeline.training import start, trainer
+from dpo_pipeline.training.callbacks import Metrics
+
+STAGES = {"sft": run_sft, "dpo": run_dpo}
+ROWS = [
+    {"prompt": f"film : the {city} {road} . review :", "chosen": " i loved it .", "rejected": " it was flat ."}
+    for city in "silent broken golden last hidden lonely crimson distant".split()
+    for road in "river garden station winter letter".split()
+]
+CHAT = [
+    {"prompt": [{"role": "user", "content": row["prompt"]}]}
+    | {name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")}
+    for row in ROWS
+]
+HH = [{name: f"\n\nHuman: {i}?\n\nAssistant: {name}" for name in ("chosen", "rejected")} for i in range(40)]
+PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
+FORM = "give one JSON object for each pair"
+FOLDER = "give a folder that from_pretrained loads"
+
+# What most cases type: a local model and pairs, laid in every case; BASE without an SFT before.
+MODEL = "model=path model.path=model batch.global_size=8 length.max=48 evaluation.max_new_tokens=8 name=run"
+GIVEN = f"{MODEL} dataset=json dataset.path=pairs.jsonl dataset.test_rows=5"
+BASE = f"{GIVEN} policy=base variant=run"
+POLICY = f"{GIVEN} variant=run policy="
+ADAPTER = f"{POLICY}adapter lora=r8"
+HHRLHF = f"{MODEL} dataset=hh_rlhf dataset.subsets=null dataset.test_rows=5 dataset.path="
+SFT, DPO = "outputs/run/sft/full", "outputs/run/dpo/run"
+
+
+def llama(folder, **config):
+    """A model of random weights with the embedded task's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from dpo_pipeline.training.tiny import word_tokenizer
+
+    tokenizer = word_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": len(tokenizer)}
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**{**sizes, **ids, "max_position_embeddings": 64, **config}))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    """Folders that cases copy from: a model, others that do not fit it, and an adapter."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("parts")
+    model = llama(folder / "model")
+    for name, config in {"wide": {"hidden_size": 32}, "large": {"vocab_size": 133}}.items():
+        llama(folder / name, **config)
+    shutil.copytree(folder / "model", folder / "pickle")
+    (folder / "pickle" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pickle" / "pytorch_model.bin")
+    shutil.copytree(folder / "model", folder / "bert")
+    bert = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    BertForSequenceClassification(bert).save_pretrained(folder / "bert")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(model, lora).save_pretrained(folder / "adapter")
+    return folder
+
+
+# What lays something on the disk: each takes the working folder of a case, where the model and the pairs lie already.
+def file(name, content):
+    def lay(here, parts):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return lay
+
+
+def lines(*rows, name="pairs.jsonl"):
+    return file(name, "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+
+
+def changed(rows, count=1, first=0, **values):
+    """The rows, `count` of them from `first` on with other values; None is null, a missing one is left out."""
+    return lines(*({**row, **values} if first <= i < first + count else row for i, row in enumerate(rows)))
+
+
+def without(rows, column, at=None):
+    return lines(*({k: v for k, v in row.items() if k != column or at not in (None, i)} for i, row in enumerate(rows)))
+
+
+def folder(name, *inside):
+    return lambda here, parts: [(here / name / part).mkdir(parents=True) for part in ("", *inside)]
+
+
+def part(name, to=None):
+    """A folder of `parts` in the place of another."""
+
+    def lay(here, parts):
+        shutil.rmtree(here / (to or name), ignore_errors=True)
+        shutil.copytree(parts / name, here / (to or name))
+
+    return lay
+
+
+def gone(*names):
+    return lambda here, parts: [(here / name).unlink() for name in names]
+
+
+def cut(name, left):
+    return lambda here, parts: (here / name).write_bytes((here / name).read_bytes()[:left])
+
+
+def edited(name, **values):
+    """A JSON file with other values; a value may be a path that begins with the case's folder: `HERE/x`."""
+
+    def lay(here, parts):
+        new = {k: str(here / v[5:]) if str(v).startswith("HERE/") else v for k, v in values.items()}
+        (here / name).write_text(json.dumps({**json.loads((here / name).read_text()), **new}))
+
+    return lay
+
+
+def tokenizer(**special):
+    """The model's tokenizer with no special tokens but these."""
+
+    def lay(here, parts):
+        from transformers import PreTrainedTokenizerFast
+
+        from dpo_pipeline.training.tiny import word_tokenizer
+
+        bare = word_tokenizer().backend_tokenizer
+        PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>", **special).save_pretrained(here / "model")
+
+    return lay
+
+
+def more_words(name, word):
+    def lay(here, parts):
+        from transformers import AutoTokenizer
+
+        words = AutoTokenizer.from_pretrained(here / name)
+        words.add_tokens([word])
+        words.save_pretrained(here / name)
+
+    return lay
+
+
+def adapter(**values):
+    """An adapter on the case's own model, its config with other values."""
+
+    def lay(here, parts):
+        part("adapter")(here, parts)
+        edited("adapter/adapter_config.json", **{"base_model_name_or_path": "HERE/model", **values})(here, parts)
+
+    return lay
+
+
+def run_of(stage, typed, state="done", pid=None):
+    """The folder of a run that these arguments made, with its weights, in a state."""
+
+    def lay(here, parts):
+        run = compose(typed.split())
+        place = run.sft_folder if stage == "sft" else run.dpo_folder
+        status = {"state": state, "step": 5, "error": None, "pid": pid or os.getpid(), "host": socket.gethostname()}
+        runs.write_json(place / "status.json", status)
+        runs.write_json(place / "manifest.json", {"identity": runs.identity(run, stage), "final": {"sha256": "x"}})
+        runs.write_json(place / "checkpoints" / "checkpoint-5" / "trainer_state.json", {})
+        file("final/model.safetensors", "weights")(place, parts)
+
+    return lay
+
+
+def chat(template, rows=CHAT):
+    return lambda here, parts: (lines(*rows)(here, parts), file("model/chat_template.jinja", template)(here, parts))
+
+
+NO_EOS = "the tokenizer has no end token, so no answer could end: set eos_token in its tokenizer_config.json"
+BROKEN = lines(*ROWS[:2], '{"prompt": "a", "chosen": ', *ROWS[3:])
+NULL_DEMONSTRATION = lines(
+    *({**row, "demonstration": " it"} for row in ROWS[:-1]), {**ROWS[-1], "demonstration": None}
+)
+CUT_GZIP = gzip.compress(json.dumps(ROWS).encode())[:-20]
+NO_PICKLE = file("model/pytorch_model.bin", "hello")
+NO_COLUMN = "no column 'rejected': found prompt, chosen: each row is to have prompt, chosen, rejected"
+NO_SUCH_BASE = (
+    r"the adapter in .*adapter lies on the base \S+, which is no folder here, and .*: give its base by model="
+)
+
+# name: (stage, what is typed, what is laid besides a good model and good pairs, the sentence)
+CASES = {
+    # What is typed.
+    "unknown key": ("dpo", "betta=0.3", "betta is no key of the config: did you mean beta"),
+    "unknown key, appended": ("sft", "+betta=0.3", "betta is no key of the config: did you mean beta"),
+    "unknown option": ("dpo", "loss=sigmod", "loss=sigmod is no option: did you mean sigmoid"),
+    "unknown adapter": ("sft", "lora=r17", "lora=r17 is no option: did you mean r16"),
+    "unknown experiment": ("sft", "experiment=nope", "experiment=nope is no option: there are .*reviews_lora"),
+    "wrong type": ("dpo", "beta=abc", "beta: value 'abc' .*could not be converted to Float"),
+    "no value at all": ("dpo", "beta", r"beta cannot be read \(.*\): type KEY=VALUE"),
+    "unset value": ("dpo", "beta=???", "beta has no value: type beta="),
+    "no model": ("sft", "model=path", "model.path has no value: type model.path="),
+    "null model": ("sft", "model=path model.path=null", "model.path has no value: type model.path="),
+    "no data": ("sft", "dataset=json", "dataset.path has no value: type dataset.path="),
+    "null data": ("sft", "dataset=json dataset.path=null", "dataset.path has no value: type dataset.path="),
+    "beta 0": ("dpo", "beta=0", "beta=0.0: it must be larger than 0"),
+    "no epochs": ("sft", f"{GIVEN} sft.num_train_epochs=0", "sft.num_train_epochs=0: it must be larger than 0"),
+    "rate below 0": ("sft", f"{GIVEN} sft.learning_rate=-1", "sft.learning_rate=-1: it must not be below 0"),
+    "not a value": ("sft", "sft_best=first", "sft_best=first is none of its values: perplexity, last"),
+    "smoothing too large": ("dpo", "loss=robust dpo.label_smoothing=0.5",
+        r"dpo.label_smoothing=0.5 is the share of labels believed wrong: it lies in \[0, 0.5\)"),
+    "smoothing below 0": ("dpo", "loss=cdpo dpo.label_smoothing=-0.1", r"=-0.1 is the share .*lies in \[0, 0.5\)"),
+    "quantized full": ("sft", "quantization=nf4", "quantized weights cannot be trained, .*: add lora=r16"),
+    "adapter reference": ("dpo", "reference=adapter", "reference=adapter needs an adapter: set lora=r16"),
+    "float16 full": ("sft", f"{GIVEN} model.dtype=float16", "float16 .*updates round to nothing: type model.dtype="),
+    "fp16 on a CPU": ("sft", f"{GIVEN} precision=fp16", "precision=fp16 needs a GPU, .*none: type precision=auto"),
+    "batch": ("sft", f"{GIVEN} batch.micro_size=3",
+        "global_size=8 is no multiple of batch.micro_size=3 .*: set batch"),
+    "field": ("dpo", f"{BASE} ++dpo.lerning_rate=1", "lerning_rate is no field of trl.DPOConfig: did you mean lear"),
+    "decided field": ("dpo", f"{BASE} ++dpo.bf16=true", "dpo.bf16 is decided by precision=: take it out"),
+    "wrong field value": ("dpo", f"{BASE} dpo.optim=adam", "DPOConfig refuses .*adam is not a valid .*select one of"),
+    "wrong number": ("dpo", f"{BASE} dpo.max_grad_norm=abc", "dpo.max_grad_norm=abc is no number"),
+    "unknown loss": ("dpo", f"{BASE} ++dpo.loss_type=sigmod", "sigmod is no loss of TRL: did you mean sigmoid"),
+    "tracker": ("sft", f"{GIVEN} report_to=tensorboard",
+        "needs the package tensorboard, .*: `pip install tensorboard`"),
+    "parent as a name": ("sft", f"{GIVEN} name=..", r"name=\.\. is another folder's place: type a name of its own"),
+    # Files of pairs.
+    "broken line": ("sft", GIVEN, BROKEN, f"pairs.jsonl cannot .*: line 3 is no JSON .Expecting value.*: {FORM}"),
+    "broken list": ("sft", GIVEN.replace("jsonl", "json"), file("pairs.json", json.dumps(ROWS, indent=1)[:-30]),
+        f"pairs.json cannot .*: line 200 is no JSON .*: {FORM}"),
+    "numbers": ("sft", GIVEN, file("pairs.jsonl", "[1, 2]"),
+        f"pairs.jsonl: row 1 holds a number, not an object: {FORM}"),
+    "a string": ("sft", GIVEN, lines(*ROWS[:2], '"hello"'), f"pairs.jsonl: line 3 holds text, not an object: {FORM}"),
+    "null prompt": ("sft", GIVEN, changed(ROWS, 1, 7, prompt=None),
+        "row 8: prompt is null, not text or messages.*correct"),
+    "null chosen": ("sft", GIVEN, changed(ROWS, 1, 7, chosen=None),
+        "row 8: chosen is null, not text or messages.*correct"),
+    "a number": ("dpo", BASE, changed(ROWS, 1, 7, rejected=3),
+        "row 8: rejected is a number, not text or mess.*correct"),
+    "a list": ("dpo", BASE, changed(ROWS, 1, 2, chosen=["a"]), "row 3: chosen is a list, not text or messages"),
+    "null demonstration": ("sft", f"{GIVEN} sft_target=demonstration", NULL_DEMONSTRATION,
+        r"pairs.jsonl \(train\): row 40: demonstration is null, not text"),
+    "missing column": ("dpo", BASE, without(ROWS, "rejected"), f"pairs.jsonl has {NO_COLUMN}"),
+    "column missing once": ("dpo", BASE, without(ROWS, "rejected", 9), f"pairs.jsonl: row 10 has {NO_COLUMN}"),
+    "empty file": ("sft", GIVEN, file("pairs.jsonl", ""), f"pairs.jsonl is empty: {FORM}"),
+    "blank file": ("sft", GIVEN, file("pairs.jsonl", "\n \n"), f"pairs.jsonl is empty: {FORM}"),
+    "empty list": ("sft", GIVEN, file("pairs.jsonl", "[]"), f"pairs.jsonl holds no rows: {FORM}"),
+    "no gzip": ("sft", f"{GIVEN} dataset.path=p.gz", file("p.gz", "hello"),
+        "p.gz cannot .*unpack.*Not a gzipped file.*: fetch it again, or take .gz off"),
+    "gzip cut short": ("sft", f"{GIVEN} dataset.path=p.gz", file("p.gz", CUT_GZIP),
+        "p.gz cannot .*cut short.*: fetch it again"),
+    "not UTF-8": ("sft", GIVEN, file("pairs.jsonl", b'{}\n{"a": "\xe9"}'),
+        "pairs.jsonl cannot .*: line 2 is not UTF-8: save it"),
+    "no file": ("sft", f"{GIVEN} dataset.path=nope.jsonl",
+        r"there is no file or folder nope.jsonl \(from .*\): check"),
+    "folder without data": ("sft", f"{GIVEN} dataset.path=data", folder("data"), f"data cannot be read .*: {FORM}"),
+    "broken line in a folder": ("sft", f"{HHRLHF}data", folder("data"), lines(HH[0], "{", name="data/train.jsonl"),
+        f"data/train.jsonl cannot .*: line 2 is no JSON .*: {FORM}"),
+    "no such test file": ("dpo", f"{BASE} dataset.test_path=b.jsonl", "no file or folder b.jsonl .*: check the path"),
+    "other test file": ("dpo", f"{BASE} dataset.test_path=b.jsonl", lines({"text": "a"}, name="b.jsonl"),
+        "b.jsonl has no column 'prompt': found text: each row"),
+    "hub data": ("sft", f"{MODEL} dataset=hh_rlhf",
+        "data set Anthropic/hh-rlhf is neither .*: check the name .*dataset.path="),
+    "no such subsets": ("sft", f"{HHRLHF}data dataset.subsets=[helpful-base]", lines(*HH, name="data/train.jsonl"),
+        "data, folder helpful-base cannot be read .*; dataset.subsets=null reads"),
+    "subsets of a file": ("sft", f"{HHRLHF}pairs.jsonl dataset.subsets=[x]",
+        "one file, without the folders x: set dataset.sub"),
+    "subsets as text": ("sft", f"{HHRLHF}. dataset.subsets=x",
+        r"dataset.subsets=x is no list: type 'dataset.subsets=\[x\]'"),
+    # Rows.
+    "identical answers": ("dpo", BASE, changed(ROWS, 3, rejected=ROWS[0]["chosen"]),
+        r"3 of 40 rows teach nothing, more than 5% \(3 identical answers\): check that dataset= .*or take them out"),
+    "empty answers": ("sft", GIVEN, changed(ROWS, 3, chosen=" "),
+        r"3 of 40 rows teach nothing, more than 5% \(3 empty answer\): check"),
+    "all identical": ("dpo", BASE, changed(ROWS, 40, rejected=ROWS[0]["chosen"]),
+        r"no rows are left for train, of 40 read, .*40 dropped \(40 identical answers\): check that"),
+    "no reply": ("sft", f"{HHRLHF}pairs.jsonl", changed(HH, 3, chosen="hello"),
+        r"3 of 40 rows teach nothing, .*\(3 without '\\n\\nAssistant:'\): check that"),
+    "other prompts": ("sft", f"{HHRLHF}pairs.jsonl", changed(HH, 3, chosen="\n\nHuman: a\n\nAssistant: b"),
+        r"\(3 prompts differ\): check that"),
+    "null dialogue": ("sft", f"{HHRLHF}pairs.jsonl", changed(HH, 1, 3, chosen=None),
+        "row 4: chosen is null, not text: correct"),
+    "no demonstration": ("sft", f"{GIVEN} sft_target=demonstration",
+        "no column 'demonstration' .*: set sft_target=chosen"),
+    "no room to test": ("sft", f"{GIVEN} dataset.test_rows=50",
+        "no rows are left for train, of 40 read, dataset.test_rows=50 held out: lower dataset.test_rows or give more"),
+    "no test rows": ("dpo", f"{BASE} dataset.test_rows=0", "no test rows to measure on: raise dataset.test_rows"),
+    "test rows below 0": ("sft", f"{GIVEN} dataset.test_rows=-3",
+        "test_rows=-3 is no whole number from 0 on: type dataset"),
+    "too few reviews": ("sft", f"{MODEL} dataset.rows=3", "dataset.rows=3: .* need 16 at least: raise it"),
+    "all too long": ("sft", f"{GIVEN} length.max=4", "all 34 rows .*are longer than length.max=4 tokens: raise it"),
+    "beyond the context": ("sft", f"{GIVEN} length.max=65",
+        "length.max=65 exceeds the model's context of 64 tokens: lower"),
+    "prompt alone": ("sft", f"{GIVEN} length.max_prompt=48",
+        "max_prompt=48 leaves no room for .* in length.max=48: lower it"),
+    "no room to answer": ("dpo", f"{BASE} evaluation.max_new_tokens=63",
+        "=63 leaves no room for a prompt .*of 64 tokens: lower"),
+    # Messages.
+    "no template": ("sft", GIVEN, lines(*CHAT),
+        "rows are messages but the tokenizer has no chat template: take an ins"),
+    "template refuses": ("sft", GIVEN, chat("{{ raise_exception('roles must alternate') }}"),
+        r"chat template refuses a dialogue of user \(roles must alternate\): give the messages"),
+    "broken template": ("sft", GIVEN, chat("{% for m in messages %}"),
+        r"chat template cannot be read \(line 1: Unexpected end .*\): correct its chat_template"),
+    "no role": ("sft", GIVEN, chat(PLAIN, [{**row, "prompt": [{"content": "a"}]} for row in CHAT]),
+        "row 1: prompt is a list, not text or messages with role and content: correct it"),
+    "no content": ("dpo", BASE, chat(PLAIN, [*CHAT[:-1], {**CHAT[-1], "rejected": [{"role": "assistant"}]}]),
+        "row 40: rejected is a list, not text or messages with role and content: correct it"),
+    "text among messages": ("sft", GIVEN, chat(PLAIN, [*CHAT[:-1], ROWS[-1]]),
+        "row 40: prompt is text, that of row 1 is messages: give all alike"),
+    "messages after text": ("sft", GIVEN, chat(PLAIN, [{**row, "prompt": "hi"} for row in CHAT]),
+        "row 1: chosen is messages and its prompt is text: give that as messages too"),
+    # Models.
+    "no model folder": ("sft", f"{GIVEN} model.path=./no",
+        r"there is no model folder ./no \(from .*\): give one that is"),
+    "model is a file": ("sft", f"{GIVEN} model.path=pairs.jsonl",
+        "pairs.jsonl is a file, not a model: give the folder"),
+    "hub model": ("sft", f"{GIVEN} model.path=nobody/x",
+        r"no model .* from nobody/x \(.*connect.*: check the name, .*model.path="),
+    "no weights": ("sft", GIVEN, gone("model/model.safetensors"),
+        "no model .*no file named .*: it holds no weights: give"),
+    "pickles": ("sft", GIVEN, part("pickle", "model"),
+        "it holds pickles alone: model.use_safetensors=null takes them"),
+    "no pickle": ("sft", f"{GIVEN} model.use_safetensors=null", gone("model/model.safetensors"), NO_PICKLE,
+        rf"no model could be loaded from .*\(.*\): {FOLDER}"),
+    "weights cut short": ("sft", GIVEN, cut("model/model.safetensors", -100),
+        f"no model .*not fully covered.: {FOLDER}"),
+    "a classifier": ("sft", GIVEN, part("bert", "model"),
+        "lacks 6 weights of its architecture, BertLM.*: give a causal"),
+    "an encoder and decoder": ("sft", GIVEN, file("model/config.json", '{"model_type": "t5"}'),
+        r"model is no causal language model \(model_type t5\): give one that"),
+    "no context": ("sft", GIVEN, file("model/config.json", '{"model_type": "bloom"}'),
+        r"model names no context \(model_type bloom\): set max_position_embeddings"),
+    "other shapes": ("sft", GIVEN, edited("model/config.json", hidden_size=32),
+        r"weights .* have not the shape .* such as lm_head.weight, \[126, 16\] instead of \[126, 32\]: give the"),
+    "no config": ("sft", GIVEN, gone("model/config.json"), f"no model .*model_type.*: {FOLDER}, with config.json"),
+    "broken config": ("sft", GIVEN, file("model/config.json", "{"),
+        f"no model .*config.json' is not a valid JSON file.*: {FOLDER}"),
+    "config of a list": ("sft", GIVEN, file("model/config.json", "[1]"),
+        f"no model .*must be a mapping, not list.: {FOLDER}"),
+    "no such type": ("sft", GIVEN, edited("model/config.json", model_type="x"),
+        f"no model .*model type `x` but Tran.*: {FOLDER}"),
+    "wrong size": ("sft", GIVEN, edited("model/config.json", hidden_size="a"),
+        f"no model .*expected int, got str.*: {FOLDER}"),
+    "code in the folder": ("sft", GIVEN, edited("model/config.json", model_type="x", auto_map={"AutoConfig": "x.Y"}),
+        "contains custom code .*: read that code, then type model.trust_remote_code=true"),
+    "no tokenizer": ("sft", GIVEN, gone("model/tokenizer.json"), f"no model .*tokenizer.*: {FOLDER}.* tokenizer"),
+    "attention": ("sft", f"{GIVEN} model.attn_implementation=foo",
+        "no model .*`attn_implementation=.*: type model.attn_impl"),
+    "no end token": ("sft", GIVEN, tokenizer(pad_token="<pad>"), NO_EOS),
+    "no end token, no padding": ("dpo", BASE, tokenizer(), NO_EOS),
+    "an adapter as the model": ("sft", f"{GIVEN} model.path=adapter", adapter(),
+        "adapter is an adapter, not a whole model: give its base by model.path=, .*policy=FOLDER"),
+    # Policies and references.
+    "no such policy": ("dpo", f"{POLICY}nope",
+        "policy=nope is neither sft, base nor a folder with config.json or adapter_config"),
+    "adapter without base": ("dpo", ADAPTER, adapter(base_model_name_or_path="/no/base"),
+        NO_SUCH_BASE),
+    "adapter on a hub's base": ("dpo", ADAPTER, adapter(base_model_name_or_path="nobody/x"),
+        NO_SUCH_BASE),
+    "adapter that names none": ("dpo", ADAPTER, adapter(base_model_name_or_path=None),
+        "adapter in .* names no base: set base_model_name_or_path"),
+    "adapter on another base": ("dpo", ADAPTER, part("wide"), adapter(base_model_name_or_path="HERE/wide"),
+        "wide is another model than the base .*model .hidden_size 32, not 16.: give its base"),
+    "adapter of other shapes": ("dpo", ADAPTER, adapter(r=4),
+        "no model .*adapter .*size mismatch.*: give the folder that PEFT"),
+    "adapter without weights": ("dpo", ADAPTER, adapter(), gone("adapter/adapter_model.safetensors"),
+        "adapter holds no adapter_model.safetensors: give the folder"),
+    "adapter cut short": ("dpo", ADAPTER, adapter(), cut("adapter/adapter_model.safetensors", 9),
+        "no model .*adapter .*header.*: give the folder that PEFT saved"),
+    "broken adapter config": ("dpo", ADAPTER, adapter(), file("adapter/adapter_config.json", "{"),
+        "adapter_config.json is no JSON .Expect.*: give the folder as PEFT"),
+    "adapter config of a list": ("dpo", ADAPTER, adapter(), file("adapter/adapter_config.json", "[1]"),
+        "adapter_config.json holds no JSON object: give the folder"),
+    "other words": ("dpo", f"{POLICY}other", part("model", "other"), more_words("other", "zzz"),
+        "tokenizer in .*other has another vocabulary than .*: take the tokenizer"),
+    "other vocabulary size": ("dpo", f"{POLICY}large", part("large"),
+        "large is another model than .*vocab_size 133, not 126.: give its base"),
+    "policy without weights": ("dpo", f"{POLICY}other", part("model", "other"), gone("other/model.safetensors"),
+        "no model .*other .*: it holds no weights: give a folder"),
+    "no reference": ("dpo", f"{BASE} reference.path=./no", "there is no model folder ./no .*: give one that is"),
+    "other reference": ("dpo", f"{BASE} reference.path=large", part("large"),
+        "large is another model .*vocab_size 133, .*: give its base"),
+    # Places.
+    "root is a file": ("sft", f"{GIVEN} root=pairs.jsonl",
+        "root=pairs.jsonl: no folder can lie in pairs.jsonl, .*: name another"),
+    "root under a file": ("dpo", f"{BASE} root=pairs.jsonl/x",
+        "root=pairs.jsonl/x: no folder can lie in pairs.jsonl, which is a"),
+    "root as check": ("sft", f"{GIVEN} root=pairs.jsonl check=true",
+        "root=pairs.jsonl: no folder can lie in pairs.jsonl"),
+    "root without a right": ("sft", f"{GIVEN} root=/sys/x", r"/sys/x.* cannot be read or written \(.*\): .*root="),
+    "a file for all SFTs": ("sft", GIVEN, file("outputs/run/sft", "mine"),
+        r"outputs/run/sft/full cannot be made .*\(Not a dir.*: move it away, or name another"),
+    "a file for the run": ("sft", GIVEN, file(SFT, "mine"),
+        f"{SFT} holds files but no run: choose another place with variant="),
+    "foreign files": ("sft", GIVEN, file(f"{SFT}/thesis.txt", "mine"),
+        f"{SFT} holds files but no run: choose another"),
+    "foreign files, overwrite": ("dpo", f"{BASE} overwrite=true", file(f"{DPO}/thesis.txt", "mine"),
+        f"{DPO} holds files but no run: choose another place"),
+    "another run": ("sft", GIVEN, run_of("sft", f"{GIVEN} seed=3"),
+        rf"{SFT} holds another run \(seed is 3 there, 0 here\): keep both with sft_variant=.*name=.*overwrite=true"),
+    "another run, interrupted": ("dpo", BASE, run_of("dpo", f"{BASE} beta=0.3", "interrupted"),
+        rf"{DPO} holds another run \(beta is 0.3 there, 0.1 here\): keep both with variant="),
+    "a run in use": ("sft", GIVEN, run_of("sft", GIVEN, "running", os.getppid()),
+        f"{SFT} is in use by process {os.getppid()} on .*: wait for it or end it"),
+    "DPO before SFT": ("dpo", f"{GIVEN} variant=run", "no finished SFT in .*none.: run `make sft` .*policy=base"),
+    "SFT interrupted": ("dpo", f"{GIVEN} variant=run", run_of("sft", GIVEN, "interrupted"),
+        r"no finished SFT in .*\(interrupted\): run `make sft`"),
+    "SFT of another base": ("dpo", f"{GIVEN} variant=run", part("wide"), run_of("sft", f"{GIVEN} model.path=wide"),
+        r"another base model \(model.path was .*, is .* here\): give the same model="),
+    "a sweep in two processes": ("dpo", "-m seed=1,2",
+        "a sweep under a launcher .*2 processes: type `python -m dpo_pipeline.dpo -m seed=1,2` without the launcher"),
+}  # fmt: skip
+SKIPPED = {
+    "tracker": any(map(find_spec, ("tensorboard", "tensorboardX"))) and "tensorboard is here",
+    "root without a right": not Path("/sys/kernel").is_dir() and "no place that nobody may write to",
+}
+
+
+@pytest.fixture
+def here(tmp_path, parts, monkeypatch):
+    """The working folder of a case: a model, good pairs, and a run of somebody's that is none of its business."""
+    # A training that fails, unlike one that is interrupted, leaves its own handler behind: here for the next case.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(parts / "model", tmp_path / "model")
+    lines(*ROWS)(tmp_path, parts)
+    file("outputs/run/dpo/kept/final/model.safetensors", "kept")(tmp_path, parts)
+    return tmp_path
+
+
+def end_of(stage: str, typed: str, monkeypatch) -> str | int:
+    """What a command exits with, run in this process."""
+    monkeypatch.setattr(sys, "argv", [stage, *typed.split()])
+    with pytest.raises(SystemExit) as ended:
+        main(STAGES[stage])
+    return ended.value.code
+
+
+def content(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_wrong_is_one_sentence_and_nothing_is_written_over(name, here, parts, monkeypatch, capfd):
+    stage, typed, *laid, sentence = CASES[name]
+    if SKIPPED.get(name):
+        pytest.skip(SKIPPED[name])
+    for lay in laid:
+        lay(here, parts)
+    if name == "a sweep in two processes":
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    before = content(here)
+    told = end_of(stage, typed, monkeypatch)
+    assert isinstance(told, str), told  # which Python prints, and exits with 1
+    assert told.startswith("error: ")
+    assert "\n" not in told
+    assert re.search(sentence, told), told
+    assert "Traceback" not in capfd.readouterr().err
+    after = content(here)
+    assert {file: after.get(file) for file in before} == before
+    own = [here / (SFT if stage == "sft" else DPO), here / "outputs" / ".cache"]
+    assert not [file for file in after.keys() - before if not any(file.is_relative_to(place) for place in own)]
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_up_to_5_percent_of_useless_rows_are_told_and_dropped(count, here, parts, capfd, monkeypatch):
+    changed(ROWS, count, rejected=ROWS[0]["chosen"])(here, parts)
+    monkeypatch.setattr(sys, "argv", ["dpo", *BASE.split(), "check=true"])
+    main(run_dpo)
+    assert ("2 of 40 rows dropped: 2 identical answers" in capfd.readouterr().out) == (count > 0)
+    assert not (here / DPO).exists()
+
+
+FULL = "the disk is full.*: free some space and type the same command, .*or name another disk .root="
+RIGHT = "/x cannot be read or written .*: give yourself the right to it, or name another place .root="
+KIND = "/x cannot be made or opened .*: a file lies where a folder has to be, .*: move it away, or name another place"
+DISK = {
+    "ENOSPC": (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/x"), FULL),
+    "quota": (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "/x"), FULL),
+    "EACCES": (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/x"), RIGHT),
+    "EROFS": (OSError(errno.EROFS, os.strerror(errno.EROFS), "/x"), RIGHT),
+    "ENOTDIR": (NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "/x"), KIND),
+    "EEXIST": (FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), "/x"), KIND),
+    "safetensors": (SafetensorError("I/O error: No space left on device (os error 28)"), FULL),
+    "torch": (RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"), FULL),
+    "torch, at its end": (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), FULL),
+}
+
+
+@pytest.mark.parametrize("name", DISK)
+def test_what_the_disk_refuses_is_one_sentence(name, here, monkeypatch, capfd):
+    """Each as it is raised while the stage goes on, and as a library hands it on as the cause of its own error."""
+    error, sentence = DISK[name]
+    for raised in (error, wrapped(error)):
+        monkeypatch.setattr(start, "prepare_base", raising(raised))
+        told = end_of("sft", GIVEN, monkeypatch)
+        assert re.match(f"error: {sentence}", told.replace(" while /x was written", "")), told
+        assert "\n" not in told
+    assert "Error executing job" not in capfd.readouterr().err  # Hydra's own line
+    assert runs.state(here / SFT) == "failed"
+
+
+def test_what_a_library_says_in_several_lines_is_one(here, monkeypatch):
+    monkeypatch.setattr(start, "prepare_base", raising(PipelineError("TRL refuses it:\n  one  reason\n\n  another")))
+    assert end_of("sft", GIVEN, monkeypatch) == "error: TRL refuses it: one  reason another"
+
+
+def raising(error):
+    def call(*args, **kwargs):
+        raise error
+
+    return call
+
+
+def wrapped(error):
+    outer = RuntimeError("could not save")
+    outer.__cause__ = error
+    return outer
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [KeyError("x"), FileNotFoundError(errno.ENOENT, "No such file", "x"), RuntimeError("shape"), ConnectionError("x")],
+    ids=lambda bug: type(bug).__name__,
+)
+@pytest.mark.parametrize("where", ["stage", "loader"])
+def test_a_bug_shows_its_traceback(bug, where, here, monkeypatch):
+    from dpo_pipeline.data import json_file
+
+    of_the_past = PermissionError(errno.EACCES, "tried before", "/y")
+    bug.__context__ = of_the_past  # what a library tried before is not what failed
+    monkeypatch.setattr(*((start, "prepare_base") if where == "stage" else (json_file, "read")), raising(bug))
+    monkeypatch.setattr(sys, "argv", ["sft", *GIVEN.split()])
+    with pytest.raises(Exception, match=".") as raised:
+        main(run_sft)
+    assert bug in (raised.value, raised.value.__cause__)
+
+
+def test_a_full_disk_ends_a_run_with_one_sentence_and_the_same_command_goes_on(here, monkeypatch, capfd):
+    """A file system of 1 MB, with room for what was foreseen but not for a file that somebody lays there meanwhile."""
+    disk = here / "disk"
+    disk.mkdir()
+    if (
+        os.name == "nt"
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode
+    ):
+        pytest.skip("no file system can be mounted here: that needs root")
+    step_end = Metrics.on_step_end
+
+    def fill_at_3(self, args, state, control, **kwargs):
+        step_end(self, args, state, control, **kwargs)
+        if state.global_step == 3:
+            with contextlib.suppress(OSError):
+                (disk / "filler").write_bytes(bytes(10**7))
+
+    typed = f"{GIVEN} root=disk ++sft.save_steps=2 ++sft.eval_steps=2"
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Metrics, "on_step_end", fill_at_3)
+            told = end_of("sft", typed, monkeypatch)
+        assert re.match(f"error: {FULL}", re.sub(" while .* was written", "", told)), told
+        assert "Traceback" not in capfd.readouterr().err
+        (disk / "filler").unlink()
+        monkeypatch.setattr(sys, "argv", ["sft", *typed.split()])
+        main(run_sft)
+        printed = capfd.readouterr().out
+        assert "resuming from disk/run/sft/full/checkpoints/checkpoint-2" in printed
+        assert runs.state(disk / "run" / "sft" / "full") == "done"
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def interrupting(module, name, when=lambda *args, **kwargs: True):
+    """(module, name, a function that is interrupted as by Ctrl-C where `when` holds, and then goes on as before)."""
+    before = getattr(module, name)
+
+    def call(*args, **kwargs):
+        if when(*args, **kwargs):
+            signal.raise_signal(signal.SIGINT)
+        return before(*args, **kwargs)
+
+    return module, name, call
+
+
+STOPS = {
+    "sft before training": ("sft", lambda: interrupting(start, "prepared")),
+    "sft training": ("sft", lambda: interrupting(Metrics, "on_step_end", at_step_3)),
+    "sft saving": ("sft", lambda: interrupting(trainer, "save_final")),
+    "dpo reference pass": ("dpo", lambda: interrupting(trainer, "with_reference", lambda _, rows, label: bool(label))),
+    "dpo training": ("dpo", lambda: interrupting(Metrics, "on_step_end", at_step_3)),
+    "dpo measuring": ("dpo", lambda: interrupting(compare, "sample")),
+}
+
+
+def at_step_3(self, args, state, control, **kwargs):
+    return state.global_step == 3
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_ctrl_c_ends_with_75_anywhere_and_the_same_command_goes_on(name, here, monkeypatch, capfd):
+    stage, stop = STOPS[name]
+    typed, own = (GIVEN, here / SFT) if stage == "sft" else (BASE, here / DPO)
+    with monkeypatch.context() as patch:
+        patch.setattr(*stop())
+        assert end_of(stage, typed, monkeypatch) == 75
+    printed = capfd.readouterr()
+    assert "Traceback" not in printed.out + printed.err
+    assert "interrupted: type the same command to go on from" in printed.out
+    assert runs.state(own) == "interrupted"
+    main(STAGES[stage])
+    assert runs.state(own) == "done"
+    assert (own / "final" / "model.safetensors").is_file()
+    assert stage == "sft" or "dpo/run" in runs.read_json(here / "outputs/run/results.json")["policies"]
+
+
+def test_the_process_itself_ends_with_these_codes(here, parts):
+    """1 with the sentence alone, 75 for Ctrl-C while it starts, and 0 for the same command typed again."""
+    call = [sys.executable, "-m", "dpo_pipeline.sft", *GIVEN.split()]
+    good = (here / "pairs.jsonl").read_bytes()
+    BROKEN(here, parts)
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: pairs.jsonl")
+    assert len(done.stderr.splitlines()) == 1
+    (here / "pairs.jsonl").write_bytes(good)
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while (status := runs.read_json(here / SFT / "status.json")) is None or status["pid"] != process.pid:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert "Traceback" not in printed
+    assert runs.state(here / SFT) == "interrupted"
+    again = subprocess.run(call, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert runs.state(here / SFT) == "done"
