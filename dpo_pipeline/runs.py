@@ -37,8 +37,15 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds, or None where there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """What a JSON file holds, or None where there is no such file; raises PipelineError where it is no JSON."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PipelineError(
+            f"{path} is no JSON ({error}), it was edited or cut short: put it back, or move its folder away"
+        ) from error
 
 
 def content_hash(path: Path, endings: tuple[str, ...] = ("",)) -> str:

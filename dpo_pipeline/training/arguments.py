@@ -87,7 +87,7 @@ def training_arguments(run: Run, stage: str, folder: Path) -> Any:
                 raise PipelineError(f"dpo.loss_type={loss} is no loss of TRL{nearest(loss, losses)}")
     try:
         made = arguments(**decided, **fields)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise PipelineError(f"trl.{arguments.__name__} refuses what stands under {stage}: {error}") from error
     log.info(
         "%s on %s: batch of %d rows = %d at once x %d process(es) x %d accumulated",

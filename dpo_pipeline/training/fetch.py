@@ -48,9 +48,11 @@ def fetch(model: Model, path: str) -> None:
         revision = model.revision if path == model.path else None
         options = {"revision": revision, "allow_patterns": wanted, "ignore_patterns": ["*/*"]}
         folder = Path(explained(snapshot_download, path, **options))
-    if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
+    taken = WEIGHTS if model.use_safetensors is None else (".safetensors",)
+    if not any(file.suffix in taken for file in folder.iterdir()):
+        also = ", or take its pickles by model.use_safetensors=null" if any(folder.glob("*.bin")) else ""
         raise PipelineError(
-            f"{folder} holds no weights ({' or '.join(WEIGHTS)}): give a folder that from_pretrained loads"
+            f"{folder} holds no weights ({' or '.join(taken)}): give a folder that from_pretrained loads{also}"
         )
     for file in folder.glob("*.safetensors"):
         # Opening reads the header, and compares it with the length of the file.

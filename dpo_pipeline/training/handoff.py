@@ -142,7 +142,14 @@ def on_meta(run: Run, base: str | Path, lora: Any) -> Any:
             return model
         from peft import get_peft_model
 
-        return get_peft_model(model, lora)
+        try:
+            return get_peft_model(model, lora)
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise PipelineError(
+                f"PEFT refuses what stands under lora for {base}: {reason}: name this model's layers by "
+                "lora.target_modules=all-linear, and see the other keys of lora"
+            ) from error
 
 
 def load_start(run: Run, start: Start) -> Any:

@@ -15,6 +15,7 @@ from datasets import DatasetDict, load_from_disk
 from dpo_pipeline.config import Run, build
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.data.tokens import Lengths, end_tokens, tokenize
+from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.machine import processes, together
 from dpo_pipeline.policies import Loading, load_config
 
@@ -69,9 +70,21 @@ def tokenized(run: Run, stage: str, tokenizer: Any, rows: dict[str, list[dict]],
     """The rows of a stage as token ids, by split: `answer_ids` for SFT, `chosen_ids` and `rejected_ids` for DPO."""
     ends, lengths = ends_and_lengths(run, tokenizer)
     ids = {split: tokenize(rows[split], answers(run, stage), tokenizer, ends, lengths) for split in splits}
+    check_ids(run, tokenizer, ids)
     if stage == "sft":
         ids = {split: table.rename_column(f"{run.sft_target}_ids", "answer_ids") for split, table in ids.items()}
     return ids
+
+
+def check_ids(run: Run, tokenizer: Any, tables: dict[str, Any]) -> None:
+    """Raise PipelineError where rows hold a token that the base has no embedding for, at which torch stops."""
+    size = load_config(run.model).get_text_config().vocab_size
+    found = (max(ids) for table in tables.values() for name in table.column_names for ids in table[name])
+    if (largest := max(tokenizer.pad_token_id, *found, 0)) >= size:
+        raise PipelineError(
+            f"the rows hold token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the base "
+            f"{run.model.path} knows {size} tokens: give the tokenizer that it was trained with"
+        )
 
 
 def ends_and_lengths(run: Run, tokenizer: Any) -> tuple[list[int], Lengths]:

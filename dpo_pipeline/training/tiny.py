@@ -30,6 +30,8 @@ def build(folder: str, hidden_size: int, layers: int, heads: int, steps: int, se
         raise PipelineError(f"{folder} was made with other settings ({theirs}, not {mine}): give this run a name=NAME")
     if theirs is not None:
         return
+    if Path(folder).exists():
+        raise PipelineError(f"{folder} holds something else than a base made here: give this run a name=NAME")
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,11 @@ def train(trainer: Any, folder: Path, callbacks: list[TrainerCallback]) -> None:
     checkpoint = runs.newest_checkpoint(folder)
     if checkpoint:
         log.info("resuming from %s", checkpoint)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:  # on_train_end does not come where a step raises
+        signal.signal(signal.SIGINT, before)
     if interrupt.interrupted:
         raise KeyboardInterrupt
 
