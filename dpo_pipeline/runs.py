@@ -155,13 +155,25 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def claim(run: Run, stage: str, folder: Path) -> tuple[dict[str, Any], str]:
-    """The identity of a run, and `new`, `resume` or `done` for its folder, cleared where it may be replaced."""
+    """The identity of a run, and `new`, `resume` or `done` for its folder, moved aside where it may be replaced.
+
+    What is replaced lies in `aside` until the new run is done, so that broken input costs no finished one.
+    """
     mine = identity(run, stage)
     decision = decide(folder, mine, run.overwrite)
     if decision == "replace":
-        print(f"replacing the {state(folder)} run in {folder}")
-        shutil.rmtree(folder)
+        print(f"replacing the {state(folder)} run in {folder}, kept in {aside(folder)} until the new one is done")
+        if aside(folder).exists():  # the run that was finished; what lies here only tried to replace it
+            shutil.rmtree(folder)
+        else:
+            aside(folder).parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(aside(folder))
     return mine, decision
+
+
+def aside(folder: Path) -> Path:
+    """Where a run waits that another one is replacing."""
+    return folder.parent.parent / ".replaced" / folder.parent.name / folder.name
 
 
 def decide(folder: Path, mine: dict[str, Any], overwrite: bool) -> str:
@@ -262,6 +274,8 @@ def recording(run: Run, stage: str, folder: Path, mine: dict[str, Any]) -> Itera
             raise
         record.save_manifest(seconds=round(before["seconds"] + time.monotonic() - started, 1))
         record.save_status(state="done")
+        if is_main_process():
+            shutil.rmtree(aside(folder), ignore_errors=True)
         log.info("%s done in %.0f s: %s", stage.upper(), manifest["seconds"], folder / "final")
 
 

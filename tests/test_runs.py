@@ -139,3 +139,19 @@ def test_a_path_counts_by_what_lies_there(tmp_path):
 def test_dpo_before_sft_says_what_to_type(tmp_path):
     with pytest.raises(PipelineError, match="no finished SFT in .*`make sft`.*policy=base"):
         claim(compose([f"root={tmp_path}"]))
+
+
+def test_a_run_that_is_replaced_is_kept_until_the_new_one_is_done(small, sft, tmp_path):
+    from dpo_pipeline.sft import run_sft
+
+    typed = [f"root={tmp_path}", "name=kept", "++sft.max_steps=2", "overwrite=true"]
+    final = run_sft(small(*typed)) / "final" / "model.safetensors"
+    before = final.read_bytes()
+    for _ in range(2):  # the second time, what failed is replaced, and not the run that was kept
+        with pytest.raises(PipelineError, match="no rows|need 16"):
+            run_sft(small(*typed, "dataset.rows=2"))
+        kept = tmp_path / "kept" / ".replaced" / "sft" / "full" / "final" / "model.safetensors"
+        assert kept.read_bytes() == before
+    assert run_sft(small(*typed, "seed=1")) == final.parents[1]
+    assert final.read_bytes() != before
+    assert not kept.exists()
