@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import itertools
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_pipeline.errors import OneRankError, PipelineError, explain, nearest
-from dpo_pipeline.machine import is_main_process, processes
+from dpo_pipeline.machine import STOPS, is_main_process, processes
 from dpo_pipeline.naming import loss_names, name_folders
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -173,6 +174,11 @@ def main(stage: Callable[[Run], Any]) -> None:
                 fail(sentence, alone=isinstance(error, OneRankError))
             raise
 
+    def interrupt(signum: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    for each in STOPS:
+        signal.signal(each, interrupt)
     try:
         task()
     except KeyboardInterrupt:

@@ -19,6 +19,12 @@ def run_dpo(run: Run) -> dict[str, Any]:
     if run.check:
         check_run(run, folder)
         return {}
+    with runs.held(folder):
+        return train_and_compare(run, folder)
+
+
+def train_and_compare(run: Run, folder: Path) -> dict[str, Any]:
+    """What `run_dpo` does in a folder that is this process's own."""
     mine, decision = together(lambda: claim(run))
     if decision == "done":
         from dpo_pipeline.training import start

@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_pipeline.errors import PipelineError
+
+# Ctrl-C, what schedulers send before they kill, and Slurm's warning before the time limit (not on Windows).
+STOPS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1") if name in signal.Signals.__members__]
 
 LIBRARIES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 

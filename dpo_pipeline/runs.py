@@ -19,7 +19,7 @@ from typing import Any
 
 from dpo_pipeline.config import CONF, Run
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.machine import git_state, is_main_process, processes, versions
+from dpo_pipeline.machine import git_state, is_main_process, processes, together, versions
 from dpo_pipeline.naming import NOT_IDENTITY, loss_names
 from dpo_pipeline.policies import base_of, is_adapter
 
@@ -154,6 +154,55 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max((c.parent for c in complete), key=lambda c: int(c.name.split("-")[1]), default=None)
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run's folder while this process lives, on rank 0 for all; raises PipelineError naming who holds it.
+
+    By a lock of the system, which dies with its holder; a `running` left there is then nobody's.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+
+    def acquire() -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise PipelineError(in_use(folder, json.loads(Path(lock.lock_file).read_text() or "null"))) from None
+        Path(lock.lock_file).write_text(json.dumps(this_process()), encoding="utf-8")
+        status = read_json(folder / "status.json")
+        if status is not None and status["state"] == "running":
+            write_json(folder / "status.json", {**status, "state": "interrupted"})
+
+    together(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def this_process() -> dict[str, Any]:
+    """What others are told of who holds a folder."""
+    return {"pid": os.getpid(), "host": socket.gethostname()}
+
+
+def in_use(folder: Path, holder: dict[str, Any] | None) -> str:
+    """The sentence for a folder that another process holds; `holder` is None while that one is just starting."""
+    who = f"process {holder['pid']} on {holder['host']}" if holder else "a process that has just started"
+    return f"{folder} is in use by {who}: wait for it or end it"
+
+
+@contextlib.contextmanager
+def alone(place: Path) -> Iterator[None]:
+    """Wait until no other process is making what lies at `place`; the wait ends with the other's life too."""
+    from filelock import FileLock
+
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.with_name(f".{place.name}.lock")):
+        yield
+
+
 def claim(run: Run, stage: str, folder: Path) -> tuple[dict[str, Any], str]:
     """The identity of a run, and `new`, `resume` or `done` for its folder, moved aside where it may be replaced.
 
@@ -183,10 +232,7 @@ def decide(folder: Path, mine: dict[str, Any], overwrite: bool) -> str:
     """
     manifest, found = read_json(folder / "manifest.json"), state(folder)
     if found == "running":
-        status = read_json(folder / "status.json")
-        raise PipelineError(
-            f"{folder} is in use by process {status['pid']} on {status['host']}: wait for it or end it"
-        )
+        raise PipelineError(in_use(folder, read_json(folder / "status.json")))
     if manifest is None:
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise PipelineError(f"{folder} holds files but no run: choose another place with variant=, name= or root=")
@@ -253,7 +299,7 @@ def recording(run: Run, stage: str, folder: Path, mine: dict[str, Any]) -> Itera
         "world_size": processes(),
         "identity": mine,
     }
-    status = {"state": "running", "step": 0, "error": None, "pid": os.getpid(), "host": socket.gethostname()}
+    status = {"state": "running", "step": 0, "error": None, **this_process()}
     record = Record(folder, manifest, status)
     record.save_status()
     record.save_manifest()

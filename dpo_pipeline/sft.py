@@ -16,6 +16,12 @@ def run_sft(run: Run) -> Path:
     if run.check:
         check_run(run, folder)
         return folder
+    with runs.held(folder):
+        return train(run, folder)
+
+
+def train(run: Run, folder: Path) -> Path:
+    """What `run_sft` does in a folder that is this process's own."""
     mine, decision = together(lambda: runs.claim(run, "sft", folder))
     if decision == "done":
         if is_main_process():

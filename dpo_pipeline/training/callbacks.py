@@ -1,8 +1,9 @@
-"""What happens beside the training steps: one bar, metrics.jsonl, exact perplexity, a checkpoint on Ctrl-C."""
+"""What happens beside the training steps: one bar, metrics.jsonl, exact perplexity, a checkpoint on a signal to stop."""
 
 import json
 import math
 import signal
+import time
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -89,19 +90,20 @@ class KeepRandomState(TrainerCallback):
 
 
 class CheckpointOnInterrupt(TrainerCallback):
-    """Ctrl-C ends the step at hand, writes a checkpoint and stops; a second Ctrl-C stops at once.
+    """A signal to stop ends the step at hand, writes a checkpoint and stops; a second Ctrl-C stops at once.
 
-    The processes of a run agree after each step: one that stopped alone would leave the others waiting for it.
+    The processes of a run agree after each step: one that stopped alone would leave the others waiting for it. (Of
+    TRL's `enable_jit_checkpoint` they do not, and it ends as if it were done.)
     """
 
     interrupted = False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.before = signal.signal(signal.SIGINT, self.note)
+    since = math.inf
 
     def note(self, signum, frame):
-        self.interrupted = True
-        signal.signal(signal.SIGINT, self.before)
+        # Not one that follows at once: a terminal sends Ctrl-C to a rank and to its launcher, which sends it on.
+        if signum == signal.SIGINT and time.monotonic() > self.since + 2:
+            raise KeyboardInterrupt
+        self.interrupted, self.since = True, min(self.since, time.monotonic())
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.world_size > 1:
@@ -112,6 +114,3 @@ class CheckpointOnInterrupt(TrainerCallback):
             self.interrupted = bool(flag)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGINT, self.before)

@@ -13,7 +13,7 @@ from trl import DPOTrainer, SFTTrainer
 from dpo_pipeline import runs
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.logprobs import answer_logprobs
-from dpo_pipeline.machine import device, is_main_process, together
+from dpo_pipeline.machine import STOPS, device, is_main_process, together
 from dpo_pipeline.policies import Loading, load_policy
 from dpo_pipeline.training.callbacks import CheckpointOnInterrupt, KeepRandomState
 
@@ -124,7 +124,7 @@ def built(trainer: Any, policy: Any, **arguments: Any) -> Any:
 def train(trainer: Any, folder: Path, callbacks: list[TrainerCallback]) -> None:
     """Train, from the newest complete checkpoint of `folder` where there is one.
 
-    Raises KeyboardInterrupt, with a checkpoint written, when Ctrl-C came in between.
+    Raises KeyboardInterrupt, with a checkpoint written, when a signal to stop came in between.
     """
     interrupt = CheckpointOnInterrupt()
     trainer.remove_callback(PrinterCallback)
@@ -133,11 +133,12 @@ def train(trainer: Any, folder: Path, callbacks: list[TrainerCallback]) -> None:
     checkpoint = runs.newest_checkpoint(folder)
     if checkpoint:
         log.info("resuming from %s", checkpoint)
-    before = signal.getsignal(signal.SIGINT)
+    before = {each: signal.signal(each, interrupt.note) for each in STOPS}
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:  # on_train_end does not come where a step raises
-        signal.signal(signal.SIGINT, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     if interrupt.interrupted:
         raise KeyboardInterrupt
 
