@@ -33,7 +33,7 @@ def train_and_compare(run: Run, folder: Path) -> dict[str, Any]:
             log.info("already done: %s", folder)
             return together(lambda: compare_policies(run, measured_on(run, start.load_rows(run, "dpo"))))
     with runs.recording(run, "dpo", folder, mine) as record:
-        from dpo_pipeline.training import callbacks, guards, handoff, preflight, room, start, trainer
+        from dpo_pipeline.training import callbacks, guards, handoff, preflight, reference, room, start, trainer
         from dpo_pipeline.training.arguments import training_arguments
 
         check_device("dpo_pipeline.dpo")
@@ -46,9 +46,9 @@ def train_and_compare(run: Run, folder: Path) -> dict[str, Any]:
         start.limit_steps(run, args, len(rows["train"]))
         room.check_room(run, "dpo", folder, begin)
         with preflight.memory_told(run, "dpo"):
-            policy, reference = handoff.load_start(run, begin), handoff.second_model(run, begin)
+            policy, second = handoff.load_start(run, begin), handoff.second_model(run, begin)
             log.info("DPO of %s on %d pairs, beta %g -> %s", begin, len(rows["train"]), run.beta, folder)
-            dpo = trainer.build_dpo(policy, reference, begin.lora, tokenizer, args, rows)
+            dpo = trainer.build_dpo(policy, second, begin.lora, tokenizer, args, rows)
             told = f"{run.reference.path or begin.source} ({run.reference.mode})"
             record.save_manifest(**start.facts(dpo, rows, begin.source, loading), handoff=str(begin), reference=told)
             ends, _ = start.ends_and_lengths(run, tokenizer)
@@ -64,10 +64,13 @@ def train_and_compare(run: Run, folder: Path) -> dict[str, Any]:
             probe = preflight.probe(dpo)
             preflight.rehearse(dpo, run, "dpo")
             if args.precompute_ref_log_probs:
-                trainer.cache_reference(dpo)
+                prints = record.manifest["data_fingerprint"]
+                weights = run.reference.path or begin.weights
+                place = together(lambda: reference.place_of(run, weights, loading, prints, args))
+                reference.cache(dpo, place, preflight.padded)
                 if run.reference.path is None:
                     preflight.check_cache(dpo, begin.source)
-            del policy, reference
+            del policy, second
             trainer.train(dpo, folder, [callbacks.Metrics(record, run.beta), guards.Guards(dpo)])
             record.save_manifest(peak_memory_bytes=peak_memory())
             record.save_manifest(final=trainer.save_final(dpo, tokenizer, folder, loading, probe))

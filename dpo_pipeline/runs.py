@@ -113,6 +113,14 @@ def by_content(path: str | None, endings: tuple[str, ...] = ("",)) -> str | None
     return f"sha256:{content_hash(local, endings)}" if local and local.exists() else path
 
 
+def weights_of(path: str | Path, revision: str | None) -> str:
+    """What tells weights apart: a hash of those in a local folder (with its base's, of an adapter), or the hub id."""
+    if not Path(path).is_dir():
+        return f"{path}@{revision or 'main'}"
+    own = content_hash(Path(path), WEIGHTS)
+    return f"{own}+{weights_of(base_of(path), revision)}" if is_adapter(path) else own
+
+
 def finished_sft(run: Run) -> dict[str, Any]:
     """The manifest of the SFT that a DPO starts from; raises PipelineError where it is not done."""
     if state(run.sft_folder) == "done":

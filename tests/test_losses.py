@@ -10,9 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig
 
 from dpo_pipeline.config import compose
+from dpo_pipeline.training import preflight, reference
 from dpo_pipeline.training.arguments import training_arguments
 from dpo_pipeline.training.tiny import word_tokenizer
-from dpo_pipeline.training.trainer import build_dpo, cache_reference
+from dpo_pipeline.training.trainer import build_dpo
 
 BETA, SMOOTHING, VOCAB = 0.5, 0.1, 30
 
@@ -49,7 +50,7 @@ def trainer_at_reference(loss, folder, cached=True, eval_batch=4):
     rows = {"train": pair_rows(), "validation": pair_rows()}
     trainer = build_dpo(tiny_llama(0), None if cached else tiny_llama(0), None, word_tokenizer(), args, rows)
     if cached:
-        cache_reference(trainer)
+        reference.cache(trainer, folder / "reference", preflight.padded)
     return trainer
 
 

@@ -17,7 +17,7 @@ from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.policies import load_policy, load_tokenizer
 from dpo_pipeline.sft import run_sft
-from dpo_pipeline.training import guards, handoff, preflight, start, trainer
+from dpo_pipeline.training import guards, handoff, preflight, reference, start, trainer
 from dpo_pipeline.training.arguments import training_arguments
 
 STEPS = ("++dpo.max_steps=3", "dpo.learning_rate=1e-3")
@@ -241,9 +241,9 @@ def test_training_in_bf16_is_in_bf16_after_the_rehearsal_too(typed, small, sft, 
     assert first["rewards/chosen"] == first["rewards/rejected"] == 0
 
 
-def test_a_wrong_cache_of_the_reference_is_caught(built):
+def test_a_wrong_cache_of_the_reference_is_caught(built, tmp_path):
     _, dpo = built("dpo", "lora=r8", "reference=cached")
-    trainer.cache_reference(dpo)
+    reference.cache(dpo, tmp_path / "reference", preflight.padded)
     preflight.check_cache(dpo, "the SFT")
     columns = {name: dpo.train_dataset[name][::-1] for name in ("ref_chosen_logps", "ref_rejected_logps")}
     rows = dpo.train_dataset.remove_columns(list(columns))

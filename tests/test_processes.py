@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
-from datasets import Dataset, load_from_disk
+from datasets import load_from_disk
 from safetensors.torch import load_file
 
 from dpo_pipeline import machine, runs
@@ -26,7 +27,7 @@ from dpo_pipeline.config import CONF, main
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.sft import run_sft
-from dpo_pipeline.training import callbacks, start, trainer
+from dpo_pipeline.training import callbacks, reference, start, trainer
 
 ROOT = CONF.parent
 LAUNCH = ROOT / "launch" / "accelerate"
@@ -41,15 +42,15 @@ def a_rank() -> None:
     """
     rank, seen, sent = int(os.environ["RANK"]), {"tokenized": 0}, os.environ.get("SIGNAL")
     os.umask(0 if rank else 0o022)  # who made a file shows
-    tokenize, cache, train = start.tokenize, trainer.cache_reference, trainer.train
+    tokenize, cache, train = start.tokenize, reference.cache, trainer.train
     step_end, save = callbacks.Metrics.on_step_end, trainer.SFTTrainer._save_optimizer_and_scheduler
 
     def counted(*args):
         seen["tokenized"] += 1
         return tokenize(*args)
 
-    def cached(made):
-        cache(made)
+    def cached(made, *args):
+        cache(made, *args)
         seen["reference"] = [made.train_dataset[f"ref_{side}_logps"][:] for side in ("chosen", "rejected")]
 
     def trained(made, *args):
@@ -77,7 +78,7 @@ def a_rank() -> None:
         time.sleep(3)  # as a large model's checkpoint takes its time
         save(self, folder)
 
-    start.tokenize, trainer.cache_reference, trainer.train = counted, cached, trained
+    start.tokenize, reference.cache, trainer.train = counted, cached, trained
     callbacks.Metrics.on_step_end = signalled
     if sent and rank == 0:
         trainer.SFTTrainer._save_optimizer_and_scheduler = trainer.PairTrainer._save_optimizer_and_scheduler = slow
@@ -103,18 +104,20 @@ def typed(small):
 @pytest.fixture(scope="module")
 def one(small, sft):
     """What one process makes of each stage, 16 rows at once: its folder, and its reference log-probs."""
-    made, cache = {}, trainer.cache_reference
+    made, cache = {}, reference.cache
 
     def once(stage, lora):
         if (stage, lora) not in made:
             seen = []
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(trainer, "cache_reference", lambda dpo: (cache(dpo), seen.append(dpo.train_dataset)))
+                patch.setattr(
+                    reference, "cache", lambda dpo, *args: (cache(dpo, *args), seen.append(dpo.train_dataset))
+                )
                 if stage == "dpo":
                     run_dpo(run := small(f"lora={lora}", f"variant=one-{lora}"))
             folder = sft[lora] if stage == "sft" else run.dpo_folder
-            reference = [seen[0][f"ref_{side}_logps"][:] for side in ("chosen", "rejected")] if seen else None
-            made[stage, lora] = folder, reference
+            logps = [seen[0][f"ref_{side}_logps"][:] for side in ("chosen", "rejected")] if seen else None
+            made[stage, lora] = folder, logps
         return made[stage, lora]
 
     return once
@@ -195,18 +198,19 @@ def test_two_ranks_of_sft_are_one_and_print_once(typed, one):
 @pytest.fixture(scope="module")
 def two_of_dpo(typed, one, tmp_path_factory):
     """A DPO in two ranks: its process, what each rank saw, its folder, and that of one process with its reference."""
-    folder, reference = one("dpo", "none")
+    folder, logps = one("dpo", "none")
+    shutil.rmtree(folder.parents[2] / ".cache")  # of what one process has left there
     done, seen = two_ranks(tmp_path_factory.mktemp("seen"), "dpo", *typed, "variant=two")
     assert done.returncode == 0
-    return done, seen, folder.parent / "two", folder, reference
+    return done, seen, folder.parent / "two", folder, logps
 
 
 @pytest.mark.slow
 def test_two_ranks_of_dpo_are_one(two_of_dpo):
-    _, seen, folder, other, reference = two_of_dpo
+    _, seen, folder, other, logps = two_of_dpo
     check_equal(folder, other)
     for rank in seen:
-        for side, expected in zip(rank["reference"], reference, strict=True):
+        for side, expected in zip(rank["reference"], logps, strict=True):
             assert side == pytest.approx(expected, abs=1e-4)
 
 
@@ -217,9 +221,9 @@ def test_two_ranks_read_one_config_and_prepare_the_data_once(two_of_dpo):
     assert seen[0]["run"]["variant"] == folder.name
     assert [rank["tokenized"] for rank in seen] == [3, 0]  # train, validation, test
     assert runs.read_json(folder / "manifest.json")["world_size"] == 2
-    entries = list((folder.parents[2] / ".cache" / "data").iterdir())
-    tables = [load_from_disk(entry)["train"] for entry in entries]
-    assert sum("chosen_ids" in table.column_names for table in tables) == 1
+    entries = [entry for entry in (folder.parents[2] / ".cache" / "data").iterdir() if entry.is_dir()]
+    tables = [load_from_disk(entry) for entry in entries]
+    assert sum("chosen_ids" in table.column_names for table in tables) == 3
     assert not [entry for entry in entries if entry.suffix == ".partial"]
 
 
@@ -315,16 +319,6 @@ def test_a_sweep_under_a_launcher_is_refused(rank, monkeypatch):
         "-m beta=0.1,0.3` without the launcher"
     )
     assert ended.value.code == (told if rank == "0" else 1)
-
-
-def test_another_validation_split_is_prepared_anew(small, monkeypatch):
-    monkeypatch.setattr(start, "processes", lambda: 2)
-    monkeypatch.setattr(start, "together", lambda decision: decision())
-    train = Dataset.from_dict({"prompt_ids": [[1]]})
-    for ids in ([1], [2]):
-        tables = {"train": train, "validation": Dataset.from_dict({"prompt_ids": [ids]})}
-        made, _ = start.made_once(small("lora=none"), lambda tables=tables: (tables, None))
-        assert made["validation"]["prompt_ids"][0] == ids
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Rows of text or messages become token ids, once: what training, sampling and measuring all read."""
 
+import json
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -51,9 +52,10 @@ def tokenize(rows: list[dict], answers: tuple[str, ...], tokenizer: Any, ends: l
     tokenized together have after them, ended by exactly one end token; where the prompt's ids are not a prefix of
     those, the answer is tokenized alone (`merged`: warned of above 5%). Where prompt and longest answer exceed
     `lengths.max` the prompt is cut from its left to `lengths.max_prompt`, as in the DPO authors' code but for its BOS,
-    which stays; a row whose answer is still too long is dropped. Raises PipelineError where no row is left.
+    which stays; a row whose answer is still too long is dropped. The table's description holds the numbers of rows
+    that were changed or dropped, by reason, as JSON. Raises PipelineError where no row is left.
     """
-    from datasets import Dataset
+    from datasets import Dataset, DatasetInfo
 
     columns = {"prompt_ids": [], **{f"{name}_ids": [] for name in answers}}
     counts = {"merged": 0, "cut": 0, "too long": 0, "ended early": 0, "no prompt": 0}
@@ -86,29 +88,36 @@ def tokenize(rows: list[dict], answers: tuple[str, ...], tokenizer: Any, ends: l
             counts["ended early"] += early
             for name, value in zip(columns, [prompt, *ids], strict=True):
                 columns[name].append(value)
-    kept = len(columns["prompt_ids"])
+    table = Dataset.from_dict(columns, info=DatasetInfo(description=json.dumps({"read": len(rows), **counts})))
+    tell(table, tokenizer, ends, lengths)
+    return table
+
+
+def tell(table: Any, tokenizer: Any, ends: list[int], lengths: Lengths) -> None:
+    """Say what became of the rows that a table was made of; raises PipelineError where none is left."""
+    counts = json.loads(table.info.description)
+    read = counts["read"]
     if counts["no prompt"]:
-        log.warning("%d of %d rows dropped: their prompt has no token", counts["no prompt"], len(rows))
-    if rows and not kept:
+        log.warning("%d of %d rows dropped: their prompt has no token", counts["no prompt"], read)
+    if read and not len(table):
         why = f"have no prompt or are longer than length.max={lengths.max} tokens: raise it"
-        raise PipelineError(f"all {len(rows)} rows {why}")
+        raise PipelineError(f"all {read} rows {why}")
     if counts["cut"] or counts["too long"]:
         log.info(
             "%d rows: %d prompts cut from the left to %d tokens, %d rows dropped, longer than length.max=%d",
-            *(len(rows), counts["cut"], lengths.max_prompt, counts["too long"], lengths.max),
+            *(read, counts["cut"], lengths.max_prompt, counts["too long"], lengths.max),
         )
     if counts["ended early"]:
         log.warning(
             "%d of %d rows: an answer holds the end token %r before its end, and was cut there: take it out",
-            *(counts["ended early"], len(rows), tokenizer.convert_ids_to_tokens(ends[0])),
+            *(counts["ended early"], read, tokenizer.convert_ids_to_tokens(ends[0])),
         )
-    if counts["merged"] > 0.05 * len(rows):
+    if counts["merged"] > 0.05 * read:
         log.warning(
             "%d of %d rows: the prompt's tokens change when an answer follows, so the answer was tokenized alone: "
             "end the prompts where a token ends (a line break, or no trailing space)",
-            *(counts["merged"], len(rows)),
+            *(counts["merged"], read),
         )
-    return Dataset.from_dict(columns)
 
 
 def encode(rows: list[dict], answer: str | None, tokenizer: Any, ends: list[int]) -> list[list[int]]:

@@ -13,7 +13,7 @@ from dpo_pipeline import estimates
 from dpo_pipeline.logprobs import answer_logprobs
 from dpo_pipeline.machine import device
 from dpo_pipeline.policies import Loading, load_policy
-from dpo_pipeline.runs import WEIGHTS, content_hash, read_json, write_json
+from dpo_pipeline.runs import read_json, weights_of, write_json
 from dpo_pipeline.sampling import sample
 
 log = logging.getLogger(__name__)
@@ -162,11 +162,6 @@ def compared(policy: Any, reference: Any, gaps: list[float], tokens: list[int], 
 def compared_with(policy: Policy, base: str) -> list[str]:
     """A policy's name with those of what it is measured against."""
     return [policy.name, base, *([policy.reference] if policy.reference else [])]
-
-
-def weights_of(path: str | Path, revision: str | None) -> str:
-    """What tells weights apart: the hash of those in a local folder, or the hub id and revision."""
-    return content_hash(Path(path), WEIGHTS) if Path(path).is_dir() else f"{path}@{revision or 'main'}"
 
 
 def measured(policy: Policy, settings: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""What happens beside the training steps: one bar, metrics.jsonl, exact perplexity, a checkpoint on a signal to stop."""
+"""What happens beside the training steps: one bar, metrics.jsonl, exact perplexity, a checkpoint when told to end."""
 
 import json
 import math

@@ -21,7 +21,7 @@ from dpo_pipeline.config import Run
 from dpo_pipeline.errors import OneRankError, PipelineError
 from dpo_pipeline.logprobs import answer_logprobs
 from dpo_pipeline.machine import card, device, gigabytes, peak_memory, processes
-from dpo_pipeline.training.trainer import with_reference
+from dpo_pipeline.training.reference import computed, with_columns
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +189,11 @@ def tolerance(trainer: Any, batch: dict[str, Any], roundings: int) -> Any:
     return (roundings * torch.finfo(used).eps * batch["completion_mask"].sum(-1).double().sqrt()).clamp(min=1e-3)
 
 
+def padded(trainer: Any, batch: dict[str, Any]) -> Any:
+    """The `tolerance` between two forwards that pad one batch otherwise."""
+    return tolerance(trainer, batch, 40)
+
+
 def check_reference(trainer: Any, batch: dict[str, Any], source: Any, reference: str | None) -> None:
     """Raise PipelineError unless every reward of the batch is 0 and a sigmoid loss ln 2: policy = reference.
 
@@ -232,7 +237,7 @@ def check_cache(trainer: Any, source: Any) -> None:
     batch = first_batch(trainer)
     held = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]).double()
     off = (pair_logps(trainer, trainer.model, batch, True) - held).abs()
-    allowed = tolerance(trainer, batch, 40)
+    allowed = padded(trainer, batch)
     worst = int((off / allowed).argmax())
     if not off[worst] <= allowed[worst]:
         raise PipelineError(
@@ -258,7 +263,7 @@ def rehearse(trainer: Any, run: Run, stage: str) -> None:
         with random_state_kept():
             # Before the reference pass the rows have no log-probs of it yet.
             cached = stage == "dpo" and args.precompute_ref_log_probs
-            row = with_reference(trainer, longest, None) if cached else longest
+            row = with_columns(longest, computed(trainer, longest)) if cached else longest
             trainer.train_dataset = row.select([0] * copies)
             trainer.args = copy.copy(args)
             off = dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), IntervalStrategy.NO)

@@ -1,23 +1,25 @@
 """What a stage learns from: its base, its rows as text and as token ids, and what the manifest tells of them."""
 
+import dataclasses
 import hashlib
 import json
 import logging
 import math
-import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from datasets import DatasetDict, load_from_disk
+from datasets import load_from_disk
 
 from dpo_pipeline.config import Run, build
 from dpo_pipeline.data.splits import load_splits
-from dpo_pipeline.data.tokens import Lengths, end_tokens, tokenize
+from dpo_pipeline.data.tokens import Lengths, end_tokens, tell, tokenize
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.machine import processes, together
 from dpo_pipeline.policies import Loading, load_config
+from dpo_pipeline.runs import alone, content_hash
 
 log = logging.getLogger(__name__)
 
@@ -47,33 +49,62 @@ def prepared(run: Run, stage: str, tokenizer: Any) -> dict[str, Any]:
 def made_once(run: Run, make: Callable[[], tuple[dict[str, Any], Any]]) -> tuple[dict[str, Any], Any]:
     """The tables and whatever else `make` gives, made by rank 0 alone; the tables reach the other ranks by disk."""
 
-    def save() -> tuple[dict[str, Any], Any]:
+    def made() -> tuple[dict[str, Any], Any]:
         tables, other = make()
-        if processes() == 1:
-            return tables, other
-        of_all = hashlib.sha256("".join(map(fingerprint, tables.values())).encode()).hexdigest()
-        folder = Path(run.root) / ".cache" / "data" / of_all
-        if not folder.is_dir():
-            partial = folder.with_suffix(f".{os.getpid()}.partial")
-            DatasetDict(tables).save_to_disk(partial)
-            try:
-                partial.rename(folder)
-            except OSError:  # another run on this data was faster
-                shutil.rmtree(partial)
-        return folder, other
+        places = {split: Path(table.cache_files[0]["filename"]).parent for split, table in tables.items()}
+        return (tables if processes() == 1 else places), other
 
-    tables, other = together(save)
-    return (dict(load_from_disk(tables)) if isinstance(tables, Path) else tables), other
+    tables, other = together(made)
+    return ({k: load_from_disk(v) for k, v in tables.items()} if processes() > 1 else tables), other
 
 
 def tokenized(run: Run, stage: str, tokenizer: Any, rows: dict[str, list[dict]], *splits: str) -> dict[str, Any]:
     """The rows of a stage as token ids, by split: `answer_ids` for SFT, `chosen_ids` and `rejected_ids` for DPO."""
     ends, lengths = ends_and_lengths(run, tokenizer)
-    ids = {split: tokenize(rows[split], answers(run, stage), tokenizer, ends, lengths) for split in splits}
+    names = answers(run, stage)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        how = [content_hash(Path(folder)), ends, dataclasses.astuple(lengths), stage, names]
+    ids = {}
+    for split in splits:
+
+        def make(split: str = split) -> Any:
+            table = tokenize(rows[split], names, tokenizer, ends, lengths)
+            return table.rename_column(f"{names[0]}_ids", "answer_ids") if stage == "sft" else table
+
+        digest = hashlib.sha256(json.dumps(how).encode())
+        for row in rows[split]:
+            digest.update(json.dumps([row[name] for name in ("prompt", *names)]).encode())
+        place = Path(run.root) / ".cache" / "data" / digest.hexdigest()
+        if run.check:  # which leaves nothing
+            ids[split] = make()
+            continue
+        with alone(place):
+            if (table := there(place)) is None:
+                table = saved(make(), place)
+            else:
+                tell(table, tokenizer, ends, lengths)
+        ids[split] = table
     check_ids(run, tokenizer, ids)
-    if stage == "sft":
-        ids = {split: table.rename_column(f"{run.sft_target}_ids", "answer_ids") for split, table in ids.items()}
     return ids
+
+
+def there(place: Path) -> Any:
+    """The table of token ids that an earlier run left at `place`, or None."""
+    try:
+        return load_from_disk(place)
+    except (OSError, ValueError):  # none, or damaged
+        return None
+
+
+def saved(table: Any, place: Path) -> Any:
+    """A table, put at `place` for the runs to come, and read from there."""
+    partial = place.with_suffix(".partial")
+    for folder in (partial, place):
+        shutil.rmtree(folder, ignore_errors=True)
+    table.save_to_disk(partial)
+    partial.rename(place)
+    return load_from_disk(place)
 
 
 def check_ids(run: Run, tokenizer: Any, tables: dict[str, Any]) -> None:

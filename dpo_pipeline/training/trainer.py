@@ -13,7 +13,7 @@ from trl import DPOTrainer, SFTTrainer
 from dpo_pipeline import runs
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.logprobs import answer_logprobs
-from dpo_pipeline.machine import STOPS, device, is_main_process, together
+from dpo_pipeline.machine import STOPS, device, together
 from dpo_pipeline.policies import Loading, load_policy
 from dpo_pipeline.training.callbacks import CheckpointOnInterrupt, KeepRandomState
 
@@ -31,40 +31,6 @@ class PairTrainer(DPOTrainer):
 
     def _precompute_ref_logps(self, dataset, *args):
         return dataset
-
-
-def cache_reference(trainer: PairTrainer) -> None:
-    """Give every row its log-probs under the reference: the policy before step 1, or a model given to the trainer.
-
-    Sums over the answer's tokens, in nats, by the trainer's own forward, so that a first reward is exactly 0. With a
-    continued adapter the reference is TRL's frozen copy of it, which is then let go, as is a model.
-    """
-    trainer.train_dataset = with_reference(trainer, trainer.train_dataset, "reference on train")
-    trainer.eval_dataset = with_reference(trainer, trainer.eval_dataset, "reference on validation")
-    trainer.ref_model = None
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if is_peft_model(model) and "ref" in model.peft_config:
-        model.delete_adapter("ref")
-
-
-def with_reference(trainer: PairTrainer, rows: Any, label: str | None) -> Any:
-    """The rows with columns `ref_chosen_logps` and `ref_rejected_logps`."""
-    from torch.utils.data import DataLoader
-    from tqdm.auto import tqdm
-
-    if not len(rows):
-        return rows
-    size = trainer.args.per_device_eval_batch_size
-    loader = trainer.accelerator.prepare(DataLoader(rows, batch_size=size, collate_fn=trainer.data_collator))
-    columns: dict[str, list[float]] = {"ref_chosen_logps": [], "ref_rejected_logps": []}
-    reference = trainer.ref_model or trainer.model
-    for batch in tqdm(loader, desc=label, leave=False, disable=not (label and is_main_process())):
-        both = trainer.accelerator.gather_for_metrics(trainer.compute_ref_log_probs(reference, batch))
-        for column, values in zip(columns.values(), both, strict=True):
-            column.extend(values.tolist())
-    for name, values in columns.items():
-        rows = rows.add_column(name, values)
-    return rows
 
 
 def build_sft(policy: Any, lora: Any, tokenizer: Any, args: Any, rows: dict[str, Any]) -> SFTTrainer:
@@ -85,7 +51,7 @@ def build_sft(policy: Any, lora: Any, tokenizer: Any, args: Any, rows: dict[str,
 
 
 def build_dpo(policy: Any, reference: Any, lora: Any, tokenizer: Any, args: Any, rows: dict[str, Any]) -> PairTrainer:
-    """A DPO trainer on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`; `cache_reference` before it trains.
+    """A DPO trainer on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`; `reference.cache` before it trains.
 
     `reference` is a second model, or None for the starting policy itself: its cached log-probs, or its frozen adapter.
     """
