@@ -82,6 +82,7 @@ class Evaluation:
     pairs: int = MISSING
     prompts: int = MISSING
     max_new_tokens: int = MISSING
+    kl_budget: float = MISSING
 
 
 @dataclass
@@ -147,10 +148,13 @@ def main(stage: Callable[[Run], Any]) -> None:
     Ends the process with 1 and one sentence where the config or the input is wrong, with 75 where it was interrupted.
     """
     import hydra
+    from hydra.core.plugins import Plugins
+    from hydra_plugins.dpo_pipeline.launcher import ProcessLauncher
 
     from dpo_pipeline.quiet import quiet
 
     quiet()
+    Plugins.instance().register(ProcessLauncher)  # an editable install is not scanned for plugins
     # Hydra then raises instead of printing; the libraries' many small bars are off, the training's own is not.
     os.environ.update(HYDRA_FULL_ERROR="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false")
     register()
@@ -181,6 +185,8 @@ def main(stage: Callable[[Run], Any]) -> None:
         signal.signal(each, interrupt)
     try:
         task()
+        if failed := ProcessLauncher.unfinished:
+            fail(f"{len(failed)} of the jobs did not end well: {', '.join(job.folder.name for job in failed)}")
     except KeyboardInterrupt:
         sys.exit(75)
     except Exception as error:
@@ -212,9 +218,13 @@ def compose(overrides: list[str]) -> Run:
             cfg = hydra.compose("config", overrides, return_hydra_config=True)
     except Exception as error:
         raise PipelineError(sentence_for(error) or str(error)) from error
-    choices = dict(cfg.hydra.runtime.choices)
-    with_hydra = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-    return check(with_hydra, overrides, choices)
+    return checked(cfg)
+
+
+def checked(cfg: DictConfig) -> Run:
+    """The checked config of a composition that holds Hydra's own part."""
+    ours = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    return check(ours, list(cfg.hydra.overrides.task), dict(cfg.hydra.runtime.choices))
 
 
 def check(cfg: DictConfig, typed: list[str], choices: dict[str, str]) -> Run:
@@ -258,8 +268,8 @@ def check_numbers(merged: DictConfig) -> None:
     """Raise PipelineError for a number that TRL would take, and then train nothing or fail at step 1."""
     stages = [("sft", "dpo"), ("num_train_epochs", "logging_steps", "eval_steps", "save_steps", "save_total_limit")]
     positive = (
-        *("beta", "batch.global_size", "evaluation.pairs", "evaluation.prompts", "evaluation.max_new_tokens"),
-        *("batch.micro_size", "length.max", "length.max_prompt"),
+        *("beta", "batch.global_size", "batch.micro_size", "length.max", "length.max_prompt"),
+        *("evaluation.pairs", "evaluation.prompts", "evaluation.max_new_tokens", "evaluation.kl_budget"),
         *(".".join(key) for key in itertools.product(*stages)),
     )
     stages = [("sft", "dpo"), ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")]

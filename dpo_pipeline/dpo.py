@@ -1,5 +1,6 @@
 """Align a policy with preference pairs and show what changed: `python -m dpo_pipeline.dpo key=value ...`."""
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -135,9 +136,10 @@ def check_sft(run: Run) -> None:
 
 
 def measured_on(run: Run, rows: dict[str, list[dict]]) -> Any:
-    """What base, SFT and DPO are measured on: the test rows as token ids, and how; before any training.
+    """What base, SFT and DPO are measured on, by the file that will hold the result; before any training.
 
-    Raises PipelineError where there are no test rows, or no room for a prompt beside an answer.
+    The tables are of test rows, and what chooses between runs reads validation. Raises PipelineError where there are
+    no test rows, or no room for a prompt beside an answer.
     """
     from dpo_pipeline.evaluation import compare
     from dpo_pipeline.policies import load_config, load_tokenizer
@@ -153,15 +155,25 @@ def measured_on(run: Run, rows: dict[str, list[dict]]) -> Any:
     if not rows["test"]:
         raise PipelineError("there are no test rows to measure on: raise dataset.test_rows")
     tokenizer = load_tokenizer(run.model)
-    return compare.material(
-        start.tokenized(run, "dpo", tokenizer, rows, "test")["test"],
-        pairs=min(settings.pairs, 100) if run.debug else settings.pairs,
-        prompts=min(settings.prompts, 8) if run.debug else settings.prompts,
-        context=context, max_new_tokens=settings.max_new_tokens, dataset=run.dataset_name, tokenizer=tokenizer,
-        ends=start.ends_and_lengths(run, tokenizer)[0], beta=run.beta, seed=run.dataset["split_seed"],
-        loading=handoff.loading(run), batch_size=run.batch.micro_size,
-        judges={name: build(node) for name, node in run.judge.items()},
-    )  # fmt: skip
+    tables = start.tokenized(run, "dpo", tokenizer, rows, "test", "validation")
+    how: dict[str, Any] = {
+        "pairs": min(settings.pairs, 100) if run.debug else settings.pairs,
+        "prompts": min(settings.prompts, 8) if run.debug else settings.prompts,
+        "context": context,
+        "max_new_tokens": settings.max_new_tokens,
+        "dataset": run.dataset_name,
+        "tokenizer": tokenizer,
+        "ends": start.ends_and_lengths(run, tokenizer)[0],
+        "beta": run.beta,
+        "seed": run.dataset["split_seed"],
+        "loading": handoff.loading(run),
+        "batch_size": run.batch.micro_size,
+        "judges": {name: build(node) for name, node in run.judge.items()},
+    }
+    return {
+        "eval.json": compare.material(tables["test"], **how),
+        "validation.json": compare.material(tables["validation"], **how),
+    }
 
 
 def compare_policies(run: Run, on: Any) -> dict[str, Any]:
@@ -175,8 +187,10 @@ def compare_policies(run: Run, on: Any) -> dict[str, Any]:
         start = compare.Policy(f"policy/{policy_name(run.policy)}", run.policy, run.dpo_folder / "starting_policy")
     before = [base] if run.policy == "base" else [start, base]
     dpo = compare.Policy(f"dpo/{run.variant}", run.dpo_folder / "final", run.dpo_folder, before[0].name)
-    compare.measure([dpo, *before], base.name, on)
-    results = compare.gather(run.home)
+    measure_shared([dpo, *before], base.name, on["eval.json"], "eval.json")
+    measure_shared([dpo, before[0]], None, on["validation.json"], "validation.json")
+    with runs.alone(run.home / "results.json"):
+        results = compare.gather(run.home)
     names = [policy.name for policy in reversed([dpo, *before])]
     measured = results["policies"][dpo.name]
     for block in (
@@ -189,6 +203,21 @@ def compare_policies(run: Run, on: Any) -> dict[str, Any]:
     ):
         log.info("\n%s", block)
     return results
+
+
+def measure_shared(policies: list[Any], base: str | None, on: Any, file: str) -> None:
+    """Measure the first of these policies, and of the others, which runs share, what no run has measured yet."""
+    from dpo_pipeline.evaluation import compare
+
+    def missing() -> bool:
+        return not all((policy.folder / file).is_file() for policy in policies[1:])
+
+    with contextlib.ExitStack() as held:
+        if missing():
+            held.enter_context(runs.alone(policies[-1].folder / file))
+            if not missing():  # another job was faster
+                held.close()
+        compare.measure(policies, base, on, file)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,15 @@ def check_device(command: str) -> None:
         )
 
 
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name: the GPUs that this process sees, by number or identifier."""
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in named.split(",") if name.strip() and name != "-1"]
+    import torch
+
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
 def mixed_precision(asked: str) -> str:
     """`bf16`, `fp16` or `fp32`: what is asked for, and for `auto` the fastest that the device can do.
 

@@ -201,6 +201,28 @@ def in_use(folder: Path, holder: dict[str, Any] | None) -> str:
     return f"{folder} is in use by {who}: wait for it or end it"
 
 
+def holder(folder: Path) -> dict[str, Any] | None:
+    """The process that holds a run's folder, or None where it is free."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    if not Path(lock.lock_file).exists():
+        return None
+    try:
+        with lock.acquire(timeout=0):
+            return None
+    except Timeout:
+        return json.loads(Path(lock.lock_file).read_text() or "null") or {"pid": "?", "host": "?"}
+
+
+def last_loss(folder: Path) -> str:
+    """`loss 0.5231 at step 40`, or where there is none yet, `no step yet`."""
+    file = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    losses = [(row["loss"], row["step"]) for row in rows if "loss" in row]
+    return f"loss {losses[-1][0]:.4f} at step {losses[-1][1]}" if losses else "no step yet"
+
+
 @contextlib.contextmanager
 def alone(place: Path) -> Iterator[None]:
     """Wait until no other process is making what lies at `place`; the wait ends with the other's life too."""

@@ -83,16 +83,17 @@ def material(rows: Any, pairs: int, prompts: int, context: int, max_new_tokens: 
     )  # fmt: skip
 
 
-def measure(policies: list[Policy], base: str, on: Material) -> None:
-    """Write the eval.json and samples.json of each policy whose present ones were not made with these settings.
+def measure(policies: list[Policy], base: str | None, on: Material, file: str = "eval.json") -> None:
+    """Write the `file` of each policy whose present one was not made with these settings, and its samples.json.
 
-    Every policy is measured against the one named `base`, and against its own reference. `policies` come in an order
-    in which each stands before what it is measured against; each is then loaded once, one at a time.
+    Every policy is measured against the one named `base`, if any, and against its own reference. `policies` come in an
+    order in which each stands before what it is measured against; each is then loaded once, one at a time.
     """
     hashes = {p.name: weights_of(p.path, on.loading.model.revision) for p in policies}
-    settings = {p.name: on.settings({name: hashes[name] for name in compared_with(p, base)}) for p in policies}
-    todo = [p for p in policies if not measured(p, settings[p.name])]
-    wanted = {name for p in todo for name in compared_with(p, base)}
+    needed = {p.name: (p.name, *others(p, base).values()) for p in policies}
+    settings = {name: on.settings({each: hashes[each] for each in names}) for name, names in needed.items()}
+    todo = [p for p in policies if not measured(p.folder / file, settings[p.name])]
+    wanted = {name for p in todo for name in needed[p.name]}
     pair_logprobs: dict[str, Any] = {}
     answers: dict[str, list[list[int]]] = {}
     answer_sums: dict[tuple[str, str], list[float]] = {}  # (sampled from, scored by)
@@ -109,7 +110,7 @@ def measure(policies: list[Policy], base: str, on: Material) -> None:
                 label=f"sampling {policy.name}",
             )  # fmt: skip
         for other in todo:
-            if other.name in answers and policy.name in compared_with(other, base):
+            if other.name in answers and policy.name in needed[other.name]:
                 rows = answer_logprobs(model, on.questions, answers[other.name], on.batch_size, label)
                 answer_sums[other.name, policy.name] = [float(row.sum()) for row in rows]
         del model
@@ -131,12 +132,11 @@ def measure(policies: list[Policy], base: str, on: Material) -> None:
             **{f"score.{name}": estimates.mean(judge(questions, texts, ended)) for name, judge in on.judges.items()},
         }
         samples = [{"prompt": q, "answer": t, "ended": e} for q, t, e in zip(questions, texts, ended, strict=True)]
-        write_json(policy.folder / "samples.json", samples)
+        if file == "eval.json":
+            write_json(policy.folder / "samples.json", samples)
         result = {"policy": policy.name, "dataset": on.dataset, "settings": settings[policy.name]}
-        result["against"] = {"base": against(base)}
-        if policy.reference:
-            result["against"]["reference"] = against(policy.reference)
-        write_json(policy.folder / "eval.json", {**result, "own": own})
+        result["against"] = {block: against(name) for block, name in others(policy, base).items()}
+        write_json(policy.folder / file, {**result, "own": own})
 
 
 def compared(policy: Any, reference: Any, gaps: list[float], tokens: list[int], beta: float) -> dict[str, Any]:
@@ -159,14 +159,14 @@ def compared(policy: Any, reference: Any, gaps: list[float], tokens: list[int], 
     }
 
 
-def compared_with(policy: Policy, base: str) -> list[str]:
-    """A policy's name with those of what it is measured against."""
-    return [policy.name, base, *([policy.reference] if policy.reference else [])]
+def others(policy: Policy, base: str | None) -> dict[str, str]:
+    """What a policy is measured against: `base`, and its own `reference`, each where there is one."""
+    return {block: name for block, name in (("base", base), ("reference", policy.reference)) if name}
 
 
-def measured(policy: Policy, settings: dict[str, Any]) -> bool:
-    """Whether a policy's eval.json was made with these settings; one that differs in beta alone is scaled to it."""
-    found = read_json(policy.folder / "eval.json")
+def measured(file: Path, settings: dict[str, Any]) -> bool:
+    """Whether an eval.json was made with these settings; one that differs in beta alone is scaled to it."""
+    found = read_json(file)
     if found is None or {**found["settings"], "beta": settings["beta"]} != settings:
         return False
     factor = settings["beta"] / found["settings"]["beta"]
@@ -174,7 +174,7 @@ def measured(policy: Policy, settings: dict[str, Any]) -> bool:
         for block in found["against"].values():
             for key in ("margin", "reward_chosen", "reward_rejected"):
                 block[key] = estimates.scaled(block[key], factor)
-        write_json(policy.folder / "eval.json", {**found, "settings": settings})
+        write_json(file, {**found, "settings": settings})
     return True
 
 

@@ -1,0 +1,210 @@
+"""All DPO variants of a name side by side: a table, two plots, and the beta that validation recommends."""
+
+import csv
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_pipeline import estimates
+from dpo_pipeline.evaluation.tables import grid, shown
+from dpo_pipeline.runs import read_json, state
+
+COLUMNS = {
+    "preference_accuracy": "preference accuracy",
+    "margin_nats": "margin_nats",
+    "kl": "KL from samples, nats",
+    "score": "reward",
+    "answer_tokens": "answer length, tokens",
+}
+
+
+@dataclass
+class Variant:
+    """One DPO of a name: `setting` is its identity but for beta and seed; `why` it has no numbers, if so."""
+
+    name: str
+    setting: str
+    beta: float | None
+    seed: int | None
+    why: str
+    test: dict[str, Any]
+    validation: dict[str, Any]
+
+
+def report(home: Path, kl_budget: float, failed: dict[str, str]) -> str:
+    """Write sweep.md, sweep.csv, sweep.png and reward_kl_frontier.png into `home/report`; the Markdown.
+
+    All are measured against the policy they started from where that is one, else against the base. `failed` are
+    variants whose last try failed, with the reason: gaps in the table, as are those not measured.
+    """
+    folders = {file.parent for file in (home / "dpo").glob("*/status.json")} | {home / "dpo" / name for name in failed}
+    found = {folder: read_json(folder / "eval.json") for folder in folders if folder.name not in failed}
+    references = {json.dumps(reference_of(result)) for result in found.values() if result}
+    against = "reference" if len(references) == 1 else "base"
+    variants = [variant(folder, failed.get(folder.name), against) for folder in folders]
+    labels = {v.setting: BETA_SEED.sub("", v.name) for v in sorted(variants, key=lambda v: v.name, reverse=True)}
+    for v in variants:
+        v.setting = labels[v.setting]
+    variants.sort(key=lambda v: (v.setting, v.beta or math.inf, v.seed or 0, v.name))
+    there = [v for v in variants if v.test]
+    judge = next((key for v in there for key in v.test if key.startswith("score.")), None)
+    columns = {(judge if key == "score" else key): label for key, label in COLUMNS.items() if key != "score" or judge}
+    folder = home / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [f"# {home.name}: {len(variants)} variants of DPO"]
+    if there:
+        of, settings = json.loads(min(references))[0] if against == "reference" else "base", there[0].test["settings"]
+        parts.append(
+            f"All against {of}: {settings['pairs']:,} test pairs and {settings['prompts']} sampled answers "
+            f"(temperature 1, at most {settings['max_new_tokens']} tokens), 95% intervals."
+        )
+    gap = [""] * (len(columns) - 1)
+    rows = [[v.name, *([shown(v.test[key]) for key in columns] if v.test else [v.why, *gap])] for v in variants]
+    parts += [grid([["variant", *columns.values()], *rows]), recommendation(there, judge, kl_budget)]
+    write_csv(folder / "sweep.csv", variants, list(columns))
+    if there:
+        plot_sweep(folder / "sweep.png", there, columns)
+        plot_frontier(folder / "reward_kl_frontier.png", there, judge or "margin_nats", home)
+    text = "\n\n".join(parts)
+    (folder / "sweep.md").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def reference_of(result: dict[str, Any]) -> list[str]:
+    """Name and weights of a DPO's own reference, from its eval.json."""
+    weights = {name: value for name, value in result["settings"]["weights"].items() if name != result["policy"]}
+    return next(([name, value] for name, value in weights.items() if name != "base"), ["base", weights["base"]])
+
+
+def variant(folder: Path, why: str | None, against: str) -> Variant:
+    """A DPO's folder as a row: its numbers where it is done and measured, else the reason why there are none."""
+    identity = (read_json(folder / "manifest.json") or {"identity": {"beta": None, "seed": None}})["identity"]
+    status, test = read_json(folder / "status.json"), read_json(folder / "eval.json")
+    validation = read_json(folder / "validation.json")
+    if why is None and state(folder) != "done":
+        why = f"{state(folder)} at step {status['step']}" + (f": {status['error']}" if status["error"] else "")
+    if why is None and not (test and validation):
+        why = "not measured: type its command again"
+    blocks = ((test, against), (validation, "reference"))
+    numbers = [{} if why else {**f["against"][b], **f["own"], "settings": f["settings"]} for f, b in blocks]
+    setting = json.dumps({key: value for key, value in identity.items() if key not in ("beta", "seed")})
+    return Variant(folder.name, setting, identity["beta"], identity["seed"], why or "", *numbers)
+
+
+BETA_SEED = re.compile(r"-(beta[0-9.]+(e-?\d+)?|seed\d+)(?=-|$)")
+
+
+def groups(variants: list[Variant]) -> dict[tuple[str, float], list[Variant]]:
+    """The seeds of each setting and beta."""
+    found: dict[tuple[str, float], list[Variant]] = {}
+    for v in variants:
+        found.setdefault((v.setting, v.beta), []).append(v)
+    return found
+
+
+def over_seeds(measured: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """The estimate of one seed, or the mean over several with Student's t interval over them."""
+    return measured[0][key] if len(measured) == 1 else estimates.mean([m[key]["value"] for m in measured])
+
+
+def recommendation(variants: list[Variant], judge: str | None, kl_budget: float) -> str:
+    """The beta of the largest reward on validation whose KL is within the budget, and whether that is beyond noise.
+
+    Without a reward the largest margin_nats; never the margin with beta, which grows with beta alone.
+    """
+    aim, name = (judge, "reward") if judge else ("margin_nats", "margin_nats")
+    rule = f"largest {name} on validation with a KL of at most {kl_budget:g} nats"
+    measured = {key: [v.validation for v in group] for key, group in groups(variants).items()}
+    within = {key: over_seeds(m, aim) for key, m in measured.items() if over_seeds(m, "kl")["value"] <= kl_budget}
+    if not within:
+        return f"Recommended: none; no beta has a KL of at most {kl_budget:g} nats on validation. Take larger betas."
+    best = max(within, key=lambda key: within[key]["value"])
+    low = within[best]["low"] if within[best]["low"] is not None else within[best]["value"]
+    near = [key for key, found in within.items() if key != best and (found["high"] or found["value"]) >= low]
+    several = len({setting for setting, _ in within}) > 1
+    names = {key: f"beta {key[1]:g}" + (f" ({key[0]})" if several else "") for key in within}
+    text = f"Recommended: {names[best]}, {name} {shown(within[best])} ({rule})."
+    if near:
+        listed = ", ".join(names[key] for key in near)
+        text += f" Within noise of it: {listed}; more seeds or evaluation.prompts would tell them apart."
+    return text
+
+
+def write_csv(file: Path, variants: list[Variant], columns: list[str]) -> None:
+    """One line for each variant: the estimates on test and on validation."""
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        parts = [f"{split}.{key}.{end}" for split in ("test", "validation") for key in columns for end in ENDS]
+        writer.writerow(["variant", "setting", "beta", "seed", "why", *parts])
+        for v in variants:
+            cells = [m[key][end] if m else None for m in (v.test, v.validation) for key in columns for end in ENDS]
+            writer.writerow([v.name, v.setting, v.beta, v.seed, v.why, *cells])
+
+
+ENDS = ("value", "low", "high")
+
+
+def bars(found: list[dict[str, Any]]) -> list[list[float]]:
+    """Lengths of error bars below and above, none where an interval is unknown."""
+    known = [f if f["low"] is not None else {**f, "low": f["value"], "high": f["value"]} for f in found]
+    return [[f["value"] - f["low"] for f in known], [f["high"] - f["value"] for f in known]]
+
+
+def plot_sweep(file: Path, variants: list[Variant], columns: dict[str, str]) -> None:
+    """Each quantity against beta on test, a line for each setting; 95% intervals, over seeds where several."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    shown_keys = [key for key in columns if key != "answer_tokens"]
+    for axis, key in zip(axes.flat, shown_keys, strict=False):
+        for setting in sorted({v.setting for v in variants}):
+            line = {beta: group for (s, beta), group in groups(variants).items() if s == setting}
+            found = [over_seeds([v.test for v in line[beta]], key) for beta in sorted(line)]
+            seeds = max(map(len, line.values()))
+            label = setting + (f", {seeds} seeds" if seeds > 1 else "")
+            values = [f["value"] for f in found]
+            axis.errorbar(sorted(line), values, yerr=bars(found), marker="o", capsize=3, label=label)
+            if seeds > 1:
+                dots = [(beta, v.test[key]["value"]) for beta, group in line.items() for v in group]
+                axis.plot(*zip(*dots, strict=True), ".", color="0.6", zorder=0)
+        ticks = sorted({v.beta for v in variants})
+        axis.set(xscale="log", xlabel="beta", title=columns[key])
+        axis.set_xticks(ticks, [f"{beta:g}" for beta in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(shown_keys) :]:
+        axis.axis("off")
+    axes.flat[0].legend(fontsize="small")
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_frontier(file: Path, variants: list[Variant], aim: str, home: Path) -> None:
+    """What is gained against KL, a point for each variant with its beta, on test; 95% intervals both ways."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    for setting in sorted({v.setting for v in variants}):
+        line = sorted((v for v in variants if v.setting == setting), key=lambda v: v.test["kl"]["value"])
+        kl, gain = ([v.test[key] for v in line] for key in ("kl", aim))
+        at = [[f["value"] for f in found] for found in (kl, gain)]
+        axis.errorbar(
+            *at, xerr=bars(kl), yerr=bars(gain), fmt="o", capsize=2, elinewidth=0.8, alpha=0.8, label=setting
+        )
+        for v, x, y in zip(line, *at, strict=True):
+            axis.annotate(f"{v.beta:g}", (x, y), textcoords="offset points", xytext=(5, 5), fontsize="small")
+    axis.set(xlabel="KL from the reference, nats", ylabel=COLUMNS.get(aim, aim.replace("score.", "reward by ")))
+    axis.set_title(f"{home.name}: each point a policy, labelled with its beta", fontsize="medium")
+    axis.legend(fontsize="small")
+    axis.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
