@@ -185,8 +185,6 @@ def main(stage: Callable[[Run], Any]) -> None:
         signal.signal(each, interrupt)
     try:
         task()
-        if failed := ProcessLauncher.unfinished:
-            fail(f"{len(failed)} of the jobs did not end well: {', '.join(job.folder.name for job in failed)}")
     except KeyboardInterrupt:
         sys.exit(75)
     except Exception as error:

@@ -295,12 +295,14 @@ class Record:
             write_json(self.folder / "status.json", self.status)
 
     def save_manifest(self, **facts: Any) -> None:
-        """Add facts; raises PipelineError where a resumed run was begun in another precision."""
-        for key in {"precision"} & set(facts) & set(self.manifest):
+        """Add facts; raises PipelineError where a resumed run was begun in another precision, or otherwise sharded."""
+        ways = {"precision": "type precision={}", "sharded": "start it as then: the same launch file and processes"}
+        for key in set(ways) & set(facts) & set(self.manifest):
             if self.manifest[key] != facts[key]:
                 raise PipelineError(
-                    f"{self.folder} was begun in {self.manifest[key]} and would go on in {facts[key]}: type "
-                    f"precision={self.manifest[key]}, or keep both with variant= or sft_variant="
+                    f"{self.folder} was begun in {self.manifest[key] or 'whole copies'} and would go on in "
+                    f"{facts[key] or 'whole copies'}: {ways[key].format(self.manifest[key])}, or keep both with "
+                    "variant= or sft_variant="
                 )
         self.manifest.update(facts)
         if is_main_process():
@@ -316,7 +318,8 @@ def recording(run: Run, stage: str, folder: Path, mine: dict[str, Any]) -> Itera
     from omegaconf import OmegaConf
 
     started = time.monotonic()
-    before = read_json(folder / "manifest.json") or {"seconds": 0.0}  # of the part that was interrupted
+    # Of the part that was interrupted.
+    before = read_json(folder / "manifest.json") or {"seconds": 0.0, "world_size": processes()}
     manifest = {
         **before,
         "stage": stage,
@@ -336,6 +339,9 @@ def recording(run: Run, stage: str, folder: Path, mine: dict[str, Any]) -> Itera
     if is_main_process():
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(run)), encoding="utf-8")
     with logged(folder / "train.log"):
+        if before["world_size"] != processes():
+            there, here = before["world_size"], processes()
+            log.info("begun on %d process(es), goes on on %d: the same global batch, not bit for bit", there, here)
         try:
             yield record
         except BaseException as error:

@@ -35,7 +35,10 @@ class Guards(TrainerCallback):
                 f"the loss is no number at step {step}: the learning rate {args.learning_rate:g} is too high, or a "
                 "row overflows this precision: lower it tenfold, or type precision=bf16 or fp32"
             )
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+        if self.trainer.is_deepspeed_enabled:  # holds gradients and weights in places of its own
+            return
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = float(whole(norm))
         self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
         if self.overflows > (OVERFLOWS - 1 if args.fp16 else 0):
             raise OneRankError(
@@ -53,6 +56,8 @@ class Guards(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         warmup = args.get_warmup_steps(state.max_steps)
         last = min(max(warmup, self.begun) + SETTLED, state.max_steps)
+        if self.trainer.is_deepspeed_enabled:
+            return
         if self.looked or state.global_step < last or last <= warmup or self.overflows:
             return
         self.looked = True
@@ -65,4 +70,11 @@ class Guards(TrainerCallback):
 
 def samples(model: Any) -> list[Any]:
     """The first thousand numbers of each tensor that is trained."""
-    return [p.detach().flatten()[:1000].clone() for p in model.parameters() if p.requires_grad]
+    return [whole(p.detach()).flatten()[:1000].clone() for p in model.parameters() if p.requires_grad]
+
+
+def whole(tensor: Any) -> Any:
+    """A tensor that FSDP may hold in parts."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -22,6 +22,7 @@ from dpo_pipeline.errors import OneRankError, PipelineError
 from dpo_pipeline.logprobs import answer_logprobs
 from dpo_pipeline.machine import card, device, gigabytes, peak_memory, processes
 from dpo_pipeline.training.reference import computed, with_columns
+from dpo_pipeline.training.trainer import sharded
 
 log = logging.getLogger(__name__)
 
@@ -252,6 +253,9 @@ def rehearse(trainer: Any, run: Run, stage: str) -> None:
     Two, since the optimizer's memory exists only after the first. `memory_told` says what to type where the device's
     memory does not hold them.
     """
+    if sharded(trainer):
+        log.info("preflight: no rehearsal, what is put in parts cannot be put back: watch the first two steps")
+        return
     # Whole, since a second train() would else find a model that is prepared, and leave out its autocast.
     held = [(vars(one), dict(vars(one))) for one in (trainer, trainer.model)]
     args, scaler = trainer.args, trainer.accelerator.scaler

@@ -20,6 +20,7 @@ from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.machine import processes, together
 from dpo_pipeline.policies import Loading, load_config
 from dpo_pipeline.runs import alone, content_hash
+from dpo_pipeline.training.trainer import sharded
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +150,7 @@ def facts(trainer: Any, rows: dict[str, Any], starting: str | Path, loading: Loa
         "trainable_parameters": sum(n for n, trained in parameters if trained),
         "precision": "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "fp32",
         "device": str(trainer.args.device),
+        "sharded": sharded(trainer),
         "loading": {"dtype": str(loading.dtype).removeprefix("torch."), "quantization": loading.quantization},
     }
 

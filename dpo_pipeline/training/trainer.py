@@ -1,6 +1,7 @@
 """TRL's trainers, given our rows: SFT as it is, DPO with the two things it lacks."""
 
 import logging
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -13,7 +14,7 @@ from trl import DPOTrainer, SFTTrainer
 from dpo_pipeline import runs
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.logprobs import answer_logprobs
-from dpo_pipeline.machine import STOPS, device, together
+from dpo_pipeline.machine import STOPS, device, processes, together
 from dpo_pipeline.policies import Loading, load_policy
 from dpo_pipeline.training.callbacks import CheckpointOnInterrupt, KeepRandomState
 
@@ -80,11 +81,24 @@ def built(trainer: Any, policy: Any, **arguments: Any) -> Any:
         made = trainer(model=policy, **arguments)
     except (ValueError, NotImplementedError) as error:
         raise PipelineError(f"TRL refuses this combination: {' '.join(str(error).split())}") from error
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not made.is_fsdp_enabled:
+        raise PipelineError(
+            "FSDP was asked for and needs GPUs: Accelerate leaves it out on a CPU, where each process would hold all "
+            "weights: start it with launch/accelerate/ddp.yaml"
+        )
+    if sharded(made):
+        made.model.to(made.args.device)  # whole until it trains: preflight and the reference pass need it there
     if is_peft_model(made.model):
         for name, weight in made.model.named_parameters():
             if weight.requires_grad and weight.dtype != torch.float32:
                 weight.data = saved[name].to(weight.device).float() if name in saved else weight.data.float()
     return made
+
+
+def sharded(trainer: Any) -> str | None:
+    """What holds the policy's weights in parts, as far as a checkpoint depends on it; None where all have all."""
+    deepspeed = f"deepspeed on {processes()} processes" if trainer.is_deepspeed_enabled else None
+    return "fsdp" if trainer.is_fsdp_enabled else deepspeed
 
 
 def train(trainer: Any, folder: Path, callbacks: list[TrainerCallback]) -> None:
@@ -117,35 +131,47 @@ def save_final(trainer: Any, tokenizer: Any, folder: Path, loading: Loading, pro
     """
     # Without Accelerate's autocast, as anybody loads it.
     policy = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    return together(lambda: save_and_reload(trainer, policy, tokenizer, folder, loading, probe))
+    # A sharded policy is whole only where all processes take part.
+    whole = {"state_dict": trainer.accelerator.get_state_dict(trainer.model_wrapped)} if sharded(trainer) else {}
+    trained = answer_logprobs(policy, probe["prompts"], probe["answers"], len(probe["prompts"]))
+
+    def save() -> dict[str, Any]:
+        final = folder / "final"
+        write_final(trainer, policy, whole, tokenizer, final)
+        # Room on the device for the reloaded policy: the trained one has done its part.
+        trainer.optimizer = trainer.lr_scheduler = None
+        trainer.accelerator.free_memory()
+        if loading.quantization is None and not whole:
+            policy.to("cpu")
+        return {**reloaded(trainer, final, loading, probe, trained), "sha256": runs.content_hash(final, runs.WEIGHTS)}
+
+    return together(save)
 
 
-def save_and_reload(
-    trainer, policy, tokenizer, folder: Path, loading: Loading, probe: dict[str, Any]
-) -> dict[str, Any]:
-    """What `save_final` does, in one process."""
-    final, partial = folder / "final", folder / "final.partial"
+def write_final(trainer: Any, policy: Any, whole: dict[str, Any], tokenizer: Any, final: Path) -> None:
+    """Write the policy, its tokenizer and its model card to `final`, whole or not at all."""
+    partial = final.with_name("final.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(final, ignore_errors=True)
     # Of an adapter's folder, without the frozen copy that served as its reference.
-    policy.save_pretrained(partial, **({"selected_adapters": ["default"]} if is_peft_model(policy) else {}))
+    adapter = {"selected_adapters": ["default"]} if is_peft_model(policy) else {}
+    policy.save_pretrained(partial, **whole, **adapter)
     policy.generation_config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    trainer.create_model_card(model_name=folder.name)
+    trainer.create_model_card(model_name=final.parent.name)
     shutil.move(Path(trainer.args.output_dir) / "README.md", partial / "README.md")
     for file in partial.glob("*.safetensors"):  # written for the owner alone, else
         file.chmod((partial / "generation_config.json").stat().st_mode)
     partial.rename(final)
+
+
+def reloaded(trainer: Any, final: Path, loading: Loading, probe: dict[str, Any], trained: Any) -> dict[str, Any]:
+    """The step that `final` is of, and how far it is, loaded back, from what was `trained`."""
     rows = probe["prompts"], probe["answers"]
-    trained = answer_logprobs(policy, *rows, len(rows[0]))
-    # Room on the device for the reloaded policy: the trained one has done its part.
-    trainer.optimizer = trainer.lr_scheduler = None
-    trainer.accelerator.free_memory()
-    if loading.quantization is None:
-        policy.to("cpu")
     saved = answer_logprobs(load_policy(final, loading, on=device()), *rows, len(rows[0]))
     worst = max(float((a - b).abs().max()) for a, b in zip(trained, saved, strict=True))
-    if worst > (1e-3 if loading.dtype.itemsize == 4 else 0.1):
+    rounded = loading.dtype.itemsize < 4 or (sharded(trainer) and (trainer.args.bf16 or trainer.args.fp16))
+    if worst > (0.1 if rounded else 1e-3):
         raise PipelineError(f"{final} does not load back as it was trained: log-probs differ by {worst:.3g} nats")
     best = trainer.state.best_model_checkpoint
     step = int(best.rsplit("-", 1)[1]) if best else trainer.state.global_step
@@ -153,7 +179,6 @@ def save_and_reload(
         log.info("final/ is step %d: lowest validation perplexity, %.3f", step, trainer.state.best_metric)
     return {
         "step": step,
-        "sha256": runs.content_hash(final, runs.WEIGHTS),
         "reload_difference_nats": worst,
         "probe": {**probe, "after": [float(row.sum()) for row in saved]},
     }

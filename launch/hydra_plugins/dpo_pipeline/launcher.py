@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
@@ -44,8 +44,6 @@ class Job:
 class ProcessLauncher(Launcher):
     """Hydra's launcher of `-m`; the options are those of conf/hydra/launcher/processes.yaml."""
 
-    unfinished: ClassVar[list[Job]] = []  # of the last launch: what the command's exit code tells
-
     def __init__(self, jobs: int | None, gpus_per_job: int, launch_file: str):
         self.at_once, self.gpus_per_job, self.launch_file = jobs, gpus_per_job, launch_file
 
@@ -55,7 +53,8 @@ class ProcessLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Run all jobs and say what became of each; a job that fails leaves the others running.
 
-        Raises PipelineError before the first where they cannot all be run, KeyboardInterrupt once all were stopped.
+        Raises PipelineError before the first where they cannot all be run, and after the last where some did not end
+        well, KeyboardInterrupt once all were stopped.
         """
         self.common = set.intersection(*map(set, job_overrides))
         self.jobs = [self.job(list(typed)) for typed in job_overrides]
@@ -74,12 +73,13 @@ class ProcessLauncher(Launcher):
             self.stop()
             raise
         self.report()
-        ProcessLauncher.unfinished = [job for job in self.jobs if job.state != "done"]
-        states = {True: JobStatus.COMPLETED, False: JobStatus.FAILED}
-        returned = [JobReturn(overrides=job.typed, status=states[job.state == "done"]) for job in self.jobs]
-        for job, told in zip(self.jobs, returned, strict=True):
-            told.return_value = PipelineError(job.why) if job.state != "done" else None
-        return returned
+        if unfinished := [job for job in self.jobs if job.state != "done"]:
+            names = ", ".join(self.name(job) for job in unfinished)
+            raise PipelineError(
+                f"{len(unfinished)} of {len(self.jobs)} jobs did not end well ({names}): the same command runs these "
+                "alone"
+            )
+        return [JobReturn(overrides=job.typed, status=JobStatus.COMPLETED) for job in self.jobs]
 
     def job(self, typed: list[str]) -> Job:
         """A job with its checked config; raises PipelineError as the same command alone would."""
@@ -179,8 +179,11 @@ class ProcessLauncher(Launcher):
         count = Counter(job.state for job in self.jobs)
         rest = ", ".join(f"{count[state]} {word}" for state, word in TO_COME.items() if count[state])
         place = f"[{self.jobs.index(job) + 1}/{len(self.jobs)}]"
-        name = " ".join(item for item in job.typed if item not in self.common) or job.folder.name
-        print(f"{place} {name}: {state}, {detail}" + (f" ({rest})" if rest else ""), flush=True)
+        print(f"{place} {self.name(job)}: {state}, {detail}" + (f" ({rest})" if rest else ""), flush=True)
+
+    def name(self, job: Job) -> str:
+        """What tells a job from the others."""
+        return " ".join(item for item in job.typed if item not in self.common) or job.folder.name
 
     def report(self) -> None:
         """The table of each name that was swept, with its plots."""
