@@ -6,11 +6,13 @@ import itertools
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -178,9 +180,6 @@ def main(stage: Callable[[Run], Any]) -> None:
                 fail(sentence, alone=isinstance(error, OneRankError))
             raise
 
-    def interrupt(signum: int, frame: Any) -> NoReturn:
-        raise KeyboardInterrupt
-
     for each in STOPS:
         signal.signal(each, interrupt)
     try:
@@ -191,6 +190,16 @@ def main(stage: Callable[[Run], Any]) -> None:
         if sentence := sentence_for(error):
             fail(sentence)
         raise
+
+
+def interrupt(signum: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt for a signal to stop; a moment later where it would be thrown away, in a `__del__`."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            threading.Timer(0.1, signal.raise_signal, (signum,)).start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def fail(sentence: object, alone: bool = False) -> NoReturn:

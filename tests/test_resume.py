@@ -9,6 +9,7 @@ import time
 import pytest
 
 from dpo_pipeline import runs
+from dpo_pipeline.config import interrupt
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training.callbacks import Metrics
@@ -91,3 +92,18 @@ def test_ctrl_c_ends_a_command_with_75_and_a_checkpoint(tmp_path):
     assert "interrupted: type the same command to go on from" in printed
     assert runs.state(folder) == "interrupted"
     assert runs.newest_checkpoint(folder)
+
+
+def test_a_signal_that_comes_while_python_deletes_something_is_not_lost():
+    class Slow:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        gone = Slow()
+        del gone  # an exception raised in there is printed and forgotten
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGTERM, before)
