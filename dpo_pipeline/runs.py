@@ -11,6 +11,7 @@ import shutil
 import socket
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -157,9 +158,19 @@ def alive(pid: int) -> bool:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint: the trainer writes trainer_state.json last."""
-    complete = (folder / "checkpoints").glob("checkpoint-*/trainer_state.json")
-    return max((c.parent for c in complete), key=lambda c: int(c.name.split("-")[1]), default=None)
+    """The newest complete checkpoint."""
+    complete = (place for place in (folder / "checkpoints").glob("checkpoint-*") if is_complete(place))
+    return max(complete, key=lambda place: int(place.name.split("-")[1]), default=None)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: rank 0 ends with trainer_state.json, each rank writes its own state."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    saved = (file for ending in ("*.pt", "*.pth", "*.bin") for file in checkpoint.glob(ending))
+    return all(zipfile.is_zipfile(file) for file in saved)  # torch's files are, and have their list at the end
 
 
 @contextlib.contextmanager
@@ -240,6 +251,11 @@ def claim(run: Run, stage: str, folder: Path) -> tuple[dict[str, Any], str]:
     """
     mine = identity(run, stage)
     decision = decide(folder, mine, run.overwrite)
+    if decision == "resume":
+        # Else the trainer counts them as the newest when it deletes old ones.
+        for torn in (place for place in (folder / "checkpoints").glob("checkpoint-*") if not is_complete(place)):
+            print(f"removing {torn}: it was not written to its end")
+            shutil.rmtree(torn)
     if decision == "replace":
         print(f"replacing the {state(folder)} run in {folder}, kept in {aside(folder)} until the new one is done")
         if aside(folder).exists():  # the run that was finished; what lies here only tried to replace it
