@@ -164,7 +164,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: rank 0 ends with trainer_state.json, each rank writes its own state."""
+    """Whether a checkpoint was written to its end: rank 0's last file is trainer_state.json, each rank's its own."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
