@@ -1,20 +1,22 @@
-# make sft dpo ARGS="model=gpt2 dataset=hh_rlhf beta=0.3" GPUS=4      ARGS and GPUS go to every target named
+# make sft dpo ARGS="model=gpt2 dataset=hh_rlhf beta=0.3" GPUS=4      ARGS, GPUS and LAUNCH go to every target named
 ARGS ?=
 GPUS ?=
+LAUNCH ?= ddp
+BETAS ?= 0.01,0.05,0.1,0.3,0.5
 VENV := .venv
 PY := $(VENV)/bin/python
 RUN = $(if $(filter-out 1,$(GPUS)),TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 $(VENV)/bin/accelerate launch --config_file \
-	launch/accelerate/ddp.yaml --num_processes $(GPUS),$(PY))
+	launch/accelerate/$(LAUNCH).yaml --num_processes $(GPUS),$(PY))
 # The first interpreter of a version that TRL and bitsandbytes run on; `make PYTHON=...` names another.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 
 .NOTPARALLEL:
-.PHONY: help install check sft dpo test test-real lint clean
+.PHONY: help install check sft dpo sweep test test-real test-slurm test-chaos bench-sweep lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed  ## make .venv and install what constraints.txt pins
 
@@ -27,17 +29,33 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 check: install  ## say what would keep sft and dpo from running; fetch model and data, train nothing
 	@$(PY) -m dpo_pipeline.sft $(ARGS) check=true && $(PY) -m dpo_pipeline.dpo $(ARGS) check=true
 
-sft: install  ## fine-tune the base model on the answers to imitate; on 4 GPUs with GPUS=4
+sft: install deepspeed  ## fine-tune the base model on the answers to imitate; on 4 GPUs with GPUS=4
 	@$(RUN) -m dpo_pipeline.sft $(ARGS)
 
-dpo: install  ## align the SFT policy with the pairs; ends with the table; on 4 GPUs with GPUS=4
+dpo: install deepspeed  ## align the SFT policy with the pairs; ends with the table; on 4 GPUs with GPUS=4
 	@$(RUN) -m dpo_pipeline.dpo $(ARGS)
 
+sweep: sft  ## sft, then dpo for each of BETAS=0.05,0.1,0.3, a GPU each; ends with table, plots and a recommended beta
+	@$(PY) -m dpo_pipeline.dpo -m $(ARGS) beta=$(BETAS)
+
+deepspeed: install
+	@case $(LAUNCH) in zero*) $(PY) -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("deepspeed"))' || \
+		{ echo 'error: LAUNCH=$(LAUNCH) needs DeepSpeed, which is not installed: $(PY) -m pip install -e ".[deepspeed]"'; exit 1; };; esac
+
 test: install  ## run every test that needs nothing but this checkout
-	@$(PY) -m pytest -n 2 -m "not real"
+	@$(PY) -m pytest -n 2 -m "not real and not slurm"
 
 test-real: install  ## run the tests on the real models and data of ../shared
 	@$(PY) -m pytest -m real
+
+test-slurm: install  ## get Slurm from Debian into .slurm/ and run the tests on it
+	@tests/slurm/get.sh && $(PY) -m pytest -m slurm
+
+test-chaos: install  ## kill runs at random moments, resume them and compare; prints the tally
+	@$(PY) -m tests.chaos
+
+bench-sweep: install  ## time a five-beta sweep against five runs of `trl dpo`
+	@$(PY) tests/bench/sweep.py
 
 lint: install  ## check style
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

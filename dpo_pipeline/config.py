@@ -29,7 +29,7 @@ CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
     "sft_best": ("perplexity", "last"),
     "sft_target": (None, "chosen", "demonstration"),
-    "report_to": ("none", "wandb", "tensorboard"),
+    "report_to": ("none", "wandb", "tensorboard", "trackio", "mlflow"),
 }
 SPLIT_KEYS = ("test_rows", "split_seed", "sft_target")  # of each data set; its other keys are its loader's arguments
 
@@ -88,6 +88,13 @@ class Evaluation:
 
 
 @dataclass
+class Wandb:
+    project: str = MISSING
+    entity: str | None = None
+    group: str | None = None
+
+
+@dataclass
 class Run:
     """Every key that our code reads; conf/config.yaml gives the defaults and says what moving each one does."""
 
@@ -115,6 +122,7 @@ class Run:
     batch: Batch = field(default_factory=Batch)
     length: Length = field(default_factory=Length)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    wandb: Wandb = field(default_factory=Wandb)
     sft: dict[str, Any] = field(default_factory=dict)
     dpo: dict[str, Any] = field(default_factory=dict)
 
@@ -180,6 +188,8 @@ def main(stage: Callable[[Run], Any]) -> None:
                 fail(sentence, alone=isinstance(error, OneRankError))
             raise
 
+    if (given := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":  # before TRL's arguments set it
+        fail(f"the launch file says mixed_precision: {given}: take that out, precision= alone says it")
     for each in STOPS:
         signal.signal(each, interrupt)
     try:
@@ -306,10 +316,10 @@ def check_places(run: Run) -> None:
             raise PipelineError(
                 f"root={run.root}: no folder can lie in {place}, which is a file: name another by root=..."
             )
-    if run.report_to == "tensorboard" and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
+    if run.report_to != "none" and not find_spec(run.report_to):
         raise PipelineError(
-            "report_to=tensorboard needs the package tensorboard, which is not installed: `pip install tensorboard`, "
-            "or type report_to=wandb or none"
+            f"report_to={run.report_to} needs the package {run.report_to}, which is not installed: `pip install "
+            f"{run.report_to}`, or type report_to=none"
         )
 
 

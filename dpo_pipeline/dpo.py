@@ -10,6 +10,7 @@ from dpo_pipeline.config import Run, build, main
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.machine import check_device, gigabytes, peak_memory, together
 from dpo_pipeline.naming import policy_name
+from dpo_pipeline.tracking import tracked
 
 log = logging.getLogger("dpo_pipeline.dpo")  # __name__ is __main__ when run as a command
 
@@ -72,7 +73,8 @@ def train_and_compare(run: Run, folder: Path) -> dict[str, Any]:
                 if run.reference.path is None:
                     preflight.check_cache(dpo, begin.source)
             del policy, second
-            trainer.train(dpo, folder, [callbacks.Metrics(record, run.beta), guards.Guards(dpo)])
+            with tracked(run, folder):
+                trainer.train(dpo, folder, [callbacks.Metrics(record, run.beta), guards.Guards(dpo)])
             record.save_manifest(peak_memory_bytes=peak_memory())
             record.save_manifest(final=trainer.save_final(dpo, tokenizer, folder, loading, probe))
         del dpo

@@ -11,6 +11,7 @@ import shutil
 import socket
 import sys
 import time
+import uuid
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -226,11 +227,16 @@ def holder(folder: Path) -> dict[str, Any] | None:
         return json.loads(Path(lock.lock_file).read_text() or "null") or {"pid": "?", "host": "?"}
 
 
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl; one that a kill cut short is none."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def last_loss(folder: Path) -> str:
     """`loss 0.5231 at step 40`, or where there is none yet, `no step yet`."""
-    file = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-    losses = [(row["loss"], row["step"]) for row in rows if "loss" in row]
+    losses = [(row["loss"], row["step"]) for row in metrics(folder) if "loss" in row]
     return f"loss {losses[-1][0]:.4f} at step {losses[-1][1]}" if losses else "no step yet"
 
 
@@ -252,10 +258,7 @@ def claim(run: Run, stage: str, folder: Path) -> tuple[dict[str, Any], str]:
     mine = identity(run, stage)
     decision = decide(folder, mine, run.overwrite)
     if decision == "resume":
-        # Else the trainer counts them as the newest when it deletes old ones.
-        for torn in (place for place in (folder / "checkpoints").glob("checkpoint-*") if not is_complete(place)):
-            print(f"removing {torn}: it was not written to its end")
-            shutil.rmtree(torn)
+        cut_back(folder)
     if decision == "replace":
         print(f"replacing the {state(folder)} run in {folder}, kept in {aside(folder)} until the new one is done")
         if aside(folder).exists():  # the run that was finished; what lies here only tried to replace it
@@ -264,6 +267,20 @@ def claim(run: Run, stage: str, folder: Path) -> tuple[dict[str, Any], str]:
             aside(folder).parent.mkdir(parents=True, exist_ok=True)
             folder.rename(aside(folder))
     return mine, decision
+
+
+def cut_back(folder: Path) -> None:
+    """Leave of an interrupted run what it had at its newest complete checkpoint, from which it goes on."""
+    # Else the trainer counts a torn one as the newest when it deletes old ones.
+    for torn in (place for place in (folder / "checkpoints").glob("checkpoint-*") if not is_complete(place)):
+        print(f"removing {torn}: it was not written to its end")
+        shutil.rmtree(torn)
+    newest = newest_checkpoint(folder)
+    step = int(newest.name.split("-")[1]) if newest else -1
+    rows = [row for row in metrics(folder) if row["step"] <= step and "train_runtime" not in row]
+    partial = folder / "metrics.jsonl.partial"
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(folder / "metrics.jsonl")
 
 
 def aside(folder: Path) -> Path:
@@ -337,6 +354,7 @@ def recording(run: Run, stage: str, folder: Path, mine: dict[str, Any]) -> Itera
     # Of the part that was interrupted.
     before = read_json(folder / "manifest.json") or {"seconds": 0.0, "world_size": processes()}
     manifest = {
+        "run_id": uuid.uuid4().hex[:12],  # what a tracker knows it by, the same when it goes on
         **before,
         "stage": stage,
         "command": ["python", "-m", f"dpo_pipeline.{stage}", *sys.argv[1:]],

@@ -6,6 +6,7 @@ from pathlib import Path
 from dpo_pipeline import runs
 from dpo_pipeline.config import Run, main
 from dpo_pipeline.machine import check_device, gigabytes, is_main_process, peak_memory, together
+from dpo_pipeline.tracking import tracked
 
 log = logging.getLogger("dpo_pipeline.sft")  # __name__ is __main__ when run as a command
 
@@ -50,7 +51,8 @@ def train(run: Run, folder: Path) -> Path:
             probe = preflight.probe(sft)
             preflight.rehearse(sft, run, "sft")
             watch = [callbacks.ValidationPerplexity(sft), callbacks.Metrics(record), guards.Guards(sft)]
-            trainer.train(sft, folder, watch)
+            with tracked(run, folder):
+                trainer.train(sft, folder, watch)
             record.save_manifest(peak_memory_bytes=peak_memory())
             record.save_manifest(final=trainer.save_final(sft, tokenizer, folder, loading, probe))
     return folder

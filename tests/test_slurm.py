@@ -117,7 +117,7 @@ def slurm(tmp_path):
 
 
 def until(true) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 180
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.1)

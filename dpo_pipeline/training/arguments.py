@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ def training_arguments(run: Run, stage: str, folder: Path) -> Any:
     """
     import trl
 
+    if run.quantization is not None and "true" in {os.environ.get(name) for name in SHARDED}:
+        raise PipelineError(
+            "quantized weights cannot be put in parts: start it with launch/accelerate/ddp.yaml, where each GPU holds "
+            "all of them, or take quantization= out"
+        )
     world, micro, size = processes(), run.batch.micro_size, run.batch.global_size
     if size % (micro * world):
         raise PipelineError(
@@ -45,7 +51,7 @@ def training_arguments(run: Run, stage: str, folder: Path) -> Any:
     decided = {
         "seed": run.seed,
         "data_seed": run.seed,
-        "report_to": run.report_to,
+        "report_to": "none",  # tracking.py does
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
         "gradient_accumulation_steps": steps,
@@ -108,6 +114,8 @@ def conservative(run: Run) -> dict[str, Any]:
     e = run.dpo["label_smoothing"]
     return {"loss_type": ["sigmoid", "robust"], "loss_weights": [1 + e, -e], "label_smoothing": 1 / 3}
 
+
+SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # what a launch file of Accelerate's sets
 
 OWNERS = {
     "seed": "seed=",

@@ -23,11 +23,6 @@ class Metrics(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = None
         if state.is_world_process_zero:
-            # What was logged after the checkpoint that is resumed from, and the summary of a part, come again.
-            lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
-            rows = [json.loads(line) for line in lines]
-            kept = [row for row in rows if row["step"] <= state.global_step and "train_runtime" not in row]
-            self.file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", disable=False)
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -113,8 +114,11 @@ class ProcessLauncher(Launcher):
                 f"{at_once} job(s) at once of {self.gpus_per_job} GPU(s) each want {at_once * self.gpus_per_job}, and "
                 f"{gpus} are visible: lower hydra.launcher.jobs or hydra.launcher.gpus_per_job"
             )
-        if self.gpus_per_job > 1 and not Path(self.launch_file).is_file():
-            raise PipelineError(f"hydra.launcher.launch_file={self.launch_file}: there is no such file")
+        file = Path(self.launch_file)
+        if self.gpus_per_job > 1 and not file.is_file():
+            raise PipelineError(f"hydra.launcher.launch_file={file}: there is no such file (from {Path.cwd()})")
+        if self.gpus_per_job > 1 and "DEEPSPEED" in file.read_text(encoding="utf-8") and not find_spec("deepspeed"):
+            raise PipelineError(f"{file} needs DeepSpeed, which is not installed: `pip install -e '.[deepspeed]'`")
         return at_once
 
     def is_done(self, job: Job) -> bool:
