@@ -39,7 +39,7 @@ HANGS = 300  # seconds after which a run is held to hang
 
 # What appears under the root as a phase begins, and how many seconds after that a kill comes at most.
 AIMS = {
-    "start": ("tiny/{stage}/{stage}/*", 0.01),
+    "start": ("tiny/{stage}/{stage}/*", 0.002),
     "base": ("tiny/base/model*", 0.05),
     "data": (".cache/data/*", 0.1),
     "reference": (".cache/reference/.*", 1.0),
@@ -50,7 +50,7 @@ AIMS = {
     "measuring": ("tiny/{stage}/{stage}/samples.json*", 0.01),
     "validation": ("tiny/{stage}/{stage}/validation.json*", 0.01),
     "results": ("tiny/results.json*", 0.01),
-    "any": (".", 0.95),  # of the time that the run takes which is never killed
+    "any": ("", 0.95),  # of the time that the run takes which is never killed
 }
 
 
@@ -90,7 +90,7 @@ def moment_comes(process: subprocess.Popen, root: Path, pattern: str, delay: flo
     """Wait until a file of this pattern lies under the root, and `delay` seconds; False where the run ends first."""
     hangs, at = time.monotonic() + HANGS, None
     while process.poll() is None and time.monotonic() < min(hangs, at or hangs):
-        if at is None and any(root.glob(pattern)):
+        if at is None and (not pattern or any(root.glob(pattern))):
             at = time.monotonic() + delay
         time.sleep(0.0005)
     return process.poll() is None
@@ -137,6 +137,7 @@ def phase(root: Path, stage: str, since: float) -> str:
         "training": f"{folder}/metrics.jsonl",
         "reference": ".cache/reference/*",
         "data": ".cache/data/*",
+        "base": "tiny/base/model*",
         "start": f"{folder}/*",
     }
     return next((name for name, pattern in signs.items() if left(pattern)), "imports")

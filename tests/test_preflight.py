@@ -205,12 +205,12 @@ def same(a, b) -> bool:
      ("dpo", "lora=none reference=frozen batch.micro_size=4"), ("dpo", "lora=r8 precision=bf16 model.dtype=float32")],
 )  # fmt: skip
 def test_the_rehearsal_puts_everything_back_bit_for_bit(stage, typed, built, monkeypatch):
-    run, made = built(stage, *typed.split())
+    _, made = built(stage, *typed.split())
     steps = []
     inner = made.training_step
     monkeypatch.setattr(made, "training_step", lambda *args, **options: steps.append(1) or inner(*args, **options))
     before = state_of(made)
-    preflight.rehearse(made, run, stage)
+    preflight.two_steps(made, preflight.longest_row(made.train_dataset)[0], stage)
     after = state_of(made)
     assert [key for key in before if not same(before[key], after[key])] == []
     accumulated = min(2, made.args.gradient_accumulation_steps)
@@ -221,6 +221,7 @@ def test_the_rehearsal_puts_everything_back_bit_for_bit(stage, typed, built, mon
 def test_training_in_bf16_is_in_bf16_after_the_rehearsal_too(typed, small, sft, monkeypatch):
     """Accelerate prepares a model once: a rehearsal that left it marked as prepared would leave out its autocast."""
     seen: dict[int, set] = {}
+    shutil.rmtree(Path(small().root) / ".cache" / "rehearsed", ignore_errors=True)
 
     def look(self, *args, **options):
         (layer,) = [m for name, m in self.model.named_modules() if name.endswith("layers.0.mlp.down_proj")]
@@ -312,7 +313,7 @@ used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000, used + 300_000_000))
 try:
     with preflight.memory_told(run, "dpo"):
-        preflight.rehearse(made, run, "dpo")
+        preflight.two_steps(made, preflight.longest_row(made.train_dataset)[0], "dpo")
 except PipelineError as error:
     print("SENTENCE", error)
 """

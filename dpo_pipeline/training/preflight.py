@@ -5,11 +5,15 @@ TRL checks none of it: with a wrong reference, an adapter that was not loaded or
 
 import contextlib
 import copy
+import dataclasses
+import hashlib
+import json
 import logging
 import math
 import random
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +24,8 @@ from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from dpo_pipeline.config import Run
 from dpo_pipeline.errors import OneRankError, PipelineError
 from dpo_pipeline.logprobs import answer_logprobs
-from dpo_pipeline.machine import card, device, gigabytes, peak_memory, processes
+from dpo_pipeline.machine import card, device, gigabytes, is_main_process, peak_memory, processes, together
+from dpo_pipeline.runs import read_json, write_json
 from dpo_pipeline.training.reference import computed, with_columns
 from dpo_pipeline.training.trainer import sharded
 
@@ -248,19 +253,39 @@ def check_cache(trainer: Any, source: Any) -> None:
 
 
 def rehearse(trainer: Any, run: Run, stage: str) -> None:
-    """Let the longest rows make two whole steps at learning rate 0, and put everything back as it was.
+    """Let the longest rows make two whole steps, unless a run that needs the same memory has done so on this machine.
 
-    Two, since the optimizer's memory exists only after the first. `memory_told` says what to type where the device's
+    Jobs of a sweep differ in beta, loss and seed, which need none. `memory_told` says what to type where the device's
     memory does not hold them.
     """
     if sharded(trainer):
         log.info("preflight: no rehearsal, what is put in parts cannot be put back: watch the first two steps")
         return
+    longest, length = longest_row(trainer.train_dataset)
+    args, keys = trainer.args, ("optim", "activation_checkpointing", "per_device_train_batch_size", "world_size")
+    needs = [dataclasses.asdict(run), stage, length, card(), [getattr(args, key) for key in keys]]
+    needs[0] = {key: needs[0][key] for key in ("model", "lora", "quantization", "precision", "reference")}
+    digest = hashlib.sha256(json.dumps(needs, sort_keys=True).encode()).hexdigest()
+    place = Path(run.root) / ".cache" / "rehearsed" / f"{digest}.json"
+    known = together(lambda: read_json(place))
+    if known is None:
+        two_steps(trainer, longest, stage)
+        name, size = card()
+        known = {"peak": f"{gigabytes(peak_memory())} of {gigabytes(size)} ({name})"}
+        if is_main_process():
+            write_json(place, known)
+    log.info("preflight: the longest batch, %d tokens a row, makes two steps: peak %s", length, known["peak"])
+
+
+def two_steps(trainer: Any, longest: Any, stage: str) -> None:
+    """Make two whole steps of copies of the one row `longest` at learning rate 0, and put everything back as it was.
+
+    Two, since the optimizer's memory exists only after the first.
+    """
     # Whole, since a second train() would else find a model that is prepared, and leave out its autocast.
     held = [(vars(one), dict(vars(one))) for one in (trainer, trainer.model)]
     args, scaler = trainer.args, trainer.accelerator.scaler
     accumulated = min(2, args.gradient_accumulation_steps)  # gradients lie there while the second batch goes forward
-    longest, length = longest_row(trainer.train_dataset)
     copies = args.per_device_train_batch_size * args.world_size * accumulated * 2
     scale = scaler.state_dict() if scaler is not None else None
     try:
@@ -272,10 +297,8 @@ def rehearse(trainer: Any, run: Run, stage: str) -> None:
             trainer.args = copy.copy(args)
             off = dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), IntervalStrategy.NO)
             off |= {"eval_on_start": False, "logging_first_step": False, "load_best_model_at_end": False}
-            flat = {
-                "lr_scheduler_type": SchedulerType.CONSTANT,
-                "lr_scheduler_kwargs": {},
-            }  # others divide by the rate
+            # Other schedules divide by the rate.
+            flat = {"lr_scheduler_type": SchedulerType.CONSTANT, "lr_scheduler_kwargs": {}}
             two = {"num_train_epochs": 1, "max_steps": -1, "gradient_accumulation_steps": accumulated}
             for key, value in {**off, **two, "learning_rate": 0.0, "warmup_steps": 0, **flat}.items():
                 setattr(trainer.args, key, value)
@@ -295,9 +318,6 @@ def rehearse(trainer: Any, run: Run, stage: str) -> None:
             scaler.load_state_dict(scale)
         if device() == "cuda":
             torch.cuda.empty_cache()
-    name, size = card()
-    peak = f"{gigabytes(peak_memory())} of {gigabytes(size)} ({name})"
-    log.info("preflight: the longest batch, %d tokens a row, makes two steps: peak %s", length, peak)
 
 
 def longest_row(rows: Any) -> tuple[Any, int]:
