@@ -3,9 +3,11 @@
 import copy
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
