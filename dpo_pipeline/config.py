@@ -176,11 +176,7 @@ def main(stage: Callable[[Run], Any]) -> None:
 
         hydra_cfg = HydraConfig.get()
         if processes() > 1 and hydra_cfg.mode == RunMode.MULTIRUN:
-            given = " ".join(item for item in sys.argv[1:] if item not in ("-m", "--multirun"))
-            fail(
-                f"a sweep under a launcher would run whole in each of the {processes()} processes: type `python -m "
-                f"dpo_pipeline.{stage.__name__.removeprefix('run_')} -m {given}` without the launcher"
-            )
+            fail(sweep_in_ranks())
         try:
             stage(check(cfg, list(hydra_cfg.overrides.task), dict(hydra_cfg.runtime.choices)))
         except Exception as error:  # here, since Hydra prints a line of its own for what leaves a task
@@ -200,6 +196,15 @@ def main(stage: Callable[[Run], Any]) -> None:
         if sentence := sentence_for(error):
             fail(sentence)
         raise
+
+
+def sweep_in_ranks() -> str:
+    """The sentence for a sweep that a launcher started in several processes."""
+    given = " ".join(item for item in sys.argv[1:] if item not in ("-m", "--multirun"))
+    return (
+        f"a sweep under a launcher would run whole in each of the {processes()} processes: type `python -m "
+        f"dpo_pipeline.{Path(sys.argv[0]).stem} -m {given}` without the launcher"
+    )
 
 
 def interrupt(signum: int, frame: FrameType | None) -> None:

@@ -60,7 +60,15 @@ def typed_differences(typed: list[str]) -> list[str]:
     )
     pairs = sorted(item.lstrip("+~").partition("=")[::2] for item in typed)
     parts = [(key, value) for key, value in pairs if re.match(ours, key) and not re.match(told, key)]
-    return [f"{key}_{value}" for key, value in parts if key.split(".")[-1] not in NOT_IDENTITY]
+    return [f"{key}_{plain(value)}" for key, value in parts if key.split(".")[-1] not in NOT_IDENTITY]
+
+
+def plain(value: str) -> str:
+    """A value as a sweep's job has it typed: Hydra writes 1e-4 there as 0.0001."""
+    try:
+        return value if value.lstrip("+-").isdigit() else str(float(value))
+    except ValueError:
+        return value
 
 
 def clean(name: str) -> str:

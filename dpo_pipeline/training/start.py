@@ -63,9 +63,7 @@ def tokenized(run: Run, stage: str, tokenizer: Any, rows: dict[str, list[dict]],
     """The rows of a stage as token ids, by split: `answer_ids` for SFT, `chosen_ids` and `rejected_ids` for DPO."""
     ends, lengths = ends_and_lengths(run, tokenizer)
     names = answers(run, stage)
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        how = [content_hash(Path(folder)), ends, dataclasses.astuple(lengths), stage, names]
+    how = [tokenizer_hash(tokenizer), ends, dataclasses.astuple(lengths), stage, names]
     ids = {}
     for split in splits:
 
@@ -88,6 +86,15 @@ def tokenized(run: Run, stage: str, tokenizer: Any, rows: dict[str, list[dict]],
         ids[split] = table
     check_ids(run, tokenizer, ids)
     return ids
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of what a tokenizer saves, its chat template included, but for how it padded last."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        if (file := Path(folder) / "tokenizer.json").is_file():
+            file.write_text(json.dumps({**json.loads(file.read_text()), "padding": None, "truncation": None}))
+        return content_hash(Path(folder))
 
 
 def there(place: Path) -> Any:

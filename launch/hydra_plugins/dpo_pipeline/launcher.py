@@ -22,9 +22,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from dpo_pipeline import runs
-from dpo_pipeline.config import Run, checked
+from dpo_pipeline.config import Run, checked, sweep_in_ranks
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.machine import visible_gpus
+from dpo_pipeline.machine import processes, visible_gpus
 
 
 @dataclass
@@ -57,6 +57,8 @@ class ProcessLauncher(Launcher):
         Raises PipelineError before the first where they cannot all be run, and after the last where some did not end
         well, KeyboardInterrupt once all were stopped.
         """
+        if processes() > 1:
+            raise PipelineError(sweep_in_ranks())
         self.common = set.intersection(*map(set, job_overrides))
         self.jobs = [self.job(list(typed)) for typed in job_overrides]
         self.check()
