@@ -50,11 +50,10 @@ def tracked(run: Run, folder: Path) -> Iterator[None]:
 
 def follow(folder: Path, ended: Callable[[], bool]) -> Iterator[dict[str, Any]]:
     """The lines of a run's metrics.jsonl that no tracker was sent, until the run has `ended` and all were read."""
-    sent = read_json(folder / "tracker.json") or {"step": -1}  # of the part that was interrupted
-    at = sum(row["step"] <= sent["step"] for row in metrics(folder))
+    sent, at = read_json(folder / "tracker.json") or {"step": -1}, 0  # of the part that was interrupted
     while True:
         last, rows = ended(), metrics(folder)[at:]
-        yield from rows
+        yield from (row for row in rows if row["step"] > sent["step"])
         if rows:
             at += len(rows)
             write_json(folder / "tracker.json", {"step": rows[-1]["step"]})

@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from dpo_pipeline import runs
@@ -197,6 +199,22 @@ def run_of(stage, typed, state="done", pid=None):
     return lay
 
 
+def held(folder):
+    """A run's folder held by another process."""
+
+    def lay(here, parts):
+        lock = FileLock(Path(folder).with_name(f".{Path(folder).name}.lock"))
+        Path(lock.lock_file).parent.mkdir(parents=True)
+        lock.acquire()
+        HELD.append(lock)
+        Path(lock.lock_file).write_text(json.dumps({"pid": 7, "host": "elsewhere"}))
+
+    return lay
+
+
+HELD: list[FileLock] = []
+
+
 def chat(template, rows=CHAT):
     return lambda here, parts: (lines(*rows)(here, parts), file("model/chat_template.jinja", template)(here, parts))
 
@@ -246,8 +264,7 @@ CASES = {
     "wrong field value": ("dpo", f"{BASE} dpo.optim=adam", "DPOConfig refuses .*adam is not a valid .*select one of"),
     "wrong number": ("dpo", f"{BASE} dpo.max_grad_norm=abc", "dpo.max_grad_norm=abc is no number"),
     "unknown loss": ("dpo", f"{BASE} ++dpo.loss_type=sigmod", "sigmod is no loss of TRL: did you mean sigmoid"),
-    "tracker": ("sft", f"{GIVEN} report_to=tensorboard",
-        "needs the package tensorboard, .*: `pip install tensorboard`"),
+    "tracker": ("sft", f"{GIVEN} report_to=mlflow", "needs the package mlflow, .*: `pip install mlflow`"),
     "parent as a name": ("sft", f"{GIVEN} name=..", r"name=\.\. is another folder's place: type a name of its own"),
     # Files of pairs.
     "broken line": ("sft", GIVEN, BROKEN, f"pairs.jsonl cannot .*: line 3 is no JSON .Expecting value.*: {FORM}"),
@@ -415,7 +432,7 @@ CASES = {
         "root=pairs.jsonl: no folder can lie in pairs.jsonl"),
     "root without a right": ("sft", f"{GIVEN} root=/sys/x", r"/sys/x.* cannot be read or written \(.*\): .*root="),
     "a file for all SFTs": ("sft", GIVEN, file("outputs/run/sft", "mine"),
-        r"outputs/run/sft/full cannot be made .*\(Not a dir.*: move it away, or name another"),
+        "outputs/run/sft cannot be made .*: move it away, or name another"),
     "a file for the run": ("sft", GIVEN, file(SFT, "mine"),
         f"{SFT} holds files but no run: choose another place with variant="),
     "foreign files": ("sft", GIVEN, file(f"{SFT}/thesis.txt", "mine"),
@@ -426,8 +443,7 @@ CASES = {
         rf"{SFT} holds another run \(seed is 3 there, 0 here\): keep both with sft_variant=.*name=.*overwrite=true"),
     "another run, interrupted": ("dpo", BASE, run_of("dpo", f"{BASE} beta=0.3", "interrupted"),
         rf"{DPO} holds another run \(beta is 0.3 there, 0.1 here\): keep both with variant="),
-    "a run in use": ("sft", GIVEN, run_of("sft", GIVEN, "running", os.getppid()),
-        f"{SFT} is in use by process {os.getppid()} on .*: wait for it or end it"),
+    "a run in use": ("sft", GIVEN, held(SFT), f"{SFT} is in use by process 7 on elsewhere: wait for it or end it"),
     "DPO before SFT": ("dpo", f"{GIVEN} variant=run", "no finished SFT in .*none.: run `make sft` .*policy=base"),
     "SFT interrupted": ("dpo", f"{GIVEN} variant=run", run_of("sft", GIVEN, "interrupted"),
         r"no finished SFT in .*\(interrupted\): run `make sft`"),
@@ -435,9 +451,21 @@ CASES = {
         r"another base model \(model.path was .*, is .* here\): give the same model="),
     "a sweep in two processes": ("dpo", "-m seed=1,2",
         "a sweep under a launcher .*2 processes: type `python -m dpo_pipeline.dpo -m seed=1,2` without the launcher"),
+    "a sweep of nothing": ("dpo", f"-m {BASE} beta=", "beta: value '' of type 'str' could not be converted to Float"),
+    "a sweep of no number": ("dpo", f"-m {BASE} beta=0.1,abc", "beta: value 'abc' .* could not be converted to Float"),
+    "a sweep of a comma": ("dpo", f"-m {BASE} beta=0.1,", r"beta=0.1, cannot be read"),
+    "a sweep of one value twice": ("dpo", f"-m {GIVEN} policy=base beta=0.1,0.1", "2 jobs would share .*: a value"),
+    "a sweep in one folder": ("dpo", f"-m {BASE} beta=0.1,0.2", f"2 jobs would share {DPO}: .*variant= is one for"),
+    "a sweep without SFT": ("dpo", f"-m {GIVEN} beta=0.1,0.2",
+        f"no finished SFT in {SFT}, .*: type `python -m dpo_pipeline.sft {GIVEN}` before the sweep"),
+    "a sweep of more GPUs": ("dpo", f"-m {GIVEN} policy=base beta=0.1,0.2 hydra.launcher.gpus_per_job=2",
+        r"1 job\(s\) at once of 2 GPU\(s\) each want 2, and 0 are visible: lower hydra.launcher.jobs or"),
+    "no such launcher": ("dpo", f"-m {GIVEN} hydra/launcher=submitit_slrm beta=0.1,0.2",
+        "hydra/launcher=submitit_slrm is no option"),
 }  # fmt: skip
 SKIPPED = {
-    "tracker": any(map(find_spec, ("tensorboard", "tensorboardX"))) and "tensorboard is here",
+    "tracker": find_spec("mlflow") and "mlflow is here",
+    "a sweep of more GPUs": torch.cuda.is_available() and "there are GPUs",
     "root without a right": not Path("/sys/kernel").is_dir() and "no place that nobody may write to",
 }
 
@@ -451,7 +479,9 @@ def here(tmp_path, parts, monkeypatch):
     shutil.copytree(parts / "model", tmp_path / "model")
     lines(*ROWS)(tmp_path, parts)
     file("outputs/run/dpo/kept/final/model.safetensors", "kept")(tmp_path, parts)
-    return tmp_path
+    yield tmp_path
+    while HELD:
+        HELD.pop().release()
 
 
 def end_of(stage: str, typed: str, monkeypatch) -> str | int:
@@ -485,7 +515,8 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written_over(name, here, p
     after = content(here)
     assert {file: after.get(file) for file in before} == before
     own = [here / (SFT if stage == "sft" else DPO), here / "outputs" / ".cache"]
-    assert not [file for file in after.keys() - before if not any(file.is_relative_to(place) for place in own)]
+    new = [file for file in after.keys() - before if file.suffix != ".lock"]
+    assert not [file for file in new if not any(file.is_relative_to(place) for place in own)]
 
 
 @pytest.mark.parametrize("count", [0, 2])

@@ -394,6 +394,7 @@ class Scaled:
     """What the guard reads of a trainer."""
 
     _tr_loss = 0.5
+    is_deepspeed_enabled = False
 
 
 @pytest.mark.parametrize(("fp16", "bad", "stops"), [(False, 1, True), (True, 9, False), (True, 10, True)])

@@ -17,10 +17,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from datasets import load_from_disk
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 from dpo_pipeline import machine, runs
 from dpo_pipeline.config import CONF, main
@@ -42,6 +46,8 @@ def a_rank() -> None:
     """
     rank, seen, sent = int(os.environ["RANK"]), {"tokenized": 0}, os.environ.get("SIGNAL")
     os.umask(0 if rank else 0o022)  # who made a file shows
+    if os.environ.get("ACCELERATE_USE_FSDP"):
+        fsdp_on_cpu()
     tokenize, cache, train = start.tokenize, reference.cache, trainer.train
     step_end, save = callbacks.Metrics.on_step_end, trainer.SFTTrainer._save_optimizer_and_scheduler
 
@@ -58,6 +64,9 @@ def a_rank() -> None:
             train(made, *args)
         finally:
             seen["step"] = made.state.global_step
+            seen["parts"] = [
+                p.to_local().numel() / p.numel() for p in made.model.parameters() if isinstance(p, DTensor)
+            ]
             group = torch.distributed.distributed_c10d._get_default_group()
             seen["timeout"] = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 
@@ -86,6 +95,19 @@ def a_rank() -> None:
         main(told)
     finally:
         (Path(os.environ["SEEN"]) / f"{rank}.json").write_text(json.dumps(seen))
+
+
+def fsdp_on_cpu() -> None:
+    """Have Accelerate do with FSDP on CPU ranks what it does on GPUs; it leaves it out there, without a word."""
+    init = AcceleratorState.__init__
+
+    def patched(self, *args, fsdp_plugin=None, **options):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = patched
 
 
 if __name__ == "__main__":
@@ -145,16 +167,16 @@ def two_ranks(seen: Path, stage: str, *overrides: str, **variables: str) -> tupl
 
 
 def losses(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines if "loss" in line]
-    assert steps == list(range(1, len(steps) + 1))
-    return [line["loss"] for line in lines if "loss" in line]
+    found = [(line["step"], line["loss"]) for line in runs.metrics(folder) if "loss" in line]
+    assert [step for step, _ in found] == list(range(1, len(found) + 1))
+    return [loss for _, loss in found]
 
 
 def weights_apart(*folders: Path) -> float:
     """The largest difference between two policies' weights."""
     (file,) = {file.name for file in (folders[0] / "final").glob("*.safetensors")}
     first, second = (load_file(folder / "final" / file) for folder in folders)
+    assert set(first) <= set(second)  # of FSDP tied weights are saved twice
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
@@ -261,6 +283,69 @@ def test_ctrl_c_stops_both_ranks_at_one_step_and_the_command_goes_on(stage, sent
     check_equal(folder, other)
 
 
+FSDP2 = {"ACCELERATE_USE_FSDP": "true"} | {
+    key.upper(): str(value).lower() if isinstance(value, bool) else str(value)
+    for key, value in load_config_from_file(str(LAUNCH / "fsdp2.yaml")).fsdp_config.items()
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("stage", "how"),
+    [
+        ("sft", "lora=none"),
+        ("sft", "lora=r8"),
+        *(("dpo", f"lora=none reference={mode}") for mode in ("cached", "frozen")),
+        *(("dpo", f"lora=r8 reference={mode}") for mode in ("cached", "frozen", "adapter")),
+        ("dpo", "lora=r8 sft_variant=full reference=adapter"),
+    ],
+)
+def test_two_ranks_have_the_gradients_and_losses_of_one(kind, stage, how, typed, small, sft, tmp_path):
+    tail = re.sub(r"\W", "-", how)
+    key = "sft_variant" if stage == "sft" else "variant"
+    short = (*how.split(), f"++{stage}.max_steps=4")
+    run = small(*short, f"{key}=short-{tail}")
+    STAGES[stage](run)
+    folder = run.sft_folder if stage == "sft" else run.dpo_folder
+    variables = FSDP2 if kind == "fsdp2" else {}
+    done, seen = two_ranks(tmp_path, stage, *typed, *short, f"{key}={kind}-{tail}", **variables)
+    assert done.returncode == 0
+    other = folder.with_name(f"{kind}-{tail}")
+    assert runs.read_json(other / "manifest.json")["sharded"] == ("fsdp" if kind == "fsdp2" else None)
+    for rank in seen:
+        assert bool(rank["parts"]) == (kind == "fsdp2")
+        assert not rank["parts"] or min(rank["parts"]) == max(rank["parts"]) == 0.5
+    assert losses(other) == pytest.approx(losses(folder), abs=5e-6)
+    norms = [[row["grad_norm"] for row in runs.metrics(each) if "loss" in row] for each in (folder, other)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert weights_apart(folder, other) < 1e-4
+    AutoModelForCausalLM.from_pretrained(other / "final")  # complete, as anybody loads it
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_was_stopped_goes_on_and_in_whole_copies_it_is_refused(typed, small, sft, tmp_path):
+    whole, stopped = small("sft_variant=whole-fsdp"), ("sft", *typed, "sft_variant=stopped-fsdp")
+    STAGES["sft"](whole)
+    done, seen = two_ranks(tmp_path, *stopped, SIGNAL="launcher", **FSDP2)
+    assert done.returncode != 0
+    folder = whole.sft_folder.with_name("stopped-fsdp")
+    assert runs.newest_checkpoint(folder).name == f"checkpoint-{seen[1]['step']}"
+    refused = launched(*TWO, "-m", "dpo_pipeline.sft", *stopped[1:], "batch.micro_size=4")
+    assert f"{folder} was begun in fsdp and would go on in whole copies: start it as then" in refused.stderr
+    done, _ = two_ranks(tmp_path, *stopped, **FSDP2)
+    assert done.returncode == 0
+    check_equal(whole.sft_folder, folder)
+
+
+def test_fsdp_without_gpus_is_refused_and_quantized_in_parts_too(small, sft, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(PipelineError, match="FSDP was asked for and needs GPUs: Accelerate leaves it out on a CPU"):
+        run_sft(small("sft_variant=no-fsdp"))
+    with pytest.raises(PipelineError, match="quantized weights cannot be put in parts: start it with .*ddp.yaml"):
+        run_sft(small("lora=r8", "quantization=nf4", "sft_variant=no-nf4"))
+
+
 @pytest.mark.slow
 def test_accelerate_starts_the_command_on_one_device(typed):
     file = "launch/accelerate/single_gpu.yaml"
@@ -281,7 +366,16 @@ def test_two_ranks_tell_an_error_once(typed, sft):
     assert "/dpo_pipeline/" not in done.stderr
 
 
-@pytest.mark.parametrize(("file", "kind"), [("single_gpu", DistributedType.NO), ("ddp", DistributedType.MULTI_GPU)])
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("single_gpu", DistributedType.NO),
+        ("ddp", DistributedType.MULTI_GPU),
+        ("fsdp2", DistributedType.FSDP),
+        ("zero2", DistributedType.DEEPSPEED),
+        ("zero3", DistributedType.DEEPSPEED),
+    ],
+)
 def test_accelerate_reads_each_launch_file_and_finds_no_precision_in_it(file, kind):
     config = load_config_from_file(str(LAUNCH / f"{file}.yaml"))
     assert config.distributed_type == kind

@@ -172,12 +172,12 @@ class ProcessLauncher(Launcher):
         if code == 75 or (runs.state(job.folder) == "interrupted" and code > 0):
             return "interrupted", runs.last_loss(job.folder)
         lines = [line.strip() for line in re.split(r"[\r\n]", job.log.read_text(encoding="utf-8")) if line.strip()]
-        told = [line for line in lines if line.startswith("error: ")] or lines[-1:]
+        told = [line.partition("error: ")[2] for line in lines if "error: " in line] or lines[-1:]
         if code < 0:
             kind = signal.Signals(-code).name
             why = f"killed by {kind}" + (": by hand, or for want of memory" if kind == "SIGKILL" else "")
             return "failed", why
-        return "failed", told[-1].removeprefix("error: ") if told else f"exit code {code}, without a word"
+        return "failed", told[-1] if told else f"exit code {code}, without a word"
 
     def tell(self, job: Job, state: str, detail: str) -> None:
         """Set a job's state, and print it in one line with what is still to come."""

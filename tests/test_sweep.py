@@ -1,0 +1,289 @@
+"""A sweep: each job a process of its own, one that fails costs no other, and what validation recommends."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra_plugins.dpo_pipeline import launcher
+
+from dpo_pipeline import config, runs
+from dpo_pipeline.config import CONF
+from dpo_pipeline.dpo import run_dpo
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.evaluation import variants
+from dpo_pipeline.sft import run_sft
+from dpo_pipeline.training import reference, start
+
+
+@pytest.fixture
+def typed(small, sft):
+    """The command line of the small task, from the SFT that is there."""
+    return [*small.typed, f"root={small().root}", "name=small"]
+
+
+def swept(*typed: str, **options) -> subprocess.CompletedProcess:
+    """What `python -m dpo_pipeline.dpo -m` prints and exits with."""
+    call = [sys.executable, "-m", "dpo_pipeline.dpo", "-m", *typed]
+    return subprocess.run(call, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_leaves_the_others_running_and_the_command_runs_what_is_not_done(typed, small):
+    jobs = (*typed, "++dpo.max_steps=6", "dpo.learning_rate=1e-4,1e20", "seed=7,8")
+    done = swept(*jobs)
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    ended = [re.match(r"\[(\d)/4\] (.*?): (done|failed), (.*)", line) for line in lines]
+    ended = {m[2]: (m[3], m[4]) for m in ended if m}
+    names = {f"dpo.learning_rate={rate} seed={seed}" for rate in ("0.0001", "1e+20") for seed in (7, 8)}
+    assert set(ended) == names
+    for name, (state, why) in ended.items():
+        assert state == ("failed" if "1e+20" in name else "done")
+        assert ("is no number at step" if "1e+20" in name else "loss 0.") in why
+    assert (
+        "error: 2 of 4 jobs did not end well (dpo.learning_rate=1e+20 seed=7, dpo.learning_rate=1e+20" in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    table = (small().home / "report" / "sweep.md").read_text()
+    assert table in done.stdout
+    failed = [line for line in table.splitlines() if "learning_rate_1e+20" in line]
+    assert len(failed) == 2
+    assert all("| failed: " in line for line in failed)
+    for file in ("sweep.csv", "sweep.png", "reward_kl_frontier.png"):
+        assert (small().home / "report" / file).stat().st_size > 100
+    again = swept(*jobs)
+    assert again.returncode == 1
+    assert again.stdout.count("done, already") == 2
+    assert again.stdout.count(": running, ") == 2
+
+
+@pytest.mark.slow
+def test_a_killed_job_has_failed_and_ctrl_c_stops_the_others_at_a_checkpoint(typed, small):
+    call = [sys.executable, "-m", "dpo_pipeline.dpo", "-m", *typed, "dpo.num_train_epochs=99", "seed=21,22"]
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    folders = {seed: small("dpo.num_train_epochs=99", f"seed={seed}").dpo_folder for seed in (21, 22)}
+
+    def running(seed: int) -> dict:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            status = runs.read_json(folders[seed] / "status.json")
+            if status is not None and status["state"] == "running" and status["step"] >= 3:
+                return status
+            time.sleep(0.2)
+        raise AssertionError(f"seed {seed} did not come to step 3")
+
+    os.kill(running(21)["pid"], signal.SIGKILL)
+    running(22)
+    process.send_signal(signal.SIGINT)
+    printed, told = process.communicate(timeout=120)
+    assert process.returncode == 75, told
+    assert "seed=21: failed, killed by SIGKILL: by hand, or for want of memory (1 to come)" in printed
+    assert "stopping 1 job(s) at a checkpoint: the same command goes on from there" in printed
+    assert re.search(r"seed=22: interrupted, loss 0\.\d+ at step \d+", printed)
+    assert runs.state(folders[22]) == "interrupted"
+    assert runs.newest_checkpoint(folders[22])
+
+
+def test_one_reference_pass_serves_every_beta_loss_and_seed(small, sft, tmp_path, monkeypatch):
+    seen = []
+    computed, tokenize = reference.computed, start.tokenize
+
+    def counted(made, rows, *told):
+        seen.append((told, len(rows)))
+        return computed(made, rows, *told)
+
+    monkeypatch.setattr(reference, "computed", counted)
+    monkeypatch.setattr(start, "tokenize", lambda *args: seen.append("tokenized") or tokenize(*args))
+    run = small(f"root={tmp_path}", "name=once")
+    run_sft(run)
+    seen.clear()
+    for i, what in enumerate(("beta=0.05", "beta=0.1", "beta=0.3 seed=1", "loss=ipo", "beta=0.5 dpo.max_steps=3")):
+        run_dpo(small(f"root={tmp_path}", "name=once", "++dpo.max_steps=2", f"variant=v{i}", *what.split()))
+    passes = [item for item in seen if item != "tokenized" and item[0]]
+    assert [label for label, _ in passes] == [("reference on train",), ("reference on validation",)]
+    assert seen.count("tokenized") == 3  # train, validation, test
+
+
+class FakeProcess:
+    """A job's process that ends after some looks at it."""
+
+    started: list = []  # noqa: RUF012
+
+    def __init__(self, call, env, **options):
+        self.call, self.gpus, self.looks, self.returncode = call, env.get("CUDA_VISIBLE_DEVICES"), 0, None
+        FakeProcess.started.append(self)
+
+    def poll(self):
+        self.looks += 1
+        self.returncode = 0 if self.looks > 2 else None
+        return self.returncode
+
+
+@pytest.fixture
+def launched(small, sft, tmp_path, monkeypatch):
+    """`launched(gpus, jobs, options)`: what the launcher starts with these GPUs visible, as fake processes."""
+
+    def launch(gpus: str, values: str, **options):
+        FakeProcess.started = []
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+        monkeypatch.setattr(launcher.subprocess, "Popen", FakeProcess)
+        monkeypatch.setattr(launcher.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(sys, "argv", ["dpo"])
+        made = launcher.ProcessLauncher(
+            **{"jobs": None, "gpus_per_job": 1, "launch_file": "launch/accelerate/ddp.yaml", **options}
+        )
+        monkeypatch.setattr(made, "report", lambda: None)
+        made.config = SimpleNamespace(hydra=SimpleNamespace(sweep=SimpleNamespace(dir=tmp_path)))
+        made.stage = "dpo"
+        defaults = [*small.typed, f"root={small().root}", "name=small"]
+        load = SimpleNamespace(load_sweep_config=lambda _, typed: hydra_config([*defaults, *typed]))
+        made.context = SimpleNamespace(config_loader=load)
+        made.launch([[f"beta={beta}", "variant=fake-" + beta] for beta in values.split(",")], 0)
+        return FakeProcess.started
+
+    return launch
+
+
+def hydra_config(typed: list[str]):
+    config.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", typed, return_hydra_config=True)
+
+
+def test_each_job_has_gpus_of_its_own_and_as_many_run_as_there_are(launched, capsys):
+    started = launched("3,5", "0.1,0.2,0.3")
+    assert sorted(process.gpus for process in started[:2]) == ["3", "5"]
+    assert started[2].gpus in ("3", "5")
+    printed = capsys.readouterr().out.splitlines()
+    assert "(2 running, 1 to come)" in printed[1]
+    assert [process.call[1:3] for process in started] == [["-m", "dpo_pipeline.dpo"]] * 3
+    assert all(process.call[-1] == "hydra.mode=RUN" for process in started)
+
+
+def test_a_job_of_several_gpus_goes_through_accelerate(launched):
+    started = launched("0,1,2,3", "0.1,0.2", gpus_per_job=2)
+    assert [process.gpus for process in started] == ["0,1", "2,3"]
+    for process in started:
+        call = " ".join(process.call[1:])
+        assert call.startswith(
+            "-m accelerate.commands.launch --config_file launch/accelerate/ddp.yaml --num_processes 2 "
+            "--main_process_port 0 -m dpo_pipeline.dpo beta="
+        )
+
+
+def test_more_gpus_than_are_visible_are_refused(launched):
+    with pytest.raises(PipelineError, match=r"3 job\(s\) at once of 2 GPU\(s\) each want 6, and 4 are visible"):
+        launched("0,1,2,3", "0.1,0.2,0.3", gpus_per_job=2, jobs=3)
+    assert not FakeProcess.started
+
+
+def test_a_launch_file_for_deepspeed_without_deepspeed_is_refused(launched, monkeypatch):
+    monkeypatch.setattr(launcher, "find_spec", lambda name: None)
+    with pytest.raises(PipelineError, match="zero2.yaml needs DeepSpeed, which is not installed: `pip install"):
+        launched("0,1", "0.1", gpus_per_job=2, launch_file="launch/accelerate/zero2.yaml")
+
+
+def test_a_job_that_another_sweep_runs_is_waited_for(launched, small, capsys, monkeypatch):
+    folder, looks, holder = small("variant=fake-0.1").dpo_folder, [], runs.holder
+
+    def looked(place):
+        looks.append(place)
+        return holder(place) if len(looks) < 6 else None  # then the other has ended
+
+    monkeypatch.setattr(launcher.runs, "holder", looked)
+    with runs.held(folder):
+        assert len(launched("", "0.1")) == 1
+    printed = capsys.readouterr().out
+    assert 0 <= printed.index(f"elsewhere, process {os.getpid()} on ") < printed.index(": running")
+
+
+def estimate(value: float, half: float) -> dict:
+    return {"value": value, "low": value - half, "high": value + half, "n": 100}
+
+
+def lay(home: Path, beta: float, seed: int, kl: float, reward: float | None, nats: float, half=0.05, **status):
+    """A DPO that is done, with these numbers on validation and test."""
+    folder = home / "dpo" / f"sigmoid-beta{beta:g}-seed{seed}"
+    runs.write_json(folder / "status.json", {"state": "done", "step": 9, "error": None, **status})
+    runs.write_json(folder / "manifest.json", {"identity": {"beta": beta, "seed": seed, "dpo.x": 1}})
+    block = {"preference_accuracy": estimate(0.8, 0.02), "margin_nats": estimate(nats, half), "kl": estimate(kl, 0.1)}
+    own = {"answer_tokens": estimate(20, 1)} | ({} if reward is None else {"score.truth": estimate(reward, half)})
+    name = f"dpo/{folder.name}"
+    settings = {"pairs": 100, "prompts": 50, "max_new_tokens": 8, "weights": {name: "x", "base": "b", "sft/full": "s"}}
+    result = {"policy": name, "settings": settings, "own": own, "against": {"base": block, "reference": block}}
+    for file in ("eval.json", "validation.json"):
+        runs.write_json(folder / file, result)
+    return folder
+
+
+def test_the_largest_reward_within_the_budget_is_recommended(tmp_path):
+    lay(tmp_path, 0.01, 0, kl=50, reward=0.9, nats=9)
+    lay(tmp_path, 0.1, 0, kl=6, reward=0.7, nats=5)
+    lay(tmp_path, 0.3, 0, kl=2, reward=0.3, nats=8)
+    text = variants.report(tmp_path, 10, {})
+    assert (
+        "Recommended: beta 0.1, reward 0.700 [0.650, 0.750] (largest reward on validation with a KL of at most 10 "
+        in text
+    )
+    assert "Within noise" not in text
+    assert "All against sft/full: 100 test pairs and 50 sampled answers" in text
+    assert "Recommended: beta 0.01," in variants.report(tmp_path, 60, {})
+    assert "Recommended: none; no beta has a KL of at most 1 nats" in variants.report(tmp_path, 1, {})
+
+
+def test_without_a_reward_the_largest_margin_in_nats_is_recommended(tmp_path):
+    lay(tmp_path, 0.1, 0, kl=6, reward=None, nats=5)
+    lay(tmp_path, 0.3, 0, kl=2, reward=None, nats=4)  # with beta its margin would be 1.2, and that of 0.1 only 0.5
+    assert "Recommended: beta 0.1, margin_nats 5.000" in variants.report(tmp_path, 10, {})
+
+
+def test_differences_within_noise_are_told(tmp_path):
+    lay(tmp_path, 0.1, 0, kl=6, reward=0.70, nats=5)
+    lay(tmp_path, 0.3, 0, kl=2, reward=0.65, nats=4)
+    lay(tmp_path, 1, 0, kl=1, reward=0.1, nats=4)
+    assert "Within noise of it: beta 0.3;" in variants.report(tmp_path, 10, {})
+
+
+def test_seeds_are_one_point_whose_interval_holds_their_spread_and_that_of_the_rows(tmp_path):
+    for seed, reward in enumerate((0.6, 0.7, 0.8)):
+        lay(tmp_path, 0.1, seed, kl=6, reward=reward, nats=5)
+    # Student's t over three seeds is 4.3027 * 0.1 / sqrt(3) = 0.2484; with 0.05 of the rows, 0.2534.
+    assert "reward 0.700 [0.447, 0.953]" in variants.report(tmp_path, 10, {})
+
+
+def test_what_has_no_numbers_is_a_gap_with_its_reason(tmp_path):
+    lay(tmp_path, 0.1, 0, kl=6, reward=0.7, nats=5)
+    folder = lay(tmp_path, 0.3, 0, kl=2, reward=0.9, nats=4, state="failed", error="out of memory")
+    (folder / "eval.json").unlink()
+    (lay(tmp_path, 0.5, 0, kl=2, reward=0.9, nats=4) / "validation.json").unlink()
+    lay(tmp_path, 1, 0, kl=2, reward=0.9, nats=4)
+    text = variants.report(tmp_path, 10, {"sigmoid-beta1-seed0": "failed: killed", "never-begun": "failed: no folder"})
+    assert re.search(r"beta0.3-seed0 +\| failed at step 9: out of memory", text)
+    assert re.search(r"beta0.5-seed0 +\| not measured", text)
+    assert re.search(r"beta1-seed0 +\| failed: killed", text)
+    assert re.search(r"never-begun +\| failed: no folder", text)
+    assert "Recommended: beta 0.1" in text
+    with (tmp_path / "report" / "sweep.csv").open() as stream:
+        rows = {row["variant"]: row for row in csv.DictReader(stream)}
+    assert rows["sigmoid-beta0.1-seed0"]["test.kl.value"] == "6"
+    assert rows["sigmoid-beta0.1-seed0"]["validation.score.truth.high"] == "0.75"
+    assert rows["sigmoid-beta1-seed0"]["test.kl.value"] == ""
+    assert rows["never-begun"]["why"] == "failed: no folder"
+
+
+def test_variants_of_two_references_are_shown_against_the_base(tmp_path):
+    lay(tmp_path, 0.1, 0, kl=6, reward=0.7, nats=5)
+    folder = lay(tmp_path, 0.3, 0, kl=2, reward=0.9, nats=4)
+    result = json.loads((folder / "eval.json").read_text())
+    result["settings"]["weights"]["sft/full"] = "another"
+    runs.write_json(folder / "eval.json", result)
+    assert "All against base:" in variants.report(tmp_path, 10, {})
