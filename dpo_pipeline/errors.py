@@ -86,6 +86,11 @@ def explain(error: BaseException, keys: list[str], groups: dict[str, list[str]])
         return sentence
     if isinstance(error, InstantiationException):
         return None  # Hydra's wrapping of whatever a loader of ours raised: its traceback is needed
+    if type(error).__module__.startswith("submitit.") or "on a slurm cluster" in str(error):
+        return (
+            f"the sweep could not be handed to its launcher ({' '.join(str(error).split())}): type it on a machine of "
+            "the cluster, or leave hydra/launcher= out to run the jobs here"
+        )
     chain = chain_of(error)
     for inner in chain:
         if isinstance(inner, OverrideParseException):
@@ -102,6 +107,8 @@ def explain(error: BaseException, keys: list[str], groups: dict[str, list[str]])
             group = "/".join((inner.missing_cfg_file or "").split("/")[:-1])
             if not group:
                 return f"there is no config named {option}"
+            if option.startswith("submitit"):
+                return f"{group}={option} needs its plugin, which is not installed: `pip install -e '.[slurm]'`"
             options = sorted(inner.options or groups[group])
             return f"{group}={option} is no option{nearest(option, options) or ': there are ' + ', '.join(options)}"
         if isinstance(inner, OmegaConfBaseException):

@@ -11,6 +11,7 @@ import pytest
 from dpo_pipeline import runs
 from dpo_pipeline.config import interrupt
 from dpo_pipeline.dpo import run_dpo
+from dpo_pipeline.machine import STOPS
 from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training.callbacks import Metrics
 
@@ -75,7 +76,8 @@ def test_how_often_one_evaluates_and_saves_changes_no_byte(small, sft):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_ctrl_c_ends_a_command_with_75_and_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("sent", STOPS)
+def test_a_signal_to_stop_ends_a_command_with_75_and_a_checkpoint(sent, tmp_path):
     from tests.conftest import SMALL
 
     call = [sys.executable, "-m", "dpo_pipeline.sft", *SMALL, f"root={tmp_path}", "sft.num_train_epochs=200"]
@@ -85,7 +87,7 @@ def test_ctrl_c_ends_a_command_with_75_and_a_checkpoint(tmp_path):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 75
     assert "Traceback" not in printed

@@ -1,12 +1,15 @@
 """A run folder knows what it is: new, to be continued, done, or another one's."""
 
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from dpo_pipeline import runs
 from dpo_pipeline.config import compose
@@ -155,3 +158,69 @@ def test_a_run_that_is_replaced_is_kept_until_the_new_one_is_done(small, sft, tm
     assert run_sft(small(*typed, "seed=1")) == final.parents[1]
     assert final.read_bytes() != before
     assert not kept.exists()
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from dpo_pipeline import runs
+with runs.held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_of_two_at_once_one_runs_and_the_other_says_who_until_that_one_is_gone(tmp_path):
+    folder = tmp_path / "dpo" / "a"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        assert runs.holder(folder) == {"pid": holder.pid, "host": socket.gethostname()}
+        told = f"{folder} is in use by process {holder.pid} on {socket.gethostname()}: wait for it or end it"
+        with pytest.raises(PipelineError, match=told), runs.held(folder):
+            pass
+        lay(folder, "running", {"beta": 0.1}, pid=holder.pid)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert runs.holder(folder) is None
+    with runs.held(folder):  # whatever the status of the one that was killed says, on this host or another
+        assert runs.state(folder) == "interrupted"
+
+
+def test_a_running_of_another_host_is_nobody_s_once_its_lock_is_free(tmp_path):
+    lay(tmp_path / "a", "running", {"beta": 0.1})
+    status = runs.read_json(tmp_path / "a" / "status.json")
+    runs.write_json(tmp_path / "a" / "status.json", {**status, "host": "node-that-burnt-down"})
+    assert runs.state(tmp_path / "a") == "running"
+    with runs.held(tmp_path / "a"):
+        assert runs.decide(tmp_path / "a", {"beta": 0.1}, overwrite=False) == "resume"
+
+
+def saved_at(folder, step: int, files: dict[str, bytes]) -> Path:
+    place = folder / "checkpoints" / f"checkpoint-{step}"
+    place.mkdir(parents=True)
+    for name, content in files.items():
+        (place / name).write_bytes(content)
+    return place
+
+
+def test_torn_checkpoints_are_never_resumed_from_and_go_before_a_run_goes_on(tmp_path):
+    saved = io.BytesIO()
+    torch.save({"a": torch.ones(9)}, saved)
+    whole = {"trainer_state.json": b"{}", "optimizer.pt": saved.getvalue(), "rng_state_1.pth": saved.getvalue()}
+    kept = saved_at(tmp_path, 8, whole)
+    torn = [
+        saved_at(tmp_path, 10, {key: value for key, value in whole.items() if key != "trainer_state.json"}),
+        saved_at(tmp_path, 11, {**whole, "trainer_state.json": b'{"epoch": 1'}),
+        saved_at(tmp_path, 12, {**whole, "rng_state_1.pth": saved.getvalue()[:-30]}),
+        saved_at(tmp_path, 13, {**whole, "optimizer.pt": b""}),
+    ]
+    assert runs.newest_checkpoint(tmp_path) == kept
+    rows = [{"step": 7, "loss": 1}, {"step": 8, "loss": 1}, {"step": 8, "train_runtime": 1}, {"step": 9, "loss": 1}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 9, "lo')
+    runs.cut_back(tmp_path)
+    assert kept.is_dir()
+    assert not [place for place in torn if place.exists()]
+    assert runs.metrics(tmp_path) == rows[:2]

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,35 @@ def test_one_reference_pass_serves_every_beta_loss_and_seed(small, sft, tmp_path
     passes = [item for item in seen if item != "tokenized" and item[0]]
     assert [label for label, _ in passes] == [("reference on train",), ("reference on validation",)]
     assert seen.count("tokenized") == 3  # train, validation, test
+
+
+# python -m dpo_pipeline.dpo -m hydra/launcher=submitit_slurm hydra.launcher.partition=gpu beta=0.05,0.1,0.3
+SUBMITIT = ("hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.gpus_per_node=1")
+
+
+def test_the_example_for_submitit_composes():
+    config.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        made = compose("config", [*SUBMITIT, "hydra.launcher.timeout_min=600"], return_hydra_config=True)
+    made = made.hydra.launcher
+    assert made._target_ == "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+    assert (made.partition, made.gpus_per_node, made.timeout_min) == ("gpu", 1, 600)
+
+
+@pytest.mark.skipif(shutil.which("srun") is not None, reason="this is a Slurm cluster")
+def test_submitit_without_slurm_is_one_sentence():
+    done = swept(*SUBMITIT[:1], "policy=base", "beta=0.1,0.2")
+    assert done.returncode == 1
+    assert "error: the sweep could not be handed to its launcher (Could not detect" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_submitit_runs_the_jobs_in_the_folders_that_each_command_alone_has(typed, small):
+    done = swept("hydra/launcher=submitit_local", *typed, "++dpo.max_steps=2", "dpo.learning_rate=3e-4,4e-4")
+    assert done.returncode == 0, done.stderr
+    for rate in ("3e-4", "4e-4"):
+        assert runs.state(small("++dpo.max_steps=2", f"dpo.learning_rate={rate}").dpo_folder) == "done"
 
 
 class FakeProcess:
