@@ -1,5 +1,5 @@
 #!/bin/bash
-# Unpacks Debian's (or Ubuntu's) Slurm into .slurm at the top of the checkout, for tests/test_slurm.py; installs nothing.
+# Unpacks Debian's or Ubuntu's Slurm into .slurm at the top of the checkout, for tests/test_slurm.py; installs nothing.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ ! -d .slurm ] || exit 0
