@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline import runs
+from dpo_pipeline import locks, runs
 from dpo_pipeline.config import Run, build, main
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.machine import check_device, gigabytes, peak_memory, together
@@ -21,7 +21,7 @@ def run_dpo(run: Run) -> dict[str, Any]:
     if run.check:
         check_run(run, folder)
         return {}
-    with runs.held(folder):
+    with locks.held(folder):
         return train_and_compare(run, folder)
 
 
@@ -191,7 +191,7 @@ def compare_policies(run: Run, on: Any) -> dict[str, Any]:
     dpo = compare.Policy(f"dpo/{run.variant}", run.dpo_folder / "final", run.dpo_folder, before[0].name)
     measure_shared([dpo, *before], base.name, on["eval.json"], "eval.json")
     measure_shared([dpo, before[0]], None, on["validation.json"], "validation.json")
-    with runs.alone(run.home / "results.json"):
+    with locks.alone(run.home / "results.json"):
         results = compare.gather(run.home)
     names = [policy.name for policy in reversed([dpo, *before])]
     measured = results["policies"][dpo.name]
@@ -216,7 +216,7 @@ def measure_shared(policies: list[Any], base: str | None, on: Any, file: str) ->
 
     with contextlib.ExitStack() as held:
         if missing():
-            held.enter_context(runs.alone(policies[-1].folder / file))
+            held.enter_context(locks.alone(policies[-1].folder / file))
             if not missing():  # another job was faster
                 held.close()
         compare.measure(policies, base, on, file)

@@ -21,7 +21,8 @@ from typing import Any
 
 from dpo_pipeline.config import CONF, Run
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.machine import git_state, is_main_process, processes, together, versions
+from dpo_pipeline.locks import in_use, this_process
+from dpo_pipeline.machine import git_state, is_main_process, processes, versions
 from dpo_pipeline.naming import NOT_IDENTITY, loss_names
 from dpo_pipeline.policies import base_of, is_adapter
 
@@ -174,59 +175,6 @@ def is_complete(checkpoint: Path) -> bool:
     return all(zipfile.is_zipfile(file) for file in saved)  # torch's files are, and have their list at the end
 
 
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a run's folder while this process lives, on rank 0 for all; raises PipelineError naming who holds it.
-
-    By a lock of the system, which dies with its holder; a `running` left there is then nobody's.
-    """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-
-    def acquire() -> None:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise PipelineError(in_use(folder, json.loads(Path(lock.lock_file).read_text() or "null"))) from None
-        Path(lock.lock_file).write_text(json.dumps(this_process()), encoding="utf-8")
-        status = read_json(folder / "status.json")
-        if status is not None and status["state"] == "running":
-            write_json(folder / "status.json", {**status, "state": "interrupted"})
-
-    together(acquire)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def this_process() -> dict[str, Any]:
-    """What others are told of who holds a folder."""
-    return {"pid": os.getpid(), "host": socket.gethostname()}
-
-
-def in_use(folder: Path, holder: dict[str, Any] | None) -> str:
-    """The sentence for a folder that another process holds; `holder` is None while that one is just starting."""
-    who = f"process {holder['pid']} on {holder['host']}" if holder else "a process that has just started"
-    return f"{folder} is in use by {who}: wait for it or end it"
-
-
-def holder(folder: Path) -> dict[str, Any] | None:
-    """The process that holds a run's folder, or None where it is free."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    if not Path(lock.lock_file).exists():
-        return None
-    try:
-        with lock.acquire(timeout=0):
-            return None
-    except Timeout:
-        return json.loads(Path(lock.lock_file).read_text() or "null") or {"pid": "?", "host": "?"}
-
-
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The whole lines of a run's metrics.jsonl; one that a kill cut short is none."""
     file = folder / "metrics.jsonl"
@@ -240,22 +188,14 @@ def last_loss(folder: Path) -> str:
     return f"loss {losses[-1][0]:.4f} at step {losses[-1][1]}" if losses else "no step yet"
 
 
-@contextlib.contextmanager
-def alone(place: Path) -> Iterator[None]:
-    """Wait until no other process is making what lies at `place`; the wait ends with the other's life too."""
-    from filelock import FileLock
-
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.with_name(f".{place.name}.lock")):
-        yield
-
-
 def claim(run: Run, stage: str, folder: Path) -> tuple[dict[str, Any], str]:
     """The identity of a run, and `new`, `resume` or `done` for its folder, moved aside where it may be replaced.
 
     What is replaced lies in `aside` until the new run is done, so that broken input costs no finished one.
     """
-    mine = identity(run, stage)
+    mine, status = identity(run, stage), read_json(folder / "status.json")
+    if status is not None and status["state"] == "running":  # who holds the folder knows better, whatever the host
+        write_json(folder / "status.json", {**status, "state": "interrupted"})
     decision = decide(folder, mine, run.overwrite)
     if decision == "resume":
         cut_back(folder)

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from dpo_pipeline import runs
+from dpo_pipeline import locks, runs
 from dpo_pipeline.config import Run, main
 from dpo_pipeline.machine import check_device, gigabytes, is_main_process, peak_memory, together
 from dpo_pipeline.tracking import tracked
@@ -17,7 +17,7 @@ def run_sft(run: Run) -> Path:
     if run.check:
         check_run(run, folder)
         return folder
-    with runs.held(folder):
+    with locks.held(folder):
         return train(run, folder)
 
 

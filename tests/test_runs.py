@@ -7,11 +7,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dpo_pipeline import runs
+from dpo_pipeline import locks, runs
 from dpo_pipeline.config import compose
 from dpo_pipeline.dpo import claim
 from dpo_pipeline.errors import PipelineError
@@ -164,7 +165,7 @@ HOLDS = """
 import sys, time
 from pathlib import Path
 from dpo_pipeline import runs
-with runs.held(Path(sys.argv[1])):
+with locks.held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -175,26 +176,27 @@ def test_of_two_at_once_one_runs_and_the_other_says_who_until_that_one_is_gone(t
     holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        assert runs.holder(folder) == {"pid": holder.pid, "host": socket.gethostname()}
+        assert locks.holder(folder) == {"pid": holder.pid, "host": socket.gethostname()}
         told = f"{folder} is in use by process {holder.pid} on {socket.gethostname()}: wait for it or end it"
-        with pytest.raises(PipelineError, match=told), runs.held(folder):
+        with pytest.raises(PipelineError, match=told), locks.held(folder):
             pass
         lay(folder, "running", {"beta": 0.1}, pid=holder.pid)
     finally:
         holder.kill()
         holder.wait()
-    assert runs.holder(folder) is None
-    with runs.held(folder):  # whatever the status of the one that was killed says, on this host or another
+    assert locks.holder(folder) is None
+    with locks.held(folder):
         assert runs.state(folder) == "interrupted"
 
 
-def test_a_running_of_another_host_is_nobody_s_once_its_lock_is_free(tmp_path):
+def test_a_running_of_another_host_is_nobody_s_for_who_holds_the_folder(tmp_path, monkeypatch):
     lay(tmp_path / "a", "running", {"beta": 0.1})
     status = runs.read_json(tmp_path / "a" / "status.json")
     runs.write_json(tmp_path / "a" / "status.json", {**status, "host": "node-that-burnt-down"})
     assert runs.state(tmp_path / "a") == "running"
-    with runs.held(tmp_path / "a"):
-        assert runs.decide(tmp_path / "a", {"beta": 0.1}, overwrite=False) == "resume"
+    monkeypatch.setattr(runs, "identity", lambda *args: {"beta": 0.1})
+    with locks.held(tmp_path / "a"):
+        assert runs.claim(SimpleNamespace(overwrite=False), "dpo", tmp_path / "a")[1] == "resume"
 
 
 def saved_at(folder, step: int, files: dict[str, bytes]) -> Path:

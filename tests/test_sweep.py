@@ -16,7 +16,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra_plugins.dpo_pipeline import launcher
 
-from dpo_pipeline import config, runs
+from dpo_pipeline import config, locks, runs
 from dpo_pipeline.config import CONF
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
@@ -223,14 +223,14 @@ def test_a_launch_file_for_deepspeed_without_deepspeed_is_refused(launched, monk
 
 
 def test_a_job_that_another_sweep_runs_is_waited_for(launched, small, capsys, monkeypatch):
-    folder, looks, holder = small("variant=fake-0.1").dpo_folder, [], runs.holder
+    folder, looks, holder = small("variant=fake-0.1").dpo_folder, [], locks.holder
 
     def looked(place):
         looks.append(place)
         return holder(place) if len(looks) < 6 else None  # then the other has ended
 
-    monkeypatch.setattr(launcher.runs, "holder", looked)
-    with runs.held(folder):
+    monkeypatch.setattr(launcher.locks, "holder", looked)
+    with locks.held(folder):
         assert len(launched("", "0.1")) == 1
     printed = capsys.readouterr().out
     assert 0 <= printed.index(f"elsewhere, process {os.getpid()} on ") < printed.index(": running")

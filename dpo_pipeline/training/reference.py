@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from dpo_pipeline import runs
+from dpo_pipeline import locks, runs
 from dpo_pipeline.config import Run
 from dpo_pipeline.machine import is_main_process, together
 from dpo_pipeline.policies import Loading
@@ -56,7 +56,7 @@ def cache(trainer: Any, place: Path, allowed: Any) -> None:
     with contextlib.ExitStack() as held:
 
         def found() -> Values | None:
-            held.enter_context(runs.alone(place))  # of two jobs at once, one computes
+            held.enter_context(locks.alone(place))  # of two jobs at once, one computes
             return read(place, trainer)
 
         values = together(found)

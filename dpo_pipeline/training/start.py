@@ -17,9 +17,10 @@ from dpo_pipeline.config import Run, build
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.data.tokens import Lengths, end_tokens, tell, tokenize
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.locks import alone
 from dpo_pipeline.machine import processes, together
 from dpo_pipeline.policies import Loading, load_config
-from dpo_pipeline.runs import alone, content_hash
+from dpo_pipeline.runs import content_hash
 from dpo_pipeline.training.trainer import sharded
 
 log = logging.getLogger(__name__)

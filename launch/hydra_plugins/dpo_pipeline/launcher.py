@@ -21,7 +21,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from dpo_pipeline import runs
+from dpo_pipeline import locks, runs
 from dpo_pipeline.config import Run, checked, sweep_in_ranks
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.machine import processes, visible_gpus
@@ -128,7 +128,7 @@ class ProcessLauncher(Launcher):
         try:
             decision = runs.decide(job.folder, runs.identity(job.run, self.stage), job.run.overwrite)
         except PipelineError as error:
-            if runs.holder(job.folder) is None:
+            if locks.holder(job.folder) is None:
                 self.tell(job, "failed", str(error))
             return False
         return decision == "done" and (self.stage == "sft" or (job.folder / "eval.json").is_file())
@@ -139,10 +139,10 @@ class ProcessLauncher(Launcher):
             job.output.close()
             self.free += job.gpus
             self.tell(job, *self.outcome(job))
-        elif job.state == "elsewhere" and runs.holder(job.folder) is None:
+        elif job.state == "elsewhere" and locks.holder(job.folder) is None:
             job.state = "waiting"
         elif job.state == "waiting" and sum(j.state in ("running", "elsewhere") for j in self.jobs) < slots:
-            if who := runs.holder(job.folder):  # of a sweep that was killed, or in another terminal
+            if who := locks.holder(job.folder):  # of a sweep that was killed, or in another terminal
                 self.tell(job, "elsewhere", f"process {who['pid']} on {who['host']}, which is waited for")
             else:
                 self.start(job)
