@@ -164,7 +164,7 @@ def test_a_run_that_is_replaced_is_kept_until_the_new_one_is_done(small, sft, tm
 HOLDS = """
 import sys, time
 from pathlib import Path
-from dpo_pipeline import runs
+from dpo_pipeline import locks
 with locks.held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
