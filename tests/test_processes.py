@@ -42,9 +42,10 @@ STAGES = {"sft": run_sft, "dpo": run_dpo}
 def a_rank() -> None:
     """The stage named by STAGE; leaves what this rank saw in the folder SEEN.
 
-    With SIGNAL, Ctrl-C at step 7: of `rank` 1 alone, or of the `launcher`, which is what a terminal does to it.
+    With SIGNAL, say `launcher SIGINT`, that signal at step 7: to `rank` 1 alone, or as a terminal does to the `launcher`.
     """
-    rank, seen, sent = int(os.environ["RANK"]), {"tokenized": 0}, os.environ.get("SIGNAL")
+    rank, seen = int(os.environ["RANK"]), {"tokenized": 0}
+    sent, _, name = os.environ.get("SIGNAL", "").partition(" ")
     os.umask(0 if rank else 0o022)  # who made a file shows
     if os.environ.get("ACCELERATE_USE_FSDP"):
         fsdp_on_cpu()
@@ -73,9 +74,9 @@ def a_rank() -> None:
     def signalled(self, args, state, control, **kwargs):
         step_end(self, args, state, control, **kwargs)
         if sent == "rank" and rank == 1 and state.global_step == 7:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.Signals[name])
         if sent == "launcher" and rank == 0 and state.global_step == 7:
-            os.kill(os.getppid(), signal.SIGINT)  # its children, in sessions of their own, hear of it from it
+            os.kill(os.getppid(), signal.Signals[name])  # its children, in sessions of their own, hear of it from it
         if sent == "launcher" and state.global_step >= 7:
             time.sleep(0.5)
 
@@ -267,8 +268,8 @@ def test_no_rank_gives_up_while_rank_0_prepares(two_of_dpo):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "sent"), [("sft", "rank"), ("dpo", "launcher")])
-def test_ctrl_c_stops_both_ranks_at_one_step_and_the_command_goes_on(stage, sent, typed, one, tmp_path):
+@pytest.mark.parametrize(("stage", "sent"), [("sft", "rank SIGUSR1"), ("dpo", "launcher SIGTERM")])
+def test_a_signal_stops_both_ranks_at_one_step_and_the_command_goes_on(stage, sent, typed, one, tmp_path):
     other, _ = one(stage, "r8")
     folder = other.parent / "stopped"
     call = (stage, *typed, "lora=r8", f"{'sft_variant' if stage == 'sft' else 'variant'}=stopped")
@@ -327,7 +328,7 @@ def test_two_ranks_have_the_gradients_and_losses_of_one(kind, stage, how, typed,
 def test_a_sharded_run_that_was_stopped_goes_on_and_in_whole_copies_it_is_refused(typed, small, sft, tmp_path):
     whole, stopped = small("sft_variant=whole-fsdp"), ("sft", *typed, "sft_variant=stopped-fsdp")
     STAGES["sft"](whole)
-    done, seen = two_ranks(tmp_path, *stopped, SIGNAL="launcher", **FSDP2)
+    done, seen = two_ranks(tmp_path, *stopped, SIGNAL="launcher SIGINT", **FSDP2)
     assert done.returncode != 0
     folder = whole.sft_folder.with_name("stopped-fsdp")
     assert runs.newest_checkpoint(folder).name == f"checkpoint-{seen[1]['step']}"
