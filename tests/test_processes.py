@@ -42,7 +42,7 @@ STAGES = {"sft": run_sft, "dpo": run_dpo}
 def a_rank() -> None:
     """The stage named by STAGE; leaves what this rank saw in the folder SEEN.
 
-    With SIGNAL, say `launcher SIGINT`, that signal at step 7: to `rank` 1 alone, or as a terminal does to the `launcher`.
+    With SIGNAL, say `launcher SIGINT`, that signal comes at step 7, to `rank` 1 alone or to the `launcher`.
     """
     rank, seen = int(os.environ["RANK"]), {"tokenized": 0}
     sent, _, name = os.environ.get("SIGNAL", "").partition(" ")
