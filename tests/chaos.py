@@ -196,13 +196,14 @@ def survive(command: Command, root: Path, aims: list[str], rng: random.Random, k
             for number, line in enumerate(command.writes)
             if phase(command.writes[: number + 1]) == aim and (str(command.peace) in line or "remove" in line)
         ]
-        at, sign, delay = -1, None, rng.uniform(0.02, 0.98) * command.seconds
+        at, sign, delay = -1, None, rng.uniform(0.02, 0.9) * command.seconds
         if of_aim:
             at, sign, delay = rng.choice(of_aim), root.with_suffix(".here"), rng.uniform(0, 0.03)
         process = command.start(root, at, halts=rng.random() < 0.6)
         if not moment_comes(process, sign, delay):
+            print("ended before it was killed", end=", ", flush=True)
             break
-        how = kill(process, rng if command.launcher and rng.random() < 0.3 else None)
+        how = kill(process, rng if command.launcher and rng.random() < 0.5 else None)
         written = root.with_suffix(".writes")
         where = phase(written.read_text().splitlines()) if written.exists() else "start"
         kills[where] += 1
