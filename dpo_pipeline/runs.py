@@ -237,7 +237,8 @@ def decide(folder: Path, mine: dict[str, Any], overwrite: bool) -> str:
     if found == "running":
         raise PipelineError(in_use(folder, read_json(folder / "status.json")))
     if manifest is None:
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        # What a kill before the first manifest leaves is none of anybody's.
+        if folder.is_file() or (folder.is_dir() and any(file.suffix != ".partial" for file in folder.iterdir())):
             raise PipelineError(f"{folder} holds files but no run: choose another place with variant=, name= or root=")
         return "new"
     theirs = manifest["identity"]
@@ -308,8 +309,8 @@ def recording(run: Run, stage: str, folder: Path, mine: dict[str, Any]) -> Itera
     }
     status = {"state": "running", "step": 0, "error": None, **this_process()}
     record = Record(folder, manifest, status)
+    record.save_manifest()  # first: a folder without it is nobody's run
     record.save_status()
-    record.save_manifest()
     if is_main_process():
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(run)), encoding="utf-8")
     with logged(folder / "train.log"):

@@ -226,3 +226,19 @@ def test_torn_checkpoints_are_never_resumed_from_and_go_before_a_run_goes_on(tmp
     assert kept.is_dir()
     assert not [place for place in torn if place.exists()]
     assert runs.metrics(tmp_path) == rows[:2]
+
+
+def test_a_run_killed_before_its_first_status_or_manifest_is_whole_goes_on(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "manifest.json.7.partial").write_text('{"identi')
+    assert runs.decide(folder, {"beta": 0.1}, overwrite=False) == "new"
+    runs.write_json(folder / "manifest.json", {"identity": {"beta": 0.1}})
+    assert runs.decide(folder, {"beta": 0.1}, overwrite=False) == "resume"
+
+
+def test_the_manifest_is_written_before_the_status(small, tmp_path, monkeypatch):
+    written, write = [], runs.write_json
+    monkeypatch.setattr(runs, "write_json", lambda path, content: written.append(path.name) or write(path, content))
+    with runs.recording(small(), "sft", tmp_path / "a", {}):
+        assert written == ["manifest.json", "status.json"]
