@@ -107,7 +107,7 @@ def explain(error: BaseException, keys: list[str], groups: dict[str, list[str]])
             group = "/".join((inner.missing_cfg_file or "").split("/")[:-1])
             if not group:
                 return f"there is no config named {option}"
-            if option.startswith("submitit"):
+            if option in ("submitit_slurm", "submitit_local"):
                 return f"{group}={option} needs its plugin, which is not installed: `pip install -e '.[slurm]'`"
             options = sorted(inner.options or groups[group])
             return f"{group}={option} is no option{nearest(option, options) or ': there are ' + ', '.join(options)}"

@@ -169,7 +169,7 @@ REFUSED = [
     (["lora.r=3"], "a key was set under a group that is none"),
     (["variant=a=b"], "variant=a=b cannot be read"),
     (["beta"], "beta cannot be read"),
-    (["report_to=wanb"], "report_to=wanb is none of its values: none, wandb, tensorboard: did you mean wandb"),
+    (["report_to=wanb"], "report_to=wanb is none of its values: none, wandb, tensorboard, trackio, mlflow: did you"),
     (["++dpo.loss_type=3"], "dpo.loss_type=3 names no loss"),
     (["~dpo.loss_type"], "dpo.loss_type is missing"),
     (["lora=null"], "a config group cannot be null"),
