@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ import psutil
 from dpo_pipeline import runs
 from dpo_pipeline.config import CONF
 
-NAMES = ("name=tiny", "sft_variant=sft", "variant=dpo", "sft.logging_steps=3", "dpo.logging_steps=3")
+INTERVAL = 3  # steps between two logs; checkpoints come at every second step, so that some cut it
+LOGS = (f"sft.logging_steps={INTERVAL}", f"dpo.logging_steps={INTERVAL}")
+NAMES = ("name=tiny", "sft_variant=sft", "variant=dpo")
 TWO = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
 PHASES = {  # by what was written last; before any of it, a run is in its start
     "base": r"/base/model",
@@ -73,7 +76,7 @@ class Command:
             "CUDA_VISIBLE_DEVICES": "",
         }
         with root.with_suffix(".log").open("a") as log:
-            call = [sys.executable, *module, *SMALL, *NAMES, f"root={root}", *self.typed]
+            call = [sys.executable, *module, *SMALL, *LOGS, *NAMES, f"root={root}", *self.typed]
             return subprocess.Popen(call, cwd=CONF.parent, env=os.environ | variables, stdout=log, stderr=log)
 
     def folder(self, root: Path) -> Path:
@@ -161,19 +164,19 @@ def torn(root: Path) -> list[str]:
     return found
 
 
-def logged(folder: Path, resumed: set[int] = frozenset()) -> list[dict[str, Any]]:
+def logged(folder: Path, resumed: Collection[int] = ()) -> list[dict[str, Any]]:
     """metrics.jsonl without timings, and without the means over logging intervals that a step of `resumed` cuts."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if "train_loss" not in row]  # the summary of the part since the last start
     for row in rows:
-        cut = "loss" in row and any(row["step"] - 3 < step < row["step"] for step in resumed)
+        cut = "loss" in row and any(row["step"] - INTERVAL < step < row["step"] for step in resumed)
         for key in list(row):
             if key.endswith(TIMING) or (cut and key not in ("step", "epoch", "learning_rate", "grad_norm")):
                 del row[key]
     return rows
 
 
-def differences(command: Command, root: Path, resumed: set[int]) -> list[str]:
+def differences(command: Command, root: Path, resumed: Collection[int]) -> list[str]:
     """What a run ended with that is not what it ended with in peace."""
     mine, theirs = command.folder(root), command.folder(command.peace)
     lost = [file.relative_to(theirs) for file in theirs.rglob("*") if not (mine / file.relative_to(theirs)).exists()]
@@ -258,7 +261,7 @@ def main() -> None:
     print(f"{kills.total()} kills: {told}. {ended.total()} runs in {time.monotonic() - began:.0f} s: ", end="")
     if ended["differ"]:
         sys.exit(f"{ended['differ']} did not end as in peace, kept in {places}")
-    print("all ended as in peace")
+    print("all ended as in peace, no JSON was torn")
     shutil.rmtree(places)
 
 

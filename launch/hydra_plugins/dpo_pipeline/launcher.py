@@ -131,7 +131,8 @@ class ProcessLauncher(Launcher):
             if locks.holder(job.folder) is None:
                 self.tell(job, "failed", str(error))
             return False
-        return decision == "done" and (self.stage == "sft" or (job.folder / "eval.json").is_file())
+        measured = all((job.folder / file).is_file() for file in ("eval.json", "validation.json"))
+        return decision == "done" and (self.stage == "sft" or measured)
 
     def look_at(self, job: Job, slots: int) -> None:
         """Start a job where there is a place for it, and tell where one has ended."""
@@ -157,6 +158,7 @@ class ProcessLauncher(Launcher):
         if len(job.gpus) > 1:
             processes = ["--num_processes", str(len(job.gpus)), "--main_process_port", "0"]  # 0: any that is free
             call += ["-m", "accelerate.commands.launch", "--config_file", self.launch_file, *processes]
+            environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "600"  # a large checkpoint takes longer than its 30 s
         # Else an experiment that is a sweep itself would start sweeps without end.
         call += ["-m", f"dpo_pipeline.{self.stage}", *job.typed, "hydra.mode=RUN"]
         job.log.parent.mkdir(parents=True, exist_ok=True)
@@ -198,13 +200,12 @@ class ProcessLauncher(Launcher):
         failed = [job for job in self.jobs if job.state != "done"]
         for home in dict.fromkeys(job.run.home for job in self.jobs if self.stage == "dpo"):
             reasons = {job.folder.name: f"{job.state}: {job.why}" for job in failed if job.run.home == home}
-            budget = next(job.run.evaluation.kl_budget for job in self.jobs)
-            print("\n" + variants.report(home, budget, reasons), flush=True)
+            print("\n" + variants.report(home, self.jobs[0].run.evaluation.kl_budget, reasons), flush=True)
             print(f"\nWritten: {home}/report/sweep.md, sweep.csv, sweep.png, reward_kl_frontier.png", flush=True)
 
     def stop(self) -> None:
         """Ask every job to stop at a checkpoint, and wait for it; a second Ctrl-C kills them."""
-        running = [job for job in self.jobs if job.state == "running"]
+        running = [job for job in self.jobs if job.process is not None and job.process.poll() is None]
         print(f"stopping {len(running)} job(s) at a checkpoint: the same command goes on from there", flush=True)
         try:
             for job in running:
