@@ -112,10 +112,10 @@ def over_seeds(measured: list[dict[str, Any]], key: str) -> dict[str, Any]:
     measured on the same rows, whose noise more seeds do not lessen.
     """
     found = [m[key] for m in measured]
-    if len(found) == 1 or found[0]["low"] is None:
+    if len(found) == 1:
         return found[0]
     mean = estimates.mean([f["value"] for f in found])
-    rows = sum(f["high"] - f["low"] for f in found) / (2 * len(found))
+    rows = sum(f["high"] - f["low"] for f in found if f["low"] is not None) / (2 * len(found))
     half = math.hypot(mean["high"] - mean["value"], rows)
     return {**mean, "low": mean["value"] - half, "high": mean["value"] + half}
 
@@ -129,11 +129,14 @@ def recommendation(variants: list[Variant], judge: str | None, kl_budget: float)
     rule = f"largest {name} on validation with a KL of at most {kl_budget:g} nats"
     measured = {key: [v.validation for v in group] for key, group in groups(variants).items()}
     within = {key: over_seeds(m, aim) for key, m in measured.items() if over_seeds(m, "kl")["value"] <= kl_budget}
+    if not measured:
+        return "Recommended: none; nothing is measured."
     if not within:
         return f"Recommended: none; no beta has a KL of at most {kl_budget:g} nats on validation. Take larger betas."
     best = max(within, key=lambda key: within[key]["value"])
-    low = within[best]["low"] if within[best]["low"] is not None else within[best]["value"]
-    near = [key for key, found in within.items() if key != best and (found["high"] or found["value"]) >= low]
+    # Of one row the interval is unknown: all others may be as good.
+    low = -math.inf if within[best]["low"] is None else within[best]["low"]
+    near = [key for key, e in within.items() if key != best and (math.inf if e["high"] is None else e["high"]) >= low]
     several = len({setting for setting, _ in within}) > 1
     names = {key: f"beta {key[1]:g}" + (f" ({key[0]})" if several else "") for key in within}
     text = f"Recommended: {names[best]}, {name} {shown(within[best])} ({rule})."
