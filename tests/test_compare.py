@@ -26,12 +26,13 @@ def measured_names(monkeypatch):
 
 
 def test_base_and_sft_are_measured_once_for_a_name_and_scaled_to_another_beta(small, sft, tmp_path, measured_names):
-    shutil.copytree(small().home, tmp_path / "small", ignore=shutil.ignore_patterns("eval.json", "dpo"))
+    shutil.copytree(small().home, tmp_path / "small", ignore=shutil.ignore_patterns("eval.json", "validation.json", "dpo"))
+    on_test, on_validation = ["sft/full", "base"], ["sft/full"]  # beside the DPO itself
     root = f"root={tmp_path}"
     first = run_dpo(small(root, "variant=one", "beta=0.1", *STEPS))["policies"]
-    assert measured_names == ["dpo/one", "sft/full", "base"]
+    assert measured_names == ["dpo/one", *on_test, "dpo/one", *on_validation]
     second = run_dpo(small(root, "variant=two", "beta=0.5", *STEPS))["policies"]
-    assert measured_names[3:] == ["dpo/two"]
+    assert measured_names[5:] == ["dpo/two", "dpo/two"]
     assert list(second) == ["base", "sft/full", "dpo/one", "dpo/two"]
     before, after = (found["sft/full"]["against"]["base"] for found in (first, second))
     assert after["margin_nats"] == before["margin_nats"]
@@ -43,7 +44,7 @@ def test_base_and_sft_are_measured_once_for_a_name_and_scaled_to_another_beta(sm
     run_dpo(
         small(root, "variant=two", "beta=0.5", "evaluation.prompts=3", *STEPS)
     )  # done, but asked for other prompts
-    assert measured_names[4:] == ["dpo/two", "sft/full", "base"]
+    assert measured_names[7:] == ["dpo/two", *on_test, "dpo/two", *on_validation]
     assert len(json.loads((tmp_path / "small" / "sft" / "full" / "samples.json").read_text())) == 3
 
 
