@@ -26,7 +26,8 @@ def measured_names(monkeypatch):
 
 
 def test_base_and_sft_are_measured_once_for_a_name_and_scaled_to_another_beta(small, sft, tmp_path, measured_names):
-    shutil.copytree(small().home, tmp_path / "small", ignore=shutil.ignore_patterns("eval.json", "validation.json", "dpo"))
+    unmeasured = shutil.ignore_patterns("eval.json", "validation.json", "dpo")
+    shutil.copytree(small().home, tmp_path / "small", ignore=unmeasured)
     on_test, on_validation = ["sft/full", "base"], ["sft/full"]  # beside the DPO itself
     root = f"root={tmp_path}"
     first = run_dpo(small(root, "variant=one", "beta=0.1", *STEPS))["policies"]
