@@ -8,6 +8,7 @@ from typing import Any
 
 from dpo_pipeline.config import Run, build
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.locks import alone
 from dpo_pipeline.machine import together
 from dpo_pipeline.policies import Loading, base_of, is_adapter, load_config, load_policy, load_tokenizer
 from dpo_pipeline.training.arguments import weights_dtype
@@ -155,7 +156,12 @@ def on_meta(run: Run, base: str | Path, lora: Any) -> Any:
 def load_start(run: Run, start: Start) -> Any:
     """The starting policy, merged first where it has to be, ready to train."""
     if start.into:
-        together(lambda: merge(Path(start.source), start.into, loading(run)))
+
+        def merged() -> None:
+            with alone(start.into):  # of the jobs of a sweep one does it
+                merge(Path(start.source), start.into, loading(run))
+
+        together(merged)
     return load_policy(start.weights, loading(run), trainable=True)
 
 
