@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -393,6 +394,26 @@ def test_make_starts_as_many_processes_as_gpus_are_asked_for(target):
         call = ["make", "-n", target, gpus, "ARGS=beta=0.3", "PYTHON=python3"]
         plan = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         assert f"/bin/{start_of_call} dpo_pipeline.{target} beta=0.3" in plan
+
+
+def test_make_says_what_deepspeed_needs(tmp_path):
+    if find_spec("deepspeed"):
+        pytest.skip("deepspeed is here")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / ".installed").touch()
+    call = ["make", "dpo", "LAUNCH=zero2", "GPUS=2", f"VENV={tmp_path}"]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "error: LAUNCH=zero2 needs DeepSpeed, which is not installed: " in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_launch_file_that_says_a_precision_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # what Accelerate makes of it
+    monkeypatch.setattr(sys, "argv", ["dpo"])
+    with pytest.raises(SystemExit, match="the launch file says mixed_precision: fp16: take that out"):
+        main(run_dpo)
 
 
 def test_make_check_looks_at_both_stages():

@@ -242,3 +242,13 @@ def test_the_manifest_is_written_before_the_status(small, tmp_path, monkeypatch)
     monkeypatch.setattr(runs, "write_json", lambda path, content: written.append(path.name) or write(path, content))
     with runs.recording(small(), "sft", tmp_path / "a", {}):
         assert written == ["manifest.json", "status.json"]
+
+
+def test_another_number_of_processes_is_told_and_another_way_to_hold_weights_refused(small, tmp_path, caplog):
+    runs.write_json(tmp_path / "a" / "manifest.json", {"seconds": 1.0, "world_size": 4, "sharded": None})
+    with caplog.at_level("INFO", logger="dpo_pipeline"), runs.recording(small(), "sft", tmp_path / "a", {}) as record:
+        assert "begun on 4 process(es), goes on on 1: the same global batch, not bit for bit" in caplog.text
+        record.save_manifest(sharded=None)
+        told = "was begun in whole copies and would go on in deepspeed on 2 processes: start it as then"
+        with pytest.raises(PipelineError, match=told):
+            record.save_manifest(sharded="deepspeed on 2 processes")
