@@ -199,10 +199,15 @@ def claim(run: Run, stage: str, folder: Path) -> tuple[dict[str, Any], str]:
     decision = decide(folder, mine, run.overwrite)
     if decision == "resume":
         cut_back(folder)
+    elif state(folder) == "done":  # so nothing waits for it: a kill has left what it replaced
+        shutil.rmtree(aside(folder), ignore_errors=True)
     if decision == "replace":
         print(f"replacing the {state(folder)} run in {folder}, kept in {aside(folder)} until the new one is done")
         if aside(folder).exists():  # the run that was finished; what lies here only tried to replace it
-            shutil.rmtree(folder)
+            gone = aside(folder).with_name(f"{folder.name}.gone")  # whole, or not there: a part is nobody's run
+            shutil.rmtree(gone, ignore_errors=True)
+            folder.rename(gone)
+            shutil.rmtree(gone)
         else:
             aside(folder).parent.mkdir(parents=True, exist_ok=True)
             folder.rename(aside(folder))
@@ -214,6 +219,7 @@ def cut_back(folder: Path) -> None:
     # Else the trainer counts a torn one as the newest when it deletes old ones.
     for torn in (place for place in (folder / "checkpoints").glob("checkpoint-*") if not is_complete(place)):
         print(f"removing {torn}: it was not written to its end")
+        (torn / "trainer_state.json").unlink(missing_ok=True)  # first: what a kill leaves is no checkpoint
         shutil.rmtree(torn)
     newest = newest_checkpoint(folder)
     step = int(newest.name.split("-")[1]) if newest else -1

@@ -252,3 +252,21 @@ def test_another_number_of_processes_is_told_and_another_way_to_hold_weights_ref
         told = "was begun in whole copies and would go on in deepspeed on 2 processes: start it as then"
         with pytest.raises(PipelineError, match=told):
             record.save_manifest(sharded="deepspeed on 2 processes")
+
+
+def test_what_a_kill_left_aside_never_costs_a_finished_run(tmp_path, monkeypatch):
+    folder = tmp_path / "dpo" / "a"
+    for at, beta in (
+        (runs.aside(folder), 0.1),
+        (folder, 0.3),
+    ):  # 0.3 replaced 0.1, was done, and killed before that went
+        lay(at, "done", {"beta": beta})
+    monkeypatch.setattr(runs, "identity", lambda *args: {"beta": 0.5})
+    runs.claim(SimpleNamespace(overwrite=True), "dpo", folder)
+    assert runs.read_json(runs.aside(folder) / "manifest.json")["identity"] == {"beta": 0.3}
+    assert not folder.exists()
+    lay(folder, "failed", {"beta": 0.5})  # the new one failed; a third one tries
+    monkeypatch.setattr(runs, "identity", lambda *args: {"beta": 0.7})
+    runs.claim(SimpleNamespace(overwrite=True), "dpo", folder)
+    assert runs.read_json(runs.aside(folder) / "manifest.json")["identity"] == {"beta": 0.3}
+    assert not folder.exists()
