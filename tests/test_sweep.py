@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -146,7 +147,7 @@ def test_submitit_runs_the_jobs_in_the_folders_that_each_command_alone_has(typed
 class FakeProcess:
     """A job's process that ends after some looks at it."""
 
-    started: list = []  # noqa: RUF012
+    started: ClassVar[list] = []
 
     def __init__(self, call, env, **options):
         self.call, self.gpus, self.looks, self.returncode = call, env.get("CUDA_VISIBLE_DEVICES"), 0, None
@@ -268,6 +269,18 @@ def test_the_largest_reward_within_the_budget_is_recommended(tmp_path):
     assert "All against sft/full: 100 test pairs and 50 sampled answers" in text
     assert "Recommended: beta 0.01," in variants.report(tmp_path, 60, {})
     assert "Recommended: none; no beta has a KL of at most 1 nats" in variants.report(tmp_path, 1, {})
+
+
+def test_the_choice_reads_validation_and_never_test(tmp_path):
+    for beta, on_validation, on_test in ((0.1, 0.7, 0.2), (0.3, 0.3, 0.9)):
+        folder = lay(tmp_path, beta, 0, kl=5, reward=on_validation, nats=5)
+        result = runs.read_json(folder / "eval.json")
+        result["own"]["score.truth"] = estimate(on_test, 0.05)
+        result["against"]["reference"]["kl"] = estimate(50 if beta == 0.1 else 1, 0.1)
+        runs.write_json(folder / "eval.json", result)
+    text = variants.report(tmp_path, 10, {})
+    assert "Recommended: beta 0.1, reward 0.700" in text
+    assert "0.900 [0.850, 0.950]" in text  # the table is of test
 
 
 def test_without_a_reward_the_largest_margin_in_nats_is_recommended(tmp_path):
