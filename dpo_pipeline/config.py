@@ -29,9 +29,13 @@ CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
     "sft_best": ("perplexity", "last"),
     "sft_target": (None, "chosen", "demonstration"),
+    "length.prompt": ("left", "drop"),
+    "length.answer": ("drop", "keep_eos", "cut"),
     "report_to": ("none", "wandb", "tensorboard", "trackio", "mlflow"),
 }
-SPLIT_KEYS = ("test_rows", "split_seed", "sft_target")  # of each data set; its other keys are its loader's arguments
+# Of each data set, from conf/dataset/common/; its other keys are its loader's arguments.
+ROW_KEYS = ("test_rows", "split_seed", "sft_target", "form", "on_bad_row")
+ROW_CHOICES = {"form": ("auto", "text", "messages"), "on_bad_row": ("drop", "error")}
 
 
 @dataclass
@@ -77,6 +81,8 @@ class Batch:
 class Length:
     max: int | None = None
     max_prompt: int | None = None
+    prompt: str = MISSING
+    answer: str = MISSING
 
 
 @dataclass
@@ -270,12 +276,8 @@ def check(cfg: DictConfig, typed: list[str], choices: dict[str, str]) -> Run:
             raise PipelineError(f"{key}={value} is none of its values: {names}{nearest(value, allowed)}")
     check_numbers(merged)
     for key in ("dataset", "sft_dataset"):
-        if (node := getattr(run, key)) is not None:
-            for name in sorted(set(SPLIT_KEYS) - set(node)):
-                raise PipelineError(f"{key} has no {name}: every option of conf/dataset/ sets {', '.join(SPLIT_KEYS)}")
-            if "path" in node and not node["path"]:
-                raise PipelineError(f"{key}.path has no value: type {key}.path=...")
-            check_arguments(key, {k: v for k, v in node.items() if k not in SPLIT_KEYS})
+        if getattr(run, key) is not None:
+            check_dataset(key, getattr(run, key))
     check_places(run)
     check_together(run)
     if "truth" in run.judge and run.dataset["_target_"] != "dpo_pipeline.data.reviews.load":
@@ -284,6 +286,29 @@ def check(cfg: DictConfig, typed: list[str], choices: dict[str, str]) -> Run:
         del run.judge["truth"]  # came with dataset@sft_dataset=reviews
     fill(run, typed, choices)
     return run
+
+
+def check_dataset(key: str, node: dict[str, Any]) -> None:
+    """Raise PipelineError where a data set's own keys, or those of the sets that it mixes, cannot be."""
+    for name in (name for name in ROW_KEYS if name not in node):
+        raise PipelineError(f"{key} has no {name}: begin its file with `defaults: [common/rows@_here_]`")
+    for name, allowed in ROW_CHOICES.items():
+        if node[name] not in allowed:
+            listed = ", ".join(allowed)
+            raise PipelineError(
+                f"{key}.{name}={node[name]} is none of its values: {listed}{nearest(node[name], allowed)}"
+            )
+    if "path" in node and not node["path"]:
+        raise PipelineError(f"{key}.path has no value: type {key}.path=...")
+    check_arguments(key, {k: v for k, v in node.items() if k not in ROW_KEYS})
+    if "columns" in node:
+        from dpo_pipeline.data import columns
+
+        columns.check(node["columns"])
+    for name, each in node["sets"].items() if "sets" in node else ():
+        if not isinstance(each, dict) or "_target_" not in each:
+            raise PipelineError(f"{key}.sets.{name}={each} is no data set: type +dataset@{key}.sets.{name}=OPTION")
+        check_dataset(f"{key}.sets.{name}", each)
 
 
 def check_numbers(merged: DictConfig) -> None:
@@ -372,6 +397,8 @@ def fill(run: Run, typed: list[str], choices: dict[str, str]) -> None:
             fields["learning_rate"] = rates[stage if run.lora is None else f"{stage}_lora"]
     fitting = (n for n in range(run.model.micro_size, 0, -1) if run.batch.global_size % (n * processes()) == 0)
     run.batch.micro_size = run.batch.micro_size or next(fitting, 1)
+    if run.debug:
+        run.sft_best = "last"  # of two steps the first, at the warm-up's rate of 0, may be the best: the bare base
     run.sft_target = run.sft_target or (run.sft_dataset or run.dataset)["sft_target"]
     name_folders(run, typed, choices)
     if run.policy not in ("sft", "base"):

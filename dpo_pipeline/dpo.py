@@ -29,11 +29,12 @@ def train_and_compare(run: Run, folder: Path) -> dict[str, Any]:
     """What `run_dpo` does in a folder that is this process's own."""
     mine, decision = together(lambda: claim(run))
     if decision == "done":
-        from dpo_pipeline.training import start
+        from dpo_pipeline.policies import load_tokenizer
 
         with runs.logged(folder / "train.log"):
             log.info("already done: %s", folder)
-            return together(lambda: compare_policies(run, measured_on(run, start.load_rows(run, "dpo"))))
+            tokenizer = load_tokenizer(run.model)
+            return together(lambda: compare_policies(run, prepared(run, tokenizer)[1][1]))
     with runs.recording(run, "dpo", folder, mine) as record:
         from dpo_pipeline.training import callbacks, guards, handoff, preflight, reference, room, start, trainer
         from dpo_pipeline.training.arguments import training_arguments
@@ -44,7 +45,7 @@ def train_and_compare(run: Run, folder: Path) -> dict[str, Any]:
         start.prepare_base(run)
         begin = handoff.dpo_start(run)
         tokenizer = handoff.tokenizer_of(run, begin)
-        rows, on = start.made_once(run, lambda: prepared(run, tokenizer))
+        rows, (account, on) = start.made_once(run, lambda: prepared(run, tokenizer))
         start.limit_steps(run, args, len(rows["train"]))
         room.check_room(run, "dpo", folder, begin)
         with preflight.memory_told(run, "dpo"):
@@ -52,9 +53,11 @@ def train_and_compare(run: Run, folder: Path) -> dict[str, Any]:
             log.info("DPO of %s on %d pairs, beta %g -> %s", begin, len(rows["train"]), run.beta, folder)
             dpo = trainer.build_dpo(policy, second, begin.lora, tokenizer, args, rows)
             told = f"{run.reference.path or begin.source} ({run.reference.mode})"
-            record.save_manifest(**start.facts(dpo, rows, begin.source, loading), handoff=str(begin), reference=told)
+            record.save_manifest(
+                **start.facts(dpo, rows, account, begin.source, loading), handoff=str(begin), reference=told
+            )
             ends, _ = start.ends_and_lengths(run, tokenizer)
-            batch = preflight.check_policy(dpo, ends, tokenizer.bos_token_id, rows["train"])
+            batch = preflight.check_policy(run, dpo, ends, tokenizer.bos_token_id, rows["train"])
             if begin.adapter and not begin.into:
                 preflight.check_adapter(dpo, begin.source)
             if run.policy == "sft":
@@ -89,11 +92,12 @@ def claim(run: Run) -> tuple[dict[str, Any], str]:
 
 
 def prepared(run: Run, tokenizer: Any) -> tuple[dict[str, Any], Any]:
-    """Train and validation pairs as token ids, and what the policies will be measured on: before any training."""
+    """Train and validation pairs as token ids, with their account and what the policies will be measured on."""
     from dpo_pipeline.training import start
 
-    rows = start.load_rows(run, "dpo")
-    return start.tokenized(run, "dpo", tokenizer, rows, "train", "validation"), measured_on(run, rows)
+    tables, account = start.prepared(run, "dpo", tokenizer, "train", "validation", "test")
+    on = measured_on(run, tokenizer, tables.pop("test"), tables["validation"])
+    return tables, (account, on)
 
 
 def check_run(run: Run, folder: Path) -> None:
@@ -116,7 +120,7 @@ def check_run(run: Run, folder: Path) -> None:
         begin = handoff.sft_to_come(run) if to_come else handoff.dpo_start(run)
         tokenizer = load_tokenizer(run.model) if to_come else handoff.tokenizer_of(run, begin)
         rows, _ = prepared(run, tokenizer)
-        preflight.check_rows(rows["train"], start.ends_and_lengths(run, tokenizer)[0], tokenizer.bos_token_id)
+        preflight.check_rows(run, rows["train"], start.ends_and_lengths(run, tokenizer)[0], tokenizer.bos_token_id)
         needed, free = room.check_room(run, "dpo", folder, begin)
         log.info(
             "check: DPO of %s on %d pairs -> %s (%s); writes up to %s of %s free",
@@ -137,27 +141,23 @@ def check_sft(run: Run) -> None:
         print(f"note: the SFT in {run.sft_folder} was made with other settings: {listed}")
 
 
-def measured_on(run: Run, rows: dict[str, list[dict]]) -> Any:
+def measured_on(run: Run, tokenizer: Any, test: Any, validation: Any) -> Any:
     """What base, SFT and DPO are measured on, by the file that will hold the result; before any training.
 
     The tables are of test rows, and what chooses between runs reads validation. Raises PipelineError where there are
     no test rows, or no room for a prompt beside an answer.
     """
     from dpo_pipeline.evaluation import compare
-    from dpo_pipeline.policies import load_config, load_tokenizer
     from dpo_pipeline.training import handoff, start
 
-    settings = run.evaluation
-    context = load_config(run.model).get_text_config().max_position_embeddings
+    settings, context = run.evaluation, start.context(run)
     if settings.max_new_tokens > context - 2:
         raise PipelineError(
             f"evaluation.max_new_tokens={settings.max_new_tokens} leaves no room for a prompt in the model's context "
             f"of {context} tokens: lower it"
         )
-    if not rows["test"]:
+    if not len(test):
         raise PipelineError("there are no test rows to measure on: raise dataset.test_rows")
-    tokenizer = load_tokenizer(run.model)
-    tables = start.tokenized(run, "dpo", tokenizer, rows, "test", "validation")
     how: dict[str, Any] = {
         "pairs": min(settings.pairs, 100) if run.debug else settings.pairs,
         "prompts": min(settings.prompts, 8) if run.debug else settings.prompts,
@@ -173,8 +173,8 @@ def measured_on(run: Run, rows: dict[str, list[dict]]) -> Any:
         "judges": {name: build(node) for name, node in run.judge.items()},
     }
     return {
-        "eval.json": compare.material(tables["test"], **how),
-        "validation.json": compare.material(tables["validation"], **how),
+        "eval.json": compare.material(test, **how),
+        "validation.json": compare.material(validation, **how),
     }
 
 

@@ -86,9 +86,10 @@ def identity(run: Run, stage: str) -> dict[str, Any]:
         stage: kept,
     }
     if stage == "sft":
-        parts |= {"dataset": run.sft_dataset or run.dataset, "sft_target": run.sft_target, "sft_best": run.sft_best}
+        learnt = {key: value for key, value in (run.sft_dataset or run.dataset).items() if key != "on_bad_row"}
+        parts |= {"dataset": learnt, "sft_target": run.sft_target, "sft_best": run.sft_best}
     else:
-        learnt = {key: value for key, value in run.dataset.items() if key != "sft_target"}
+        learnt = {key: value for key, value in run.dataset.items() if key not in ("sft_target", "on_bad_row")}
         parts |= {"dataset": learnt, "beta": run.beta, "reference": run.reference.mode, "policy": run.policy}
         parts["reference_path"] = by_content(run.reference.path, WEIGHTS)
         if run.policy == "sft" and state(run.sft_folder) == "done":
@@ -99,8 +100,10 @@ def identity(run: Run, stage: str) -> dict[str, Any]:
             parts |= {"policy": "folder", "starting_policy": policy, "starting_base": base}
         if "sft" in loss_names(run):
             parts["micro_size"] = run.batch.micro_size  # TRL takes that term per token of each micro batch
-    parts["dataset"] = {k: by_content(v) if k.endswith("path") else v for k, v in parts["dataset"].items()}
-    return dict(sorted(flat(parts).items()))
+    parts = flat(parts)
+    # Of a mixture each set has a path of its own.
+    local = {k: by_content(v) for k, v in parts.items() if k.startswith("dataset.") and k.endswith("path")}
+    return dict(sorted({**parts, **local}.items()))
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

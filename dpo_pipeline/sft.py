@@ -38,16 +38,16 @@ def train(run: Run, folder: Path) -> Path:
         preflight.check_rate(run, "sft")
         start.prepare_base(run)
         tokenizer, begin = load_tokenizer(run.model), handoff.sft_start(run)
-        rows, _ = start.made_once(run, lambda: (start.prepared(run, "sft", tokenizer), None))
+        rows, account = start.made_once(run, lambda: start.prepared(run, "sft", tokenizer, "train", "validation"))
         start.limit_steps(run, args, len(rows["train"]))
         room.check_room(run, "sft", folder, begin)
         with preflight.memory_told(run, "sft"):
             policy = handoff.load_start(run, begin)
             sft = trainer.build_sft(policy, begin.lora, tokenizer, args, rows)
-            record.save_manifest(**start.facts(sft, rows, run.model.path, loading))
+            record.save_manifest(**start.facts(sft, rows, account, run.model.path, loading))
             log.info("SFT of %s on %d answers -> %s", run.model.path, len(rows["train"]), folder)
             ends, _ = start.ends_and_lengths(run, tokenizer)
-            preflight.check_policy(sft, ends, tokenizer.bos_token_id, rows["train"])
+            preflight.check_policy(run, sft, ends, tokenizer.bos_token_id, rows["train"])
             probe = preflight.probe(sft)
             preflight.rehearse(sft, run, "sft")
             watch = [callbacks.ValidationPerplexity(sft), callbacks.Metrics(record), guards.Guards(sft)]
@@ -69,8 +69,8 @@ def check_run(run: Run, folder: Path) -> None:
         preflight.check_rate(run, "sft")
         decision = runs.decide(folder, runs.identity(run, "sft"), run.overwrite)
         tokenizer = load_tokenizer(run.model)
-        rows = start.prepared(run, "sft", tokenizer)
-        preflight.check_rows(rows["train"], start.ends_and_lengths(run, tokenizer)[0], tokenizer.bos_token_id)
+        rows, _ = start.prepared(run, "sft", tokenizer, "train", "validation")
+        preflight.check_rows(run, rows["train"], start.ends_and_lengths(run, tokenizer)[0], tokenizer.bos_token_id)
         needed, free = room.check_room(run, "sft", folder, handoff.sft_start(run))
         log.info(
             "check: SFT of %s on %d answers -> %s (%s); writes up to %s of %s free",

@@ -4,18 +4,20 @@ import gzip
 import json
 
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_pipeline.data import hh_rlhf, instruction_preference, json_file
+from dpo_pipeline.config import Length, build, compose
+from dpo_pipeline.data import hh_rlhf, tokens
+from dpo_pipeline.data.account import Account
 from dpo_pipeline.data.splits import hold_out, load_splits
-from dpo_pipeline.data.tokens import Lengths, end_tokens, tokenize
+from dpo_pipeline.data.tokens import Lengths, encoded, end_tokens, tokenize
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.runs import content_hash
 from dpo_pipeline.training.tiny import word_tokenizer
 
 WIDE = Lengths(512, 256)
-SPLIT = {"test_rows": 2, "split_seed": 0, "sft_target": "chosen"}
+PAIR = ("chosen", "rejected")
 CHATML = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
@@ -40,6 +42,24 @@ def write(path, rows) -> str:
     return str(path)
 
 
+def rows_of(*rows: dict) -> list[dict]:
+    """Rows as a loader gives them, numbered."""
+    return [{"source": "s", "origin": f"row {i}", **row} for i, row in enumerate(rows)]
+
+
+def told(table) -> Account:
+    account = Account()
+    account.read["s"] = json.loads(table.info.description)["fitted"]
+    account.hear(json.loads(table.info.description))
+    return account
+
+
+def splits_of(path, *overrides: str, answers: tuple[str, ...] = PAIR, **kwargs):
+    """What `dataset=json` makes of a file."""
+    node = compose(["dataset=json", f"dataset.path={path}", "dataset.test_rows=2", *overrides]).dataset
+    return load_splits(node, answers, False, **kwargs)
+
+
 def pairs(count: int, prompts: int | None = None) -> list[dict]:
     return [
         {"prompt": f"p{i % (prompts or count)}", "chosen": f" good{i}", "rejected": f" bad{i}"} for i in range(count)
@@ -49,10 +69,10 @@ def pairs(count: int, prompts: int | None = None) -> list[dict]:
 def test_prompt_ids_are_those_of_the_prompt_alone_and_answers_end_once():
     tokenizer = word_tokenizer()
     end = tokenizer.eos_token_id
-    rows = [
+    rows = rows_of(
         {"prompt": "film : the silent river . review :", "chosen": " i loved it .", "rejected": " it was flat . </s>"}
-    ]
-    table = tokenize(rows, ("chosen", "rejected"), tokenizer, [end], WIDE)
+    )
+    table = tokenize(rows, PAIR, tokenizer, [end], WIDE)
     assert table[0]["prompt_ids"] == tokenizer(rows[0]["prompt"])["input_ids"]
     assert table[0]["prompt_ids"][0] == tokenizer.bos_token_id
     for name in ("chosen", "rejected"):
@@ -63,80 +83,183 @@ def test_prompt_ids_are_those_of_the_prompt_alone_and_answers_end_once():
         assert tokenizer.decode(ids[:-1]) == rows[0][name].replace("</s>", "").strip()
 
 
-def test_an_answer_that_holds_the_end_token_is_cut_there_and_told(caplog):
-    rows = [{"prompt": "the", "chosen": " i see </s> it was flat", "rejected": " it </s>"}]
-    with caplog.at_level("WARNING"):
-        table = tokenize(rows, ("chosen", "rejected"), word_tokenizer(), [2], WIDE)
-    assert len(table[0]["chosen_ids"]) == 3
-    assert "1 of 1 rows: an answer holds the end token '</s>' before its end" in caplog.text
+def test_an_answer_that_holds_the_end_token_before_its_end_is_dropped():
+    rows = rows_of(
+        {"prompt": "the", "chosen": " i see </s> it was flat", "rejected": " it </s>"},
+        {"prompt": "the", "chosen": " i see </s>", "rejected": " it"},
+    )
+    table = tokenize(rows, PAIR, word_tokenizer(), [2], WIDE)
+    assert table["row"] == [1]
+    assert told(table).dropped["s"] == {"answer without its one end token": 1}
+    assert table[0]["chosen_ids"].count(2) == 1
 
 
 def test_an_answer_is_tokenized_with_its_prompt_before_it():
     tokenizer = characters(eos_token="</s>")
     tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")  # as Llama 2 marks where a text begins
     assert tokenizer.tokenize("ab") == ["_", "ab"]
-    joined = tokenize([{"prompt": "x ", "chosen": "ab", "rejected": "b"}], ("chosen",), tokenizer, [0], WIDE)
+    joined = tokenize(rows_of({"prompt": "x ", "chosen": "ab"}), ("chosen",), tokenizer, [0], WIDE)
     assert tokenizer.convert_ids_to_tokens(joined[0]["prompt_ids"]) == ["_", "x", " "]
     assert tokenizer.convert_ids_to_tokens(joined[0]["chosen_ids"]) == ["ab", "</s>"]
 
 
-def test_an_answer_that_merges_into_its_prompt_is_tokenized_alone_and_told(caplog):
+def test_an_answer_that_merges_into_its_prompt_is_tokenized_alone_and_told():
     tokenizer = characters(eos_token="</s>")
-    rows = [{"prompt": "xa", "chosen": "b", "rejected": "c"}]
-    with caplog.at_level("WARNING"):
-        table = tokenize(rows, ("chosen", "rejected"), tokenizer, [0], WIDE)
+    table = tokenize(rows_of({"prompt": "xa", "chosen": "b", "rejected": "c"}), PAIR, tokenizer, [0], WIDE)
     assert tokenizer.convert_ids_to_tokens(table[0]["prompt_ids"]) == ["x", "a"]
     assert tokenizer.convert_ids_to_tokens(table[0]["chosen_ids"]) == ["b", "</s>"]
-    assert "1 of 1 rows: the prompt's tokens change" in caplog.text
+    assert told(table).merged == 1
+    assert "1 of 1 rows: the prompt's tokens change" in told(table).doubts(512)[0]
 
 
-def test_a_prompt_is_cut_from_the_left_only_where_the_pair_is_too_long_and_keeps_its_bos(caplog):
+TALK = "\n\nHuman: a, b?\n  then\tc\n\nAssistant: it's d.\n\nHuman: and é 1234?\n\nAssistant:"
+TEXTS = [
+    {"prompt": TALK, "chosen": " Yes, ab.\n\nSure", "rejected": "\nno"},
+    {"prompt": "one line only", "chosen": " x", "rejected": "y"},
+    {"prompt": "ends with breaks\n\n", "chosen": "\nab", "rejected": "ab"},
+    {"prompt": "### Response:\n", "chosen": " ab", "rejected": "ab\n"},
+    {"prompt": "spaces at the end\nhere  ", "chosen": " b", "rejected": "b"},
+    {"prompt": "\nA", "chosen": "b", "rejected": "ssistant"},
+    {"prompt": "a line\n of spaces first\n  then", "chosen": " b", "rejected": "\n\nb"},
+]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "metaspace", "unigram", "over lines", "words"])
+def test_ids_are_those_of_the_whole_text_tokenized_at_once(kind, monkeypatch):
+    """However much of a prompt is tokenized with its answers: what comes out is what a plain loop makes."""
+    tokenizer = trained(kind)
+    behind = []
+    ids_of = tokens.ids_of
+    monkeypatch.setattr(tokens, "ids_of", lambda texts, tokenizer: behind.append(texts) or ids_of(texts, tokenizer))
+    opening = tokenizer("a")["input_ids"][: 1 if tokenizer.bos_token else 0]
+    rows, seen = rows_of(*TEXTS), []
+    for row, (prompt, answers, merged) in zip(rows, encoded(rows, PAIR, tokenizer, [0]), strict=True):
+        plain = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+        assert prompt == opening + plain
+        whole = [tokenizer(row["prompt"] + row[name], add_special_tokens=False)["input_ids"] for name in PAIR]
+        assert merged == any(ids[: len(plain)] != plain for ids in whole)
+        if merged:
+            expected = [tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in PAIR]
+        else:
+            expected = [ids[len(plain) :] for ids in whole]
+        assert answers == [[*ids, 0] for ids in expected]
+        seen.append(merged)
+    longest = max(len(text) for texts in behind for text in texts)
+    assert (longest < len(TALK + TEXTS[0]["chosen"])) == (kind in ("byte-level", "metaspace", "words"))
+
+
+def trained(kind: str) -> PreTrainedTokenizerFast:
+    """A small tokenizer of a kind that models have, with a BOS where it is `metaspace`."""
+    text = [row[name] for row in TEXTS for name in ("prompt", *PAIR)] * 3 + ["ab abab Assistant: Human: response"] * 9
+    special = ["<e>", "<s>", "<u>"]
+    common = {"special_tokens": special, "vocab_size": 400, "show_progress": False}
+    if kind == "byte-level":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **common)
+    elif kind == "over lines":  # no pre-tokenizer: tokens such as `:\nA`
+        tokenizer = Tokenizer(models.BPE(unk_token="<u>"))
+        trainer = trainers.BpeTrainer(**common)
+    elif kind == "metaspace":
+        tokenizer = Tokenizer(models.BPE(unk_token="<u>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="first")]
+        )
+        trainer = trainers.BpeTrainer(**common)
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    elif kind == "unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        trainer = trainers.UnigramTrainer(unk_token="<u>", **common)
+    else:
+        tokenizer = Tokenizer(models.WordLevel(unk_token="<u>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        trainer = trainers.WordLevelTrainer(**common)
+    tokenizer.train_from_iterator(text, trainer)
+    names = {"eos_token": "<e>", "unk_token": "<u>", **({"bos_token": "<s>"} if kind == "metaspace" else {})}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def test_a_prompt_is_cut_from_the_left_only_where_the_pair_is_too_long_and_keeps_its_bos():
     tokenizer = word_tokenizer()
     end = tokenizer.eos_token_id
     words = ["silent", "broken", "golden", "last", "hidden", "lonely", "crimson", "distant"]
-    rows = [
+    rows = rows_of(
         {"prompt": " ".join(words), "chosen": " i see", "rejected": " it"},  # 9 + 3 fits 12
         {"prompt": " ".join(words), "chosen": " it", "rejected": " i would see"},  # 9 + 4 does not: cut to 5
         {"prompt": "the film", "chosen": " i" * 9, "rejected": " it"},  # 3 + 10: the prompt is short, the answer long
-    ]
-    with caplog.at_level("INFO"):
-        table = tokenize(rows, ("chosen", "rejected"), tokenizer, [end], Lengths(12, 5))
-    assert [len(row["prompt_ids"]) for row in table] == [9, 5]
+    )
+    table = tokenize(rows, PAIR, tokenizer, [end], Lengths(12, 5))
+    assert [len(ids) for ids in table["prompt_ids"]] == [9, 5]
     assert tokenizer.decode(table[1]["prompt_ids"]) == "<s> hidden lonely crimson distant"
-    assert "1 prompts cut from the left to 5 tokens, 1 rows dropped" in caplog.text
+    account = told(table)
+    assert account.cut["s"] == {"prompt cut": 1}
+    assert account.dropped["s"] == {"too long": 1}
+    assert account.examples == {"prompt cut": ["row 1"], "too long": ["row 2"]}
+    assert account.keeps == 13
+    account = told(tokenize(rows, PAIR, tokenizer, [end], Lengths(12, 5, prompt="drop")))
+    assert account.dropped["s"] == {"too long": 2}
 
 
-def test_rows_that_are_all_too_long_are_an_error():
-    with pytest.raises(PipelineError, match="all 1 rows have no prompt or are longer than length.max=4"):
-        tokenize([{"prompt": "the", "chosen": " it" * 9}], ("chosen",), word_tokenizer(), [2], Lengths(4, 2))
+def test_an_answer_too_long_is_dropped_or_cut_with_or_without_its_end():
+    tokenizer = word_tokenizer()
+    rows = rows_of(
+        {"prompt": "the film", "chosen": " i" * 9, "rejected": " it"},  # 3 + 10 of 8: 5 are left
+        {"prompt": "the film", "chosen": " i" * 9, "rejected": " i" * 8},  # the same once cut
+        {"prompt": "the " * 6, "chosen": " i it", "rejected": " it i"},  # 7 + 3 of 8: one is left
+    )
+    known = tokenizer.convert_tokens_to_ids(["i", "it"])
+    kept = tokenize(rows, PAIR, tokenizer, [2], Lengths(8, 7, answer="keep_eos"))
+    assert kept["row"] == [0]
+    assert (kept[0]["chosen_ids"], kept[0]["rejected_ids"]) == ([known[0]] * 4 + [2], [known[1], 2])
+    assert told(kept).dropped["s"] == {"identical after cutting": 1, "no answer token left": 1}
+    assert told(kept).cut["s"] == {"answer cut": 1}
+    cut = tokenize(rows, PAIR, tokenizer, [2], Lengths(8, 7, answer="cut"))
+    assert cut["row"] == [0, 2]
+    assert (cut[0]["chosen_ids"], cut[1]["rejected_ids"]) == ([known[0]] * 5, [known[1]])
+    assert told(cut).dropped["s"] == {"identical after cutting": 1}
 
 
-def test_a_prompt_without_a_token_is_dropped_and_told(caplog):
-    rows = [{"prompt": "", "chosen": "a", "rejected": "b"}, {"prompt": "x", "chosen": "a", "rejected": "b"}]
-    with caplog.at_level("WARNING"):
-        table = tokenize(rows, ("chosen", "rejected"), characters(eos_token="</s>"), [0], WIDE)
-    assert len(table) == 1
-    assert "1 of 2 rows dropped: their prompt has no token" in caplog.text
+def test_what_is_too_long_is_warned_of_above_5_percent_and_ends_a_run_above_half():
+    def account(long: int) -> Account:
+        rows = rows_of(*({"prompt": "x", "chosen": " i" * (9 if i < long else 2)} for i in range(100)))
+        return told(tokenize(rows, ("chosen",), word_tokenizer(), [2], Lengths(6, 3)))
+
+    assert (account(5).doubts(64), account(5).stops(64)) == ([], [])
+    assert account(6).doubts(64) == [
+        "6% of 100 rows are too long: 6 dropped, 0 cut: length.max=12 would keep 99% of them whole"
+    ]
+    assert not account(50).stops(64)
+    assert account(51).stops(8) == [
+        "51% of 100 rows are too long: 51 dropped, 0 cut: length.max=12 would keep 99% of them whole, more than the "
+        "model's context of 8 tokens"
+    ]
+    assert not account(51).doubts(64)
+
+
+def test_a_prompt_without_a_token_or_with_two_bos_is_dropped():
+    rows = rows_of({"prompt": "", "chosen": "a", "rejected": "b"}, {"prompt": "x", "chosen": "a", "rejected": "b"})
+    table = tokenize(rows, PAIR, characters(eos_token="</s>"), [0], WIDE)
+    assert table["row"] == [1]
+    assert told(table).dropped["s"] == {"prompt without a token": 1}
+    rows = rows_of({"prompt": "<s> the film", "chosen": " it"}, {"prompt": "the film", "chosen": " <s> it"})
+    assert told(tokenize(rows, ("chosen",), word_tokenizer(), [2], WIDE)).dropped["s"] == {"more than one BOS": 2}
 
 
 def test_a_split_that_keeps_no_row_is_an_error(tmp_path):
-    rows = [{**row, "chosen": row["rejected"]} for row in pairs(30)]
-    node = {
-        "_target_": "dpo_pipeline.data.json_file.load",
-        "path": write(tmp_path / "a.jsonl", rows),
-        "test_path": None,
-    }
-    with pytest.raises(PipelineError, match="no rows are left for train, of 30 read"):
-        load_splits({**node, **SPLIT}, ("chosen", "rejected"))
+    path = write(tmp_path / "a.jsonl", pairs(2))
+    with pytest.raises(PipelineError, match="no rows are left for train, of 2 read: 2 are held out"):
+        splits_of(path)
 
 
 def test_lengths_default_to_the_context_and_may_not_exceed_it():
-    assert Lengths.of(None, None, 2048) == Lengths(512, 256)
-    assert Lengths.of(None, None, 256) == Lengths(256, 128)
+    asked = Length(prompt="drop", answer="cut")
+    assert Lengths.of(asked, 2048) == Lengths(512, 256, "drop", "cut")
+    assert Lengths.of(asked, 256) == Lengths(256, 128, "drop", "cut")
     with pytest.raises(PipelineError, match="length.max=300 exceeds the model's context of 256"):
-        Lengths.of(300, None, 256)
+        Lengths.of(Length(300), 256)
     with pytest.raises(PipelineError, match="leaves no room for an answer"):
-        Lengths.of(100, 100, 256)
+        Lengths.of(Length(100, 100), 256)
 
 
 def test_messages_go_through_the_template_once_and_end_at_the_end_of_turn():
@@ -147,8 +270,8 @@ def test_messages_go_through_the_template_once_and_end_at_the_end_of_turn():
         {"role": "assistant", "content": "yo"},
         {"role": "user", "content": "so"},
     ]
-    rows = [{"prompt": prompt, "chosen": [{"role": "assistant", "content": "ok"}], "rejected": "no"}]
-    row = tokenize(rows, ("chosen", "rejected"), tokenizer, [1], WIDE)[0]
+    rows = rows_of({"prompt": prompt, "chosen": "ok", "rejected": "no"})
+    row = tokenize(rows, PAIR, tokenizer, [1], WIDE)[0]
     assert tokenizer.decode(row["prompt_ids"]).replace(" ", "") == (
         "<s>user\nhi</s>\n<s>assistant\nyo</s>\n<s>user\nso</s>\n<s>assistant\n"
     )
@@ -157,7 +280,7 @@ def test_messages_go_through_the_template_once_and_end_at_the_end_of_turn():
 
 
 def test_messages_without_a_template_are_an_error():
-    rows = [{"prompt": [{"role": "user", "content": "hi"}], "chosen": "a", "rejected": "b"}]
+    rows = rows_of({"prompt": [{"role": "user", "content": "hi"}], "chosen": "a", "rejected": "b"})
     with pytest.raises(PipelineError, match="no chat template"):
         tokenize(rows, ("chosen",), characters(eos_token="</s>"), [0], WIDE)
 
@@ -172,18 +295,27 @@ def test_end_tokens_are_the_tokenizers_and_the_generation_configs():
         end_tokens(characters(unk_token="?"), GenerationConfig())
 
 
+def loaded(option: str, *overrides: str, chat: bool = False) -> dict:
+    node = compose([f"dataset={option}", *overrides]).dataset
+    keys = ("test_rows", "split_seed", "sft_target", "form", "on_bad_row")
+    return build({k: v for k, v in node.items() if k not in keys}, chat=chat, source="s")
+
+
 def test_hh_splits_at_the_last_reply_and_finds_prompts_that_differ(tmp_path):
     talk = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     rows = [{"chosen": f"{talk} yes", "rejected": f"{talk} no"}, {"chosen": f"{talk} yes", "rejected": f"x{talk} no"}]
-    write(tmp_path / "train.jsonl.gz", rows)
+    write(tmp_path / "train.jsonl.gz", [*rows, {"chosen": "just text", "rejected": "other"}])
     write(tmp_path / "test.jsonl", rows[:1])
-    loaded = hh_rlhf.load(str(tmp_path), None)
-    assert loaded["train"][0] == {"prompt": talk, "chosen": " yes", "rejected": " no"}
-    assert loaded["train"][1]["problem"] == "prompts differ"
-    assert len(loaded["test"]) == 1
+    first, second, third = loaded("hh_rlhf", f"dataset.path={tmp_path}", "dataset.subsets=null")["train"]
+    origin = f"{tmp_path}, train row 0"
+    assert first == {"prompt": talk, "chosen": " yes", "rejected": " no", "source": "s", "origin": origin}
+    assert (second["problem"], third["problem"]) == ("prompt differs", "no reply")
+    messages = loaded("hh_rlhf", f"dataset.path={tmp_path}", "dataset.subsets=null", chat=True)["test"][0]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert (messages["prompt"], messages["chosen"], messages["rejected"]) == (turns, "yes", "no")
 
 
-def test_hh_subsets_are_folders_of_the_set(tmp_path):
+def test_hh_subsets_are_folders_of_the_set_and_sources(tmp_path):
     for subset, rows in (("harmless-base", 2), ("helpful-base", 3)):
         (tmp_path / subset).mkdir()
         talk = f"\n\nHuman: {subset}\n\nAssistant:"
@@ -191,24 +323,21 @@ def test_hh_subsets_are_folders_of_the_set(tmp_path):
             tmp_path / subset / "train.jsonl.gz",
             [{"chosen": f"{talk} {i}", "rejected": f"{talk} no"} for i in range(rows)],
         )
-    assert len(hh_rlhf.load(str(tmp_path), ["harmless-base", "helpful-base"])["train"]) == 5
-    assert len(hh_rlhf.load(str(tmp_path), ["harmless-base"])["train"]) == 2
+    both = hh_rlhf.load(str(tmp_path), ["harmless-base", "helpful-base"], False, "hh")["train"]
+    assert [row["source"] for row in both] == ["harmless-base"] * 2 + ["helpful-base"] * 3
+    assert len(hh_rlhf.load(str(tmp_path), ["harmless-base"], False, "hh")["train"]) == 2
 
 
 def test_instructions_take_the_alpaca_form_with_and_without_input(tmp_path):
     row = {"instruction": "Add.", "input": "1 2", "output": "3", "chosen": "It is 3.", "rejected": "3, obviously."}
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([row, {**row, "input": ""}]))
-    first, second = instruction_preference.load(str(path))["train"]
+    first, second = loaded("instruction_preference", f"dataset.path={path}")["train"]
     assert first["prompt"].endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
     assert second["prompt"].endswith("### Instruction:\nAdd.\n\n### Response:\n")
     assert (first["chosen"], first["demonstration"]) == ("It is 3.", "3")
-
-
-def test_json_takes_a_second_file_as_test(tmp_path):
-    train, test = write(tmp_path / "a.jsonl", pairs(3)), write(tmp_path / "b.jsonl.gz", pairs(2))
-    loaded = json_file.load(train, test)
-    assert (len(loaded["train"]), len(loaded["test"])) == (3, 2)
+    chat = loaded("instruction_preference", f"dataset.path={path}", chat=True)["train"][0]
+    assert chat["prompt"] == [{"role": "user", "content": "Add.\n\n1 2"}]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +345,6 @@ def test_json_takes_a_second_file_as_test(tmp_path):
     [
         (None, "there is no file or folder"),
         ("", "is empty"),
-        ('{"prompt": "a", "chosen": "b"}\n', "has no column 'rejected': found prompt, chosen"),
         ('{"prompt": "a", \n', "cannot be read as a data set"),
     ],
 )
@@ -225,21 +353,20 @@ def test_a_file_that_holds_no_pairs_is_one_sentence(content, sentence, tmp_path)
     if content is not None:
         path.write_text(content)
     with pytest.raises(PipelineError, match=sentence) as error:
-        json_file.load(str(path), None)
+        splits_of(path)
     assert "\n" not in str(error.value)
 
 
 def test_splits_share_no_prompt_and_hold_out_by_prompt(tmp_path):
     path = write(tmp_path / "pairs.jsonl", pairs(200, prompts=70))
-    node = {"_target_": "dpo_pipeline.data.json_file.load", "path": path, "test_path": None, **SPLIT, "test_rows": 30}
-    splits = load_splits(node, ("chosen", "rejected"))
+    splits, _ = splits_of(path, "dataset.test_rows=30")
     prompts = [{row["prompt"] for row in splits[name]} for name in ("train", "validation", "test")]
     assert sum(map(len, prompts)) == len(set.union(*prompts)) == 70
     assert 30 <= len(splits["test"]) <= 32
     assert 8 <= len(splits["validation"]) <= 11
     assert sum(map(len, splits.values())) == 200
-    assert load_splits(node, ("chosen", "rejected")) == splits
-    assert load_splits({**node, "split_seed": 1}, ("chosen", "rejected"))["test"] != splits["test"]
+    assert splits_of(path, "dataset.test_rows=30")[0] == splits
+    assert splits_of(path, "dataset.test_rows=30", "dataset.split_seed=1")[0]["test"] != splits["test"]
 
 
 def test_hold_out_of_more_than_there_is_takes_all():
@@ -248,50 +375,149 @@ def test_hold_out_of_more_than_there_is_takes_all():
     assert hold_out(pairs(3), 9, random.Random(0))[0] == []
 
 
-def test_rows_that_teach_nothing_are_dropped_and_counted(tmp_path, caplog):
-    bad = [{"prompt": "a", "chosen": "same", "rejected": "same"}, {"prompt": "b", "chosen": " ", "rejected": "x"}]
-    path = write(tmp_path / "pairs.jsonl", [*pairs(40), *bad])
-    node = {"_target_": "dpo_pipeline.data.json_file.load", "path": path, "test_path": None, **SPLIT}
-    with caplog.at_level("WARNING"):
-        splits = load_splits(node, ("chosen", "rejected"))
-    assert sum(map(len, splits.values())) == 40
-    assert "2 of 42 rows dropped: " in caplog.text
-    assert "1 identical answers" in caplog.text
-    assert "1 empty answer" in caplog.text
+def adds_up(account: Account) -> bool:
+    parts = account.as_json()["sources"].values()
+    return all(part["read"] == sum(part["kept"].values()) + sum(part["dropped"].values()) for part in parts)
+
+
+BAD = [
+    {"prompt": "a", "chosen": "same", "rejected": "same"},
+    {"prompt": "b", "chosen": " ", "rejected": "x"},
+    {"prompt": "c", "chosen": "this", "rejected": "that"},
+    {"prompt": "c", "chosen": "that", "rejected": "this"},
+    {"prompt": "c", "chosen": "this", "rejected": "other"},
+    {"prompt": "c", "chosen": "this", "rejected": "other"},
+]
+
+
+def test_rows_that_teach_nothing_are_dropped_and_counted(tmp_path):
+    path = write(tmp_path / "pairs.jsonl", [*BAD, *pairs(94)])
+    splits, account = splits_of(path)
+    assert sum(map(len, splits.values())) == 95
+    assert account.dropped["pairs.jsonl"] == {
+        "identical answers": 1, "empty answer": 1, "contradiction": 2, "exact duplicate": 1
+    }  # fmt: skip
+    assert account.examples["empty answer"] == [f"{path}, line 2"]
+    assert account.read["pairs.jsonl"] == 100
+    assert adds_up(account)
+
+
+def test_more_than_5_percent_that_teach_nothing_end_a_run(tmp_path):
+    path = write(tmp_path / "pairs.jsonl", [*BAD, *pairs(70)])
+    with pytest.raises(PipelineError, match=r"4 of 76 rows of pairs.jsonl teach nothing, more than 5%: .*line 2\)"):
+        splits_of(path)
+    _, account = splits_of(path, strict=False)
+    assert adds_up(account)
+    # Two alike cost one row and damn no set.
+    twice = write(tmp_path / "twice.jsonl", pairs(40) * 2)
+    _, account = splits_of(twice)
+    assert account.dropped["twice.jsonl"] == {"exact duplicate": 40}
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_a_bad_row_ends_the_run_where_it_is_to(i, tmp_path):
+    rows = {0: BAD[:1], 1: BAD[1:2], 2: BAD[2:4], 3: BAD[4:]}[i]
+    path = write(tmp_path / "pairs.jsonl", [*rows, *pairs(94)])
+    with pytest.raises(PipelineError, match=r"pairs.jsonl, line [12]: \w.*dataset.on_bad_row=drop"):
+        splits_of(path, "dataset.on_bad_row=error")
+
+
+def test_sft_learns_one_answer_of_each_prompt_the_last_sound_one(tmp_path):
+    rows = [{"prompt": "a", "chosen": f" {text}", "rejected": " x"} for text in ("one", "two", "three", " ")]
+    path = write(tmp_path / "pairs.jsonl", [*rows, *pairs(90)])
+    splits, account = splits_of(path, answers=("chosen",))
+    assert [row["chosen"] for part in splits.values() for row in part if row["prompt"] == "a"] == [" three"]
+    assert account.dropped["pairs.jsonl"] == {"empty answer": 1, "another answer of its prompt": 2}
 
 
 def test_sft_and_dpo_hold_out_the_same_prompts_whatever_each_drops(tmp_path):
     rows = [{**row, "chosen": row["rejected"]} if i % 25 == 0 else row for i, row in enumerate(pairs(100))]
     path = write(tmp_path / "a.jsonl", rows)
-    node = {"_target_": "dpo_pipeline.data.json_file.load", "path": path, "test_path": None, **SPLIT, "test_rows": 20}
-    sft, dpo = load_splits(node, ("chosen",)), load_splits(node, ("chosen", "rejected"))
+    sft, dpo = (splits_of(path, "dataset.test_rows=20", answers=names)[0] for names in (("chosen",), PAIR))
     assert sum(map(len, sft.values())) == 100
     assert sum(map(len, dpo.values())) == 96
     for split in ("train", "validation", "test"):
         assert {row["prompt"] for row in dpo[split]} <= {row["prompt"] for row in sft[split]}
 
 
-def test_a_prompt_of_the_sets_own_test_split_is_not_trained_on(tmp_path, caplog):
+def test_a_prompt_of_the_sets_own_test_split_is_not_trained_on(tmp_path):
     train, test = write(tmp_path / "a.jsonl", pairs(50)), write(tmp_path / "b.jsonl", pairs(7))
-    node = {"_target_": "dpo_pipeline.data.json_file.load", "path": train, "test_path": test, **SPLIT}
-    with caplog.at_level("WARNING"):
-        splits = load_splits(node, ("chosen", "rejected"))
+    splits, account = splits_of(train, f"dataset.test_path={test}")
     assert len(splits["train"]) + len(splits["validation"]) == 43
     assert not {row["prompt"] for row in splits["train"]} & {row["prompt"] for row in splits["test"]}
-    assert "7 prompt also in test" in caplog.text
+    assert account.dropped["a.jsonl"] == {"prompt also in test": 7}
+    assert adds_up(account)
+
+
+def test_a_file_named_as_a_test_split_is_told(tmp_path):
+    for name, count in (("latest.jsonl", 0), ("test.jsonl.gz", 1), ("hh_test-00.jsonl", 1), ("contest.jsonl", 0)):
+        _, account = splits_of(write(tmp_path / name, pairs(50)))
+        assert len(account.notes) == count, name
+    assert "contest" not in str(account.doubts(512))
+
+
+def mixed(tmp_path, *overrides: str):
+    one, two = write(tmp_path / "one.jsonl", pairs(60)), write(tmp_path / "two.jsonl.gz", pairs(130)[30:])
+    sets = [f"+dataset@dataset.sets.{name}=json" for name in ("a", "b")]
+    paths = [f"dataset.sets.a.path={one}", f"dataset.sets.b.path={two}", "dataset.sets.a.test_rows=10"]
+    node = compose(["dataset=mixture", *sets, *paths, "dataset.sets.b.test_rows=20", *overrides]).dataset
+    return load_splits(node, PAIR, False)
+
+
+def test_a_mixture_keeps_its_sources_apart_and_shares_no_prompt(tmp_path):
+    splits, account = mixed(tmp_path)
+    assert account.read == {"a": 60, "b": 100}
+    assert adds_up(account)
+    prompts = [{row["prompt"] for row in rows} for rows in splits.values()]
+    assert len(set.union(*prompts)) == sum(map(len, prompts))  # 30 prompts are in both sets
+    assert {row["source"] for row in splits["test"]} == {"a", "b"}
+    assert mixed(tmp_path)[0] == splits
+
+
+def test_a_mixture_draws_by_weight_and_at_most_so_many_rows(tmp_path):
+    # Of train 50 and 80 rows are left; 3 to 1 in weight is 50 and 17.
+    splits, account = mixed(tmp_path, "dataset.weights={a: 3, b: 1}")
+    assert adds_up(account)
+    assert account.dropped["b"]["not drawn"] == (80 - 17) + (20 - 3)
+    assert "not drawn" not in account.dropped["a"]
+    other, _ = mixed(tmp_path, "dataset.weights={a: 3, b: 1}", "dataset.seed=1")
+    assert other["train"] != splits["train"]
+    _, account = mixed(tmp_path, "dataset.rows={b: 5}")
+    assert account.dropped["b"]["not drawn"] == 75
+    assert adds_up(account)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["dataset.weights={a: 0, b: 1}"], "dataset.weights.a=0: it must be a number larger than 0"),
+        (["dataset.weights={a: 1}"], "dataset.weights names no weight for b"),
+        (["dataset.weights={a: 1, c: 2}"], r"dataset.weights.c is none of its sets \(a, b\)"),
+        (["dataset.rows={a: x}"], "dataset.rows.a=x: it must be a number larger than 0"),
+        (["+dataset@dataset.sets.c=jsn"], "jsn.*did you mean json"),
+        (["+dataset.sets.c=3"], "dataset.sets.c=3 is no data set"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_one_sentence(overrides, sentence, tmp_path):
+    with pytest.raises(PipelineError, match=sentence):
+        mixed(tmp_path, *overrides)
+
+
+def test_a_mixture_of_nothing_is_one_sentence():
+    with pytest.raises(PipelineError, match="dataset.sets of this mixture is empty: type "):
+        load_splits(compose(["dataset=mixture"]).dataset, PAIR, False)
 
 
 def test_subsets_of_one_file_are_refused(tmp_path):
     path = write(tmp_path / "train.jsonl", [{"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"}])
     with pytest.raises(PipelineError, match="is one file, without the folders harmless-base.*dataset.subsets=null"):
-        hh_rlhf.load(path, ["harmless-base"])
+        hh_rlhf.load(path, ["harmless-base"], False, "hh")
 
 
 def test_a_data_set_without_demonstrations_says_what_to_type(tmp_path):
     path = write(tmp_path / "pairs.jsonl", pairs(9))
-    node = {"_target_": "dpo_pipeline.data.json_file.load", "path": path, "test_path": None, **SPLIT}
     with pytest.raises(PipelineError, match="no column 'demonstration'.*sft_target=chosen"):
-        load_splits(node, ("demonstration",))
+        splits_of(path, answers=("demonstration",))
 
 
 def test_a_content_hash_follows_names_and_bytes(tmp_path):

@@ -137,7 +137,7 @@ def test_a_family_goes_from_sft_to_dpo(family, lora, tmp_path):
     # Log-probs of the validation rows: by the policy in training, as logged, and by what plain libraries load.
     auto = AutoModelForCausalLM if run.lora is None else AutoPeftModelForCausalLM
     loaded = {name: auto.from_pretrained(final[name], dtype=torch.float32).eval() for name in ("sft", "dpo")}
-    rows = load_splits(run.dataset, ("chosen", "rejected", "demonstration"))["validation"]
+    rows = load_splits(run.dataset, ("chosen", "rejected", "demonstration"), False)[0]["validation"]
     for side in ("chosen", "rejected"):
         sums, _ = logprobs(loaded["dpo"], tokenizer, rows, side)
         seen = [row[f"eval_logps/{side}"] for row in log if f"eval_logps/{side}" in row]

@@ -56,7 +56,7 @@ def test_sft_then_dpo_on_real_pairs(lora, data, tmp_path):
 
 def test_the_polite_rows_split_by_prompt_and_every_answer_ends_once():
     run = real("stories15M", "dataset=instruction_preference", f"dataset.path={POLITE}")
-    splits = load_splits(run.dataset, ("chosen", "rejected"))
+    splits, _ = load_splits(run.dataset, ("chosen", "rejected"), False)
     prompts = [{row["prompt"] for row in splits[name]} for name in ("train", "validation", "test")]
     assert len(set.union(*prompts)) == sum(map(len, prompts)) == 1069  # of 1,075; in 6 both answers are the same
     assert len(splits["test"]) == 99
@@ -74,7 +74,7 @@ def test_the_polite_rows_split_by_prompt_and_every_answer_ends_once():
 
 
 def test_every_row_of_hh_harmless_is_split_at_its_last_reply():
-    splits = hh_rlhf.load(str(SHARED / "data" / "hh_harmless"), None)
+    splits = hh_rlhf.load(str(SHARED / "data" / "hh_harmless"), None, False, "hh")
     assert (len(splits["train"]), len(splits["test"])) == (1792, 256)
     for row in splits["train"]:
         assert row["prompt"].endswith("\n\nAssistant:")

@@ -1,93 +1,184 @@
-"""Reads a data set's rows, from a local file or folder or from the hub, and names what lies there."""
+"""Reads a data set's rows, from a local file or folder or from the hub, each with its origin."""
 
+import csv
 import gzip
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dpo_pipeline.errors import PipelineError, explain_disk
 
 ENDINGS = (".json", ".jsonl", ".gz", ".csv", ".parquet")  # of what can only be meant as a file
-FORM = "give one JSON object for each pair: one on each line, or all in one list"
+FORM = "give one JSON object for each row: one on each line, or all in one list"
+Rows = Iterator[tuple[str, dict[str, Any]]]  # each with its origin, such as `pairs.jsonl, line 3`
 
 
-def read(path: str, data_dir: str | None = None) -> dict[str, list[dict]]:
-    """Rows of each split; a single file is `train`.
+def read(
+    path: str, data_dir: str | None = None, revision: str | None = None, splits: dict[str, str] | None = None
+) -> dict[str, Rows]:
+    """Rows of the splits `train` and `test`, as far as there are, one at a time; a single file is `train`.
 
-    `path` is a local .json or .jsonl file (or .gz), a local folder or a hub id; `data_dir` a folder in it. Raises
-    PipelineError where nothing can be read there.
+    `path` is a local .json, .jsonl, .csv or .parquet file (or .gz), a local folder or a hub id; `data_dir` a folder in
+    it, `revision` the hub's; `splits` names the set's own split for each of ours. Raises PipelineError where nothing
+    can be read there; for a broken row, when it is come to.
     """
     local = Path(path).expanduser()
     if local.is_file():
         return {"train": read_file(local, path)}
-    if local.is_dir():
-        name, where = str(local), f"{path}, folder {data_dir}" if data_dir else path
-    elif local.is_absolute() or path.startswith((".", "~")) or local.suffix in ENDINGS or path.count("/") > 1:
+    if not local.is_dir() and (
+        local.is_absolute() or path.startswith((".", "~")) or local.suffix in ENDINGS or path.count("/") > 1
+    ):
         raise PipelineError(f"there is no file or folder {path} (from {Path.cwd()}): check the path")
-    else:
-        name, where = path, f"{path}, folder {data_dir}" if data_dir else path
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
+    where = f"{path}, folder {data_dir}" if data_dir else path
     try:
-        splits = load_dataset(name, data_dir=data_dir)
+        # Unverified: of a set of millions of rows one may read a folder, whose sizes its card does not tell.
+        name, options = (str(local) if local.is_dir() else path), {"data_dir": data_dir, "revision": revision}
+        found = load_dataset(name, verification_mode="no_checks", **options)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise PipelineError(
             f"the data set {path} is neither a local path nor to be had from the hub ({first_line(error)}): "
             "check the name and the network, `hf auth login` for a gated one, or give a local copy by dataset.path=..."
         ) from error
-    except (DatasetGenerationError, OSError, EOFError, ValueError) as error:
+    except (DatasetsError, OSError, EOFError, ValueError) as error:
         if sentence := explain_disk(error):
             raise PipelineError(sentence) from error
         for file in sorted((local / (data_dir or "")).glob("*.json*")):
-            read_file(file, str(file))  # names the line, which datasets does not
+            for _ in read_file(file, str(file)):  # names the line, which datasets does not
+                pass
         reason = first_line(error.__cause__ or error)
         if "corresponds to no data" in reason:
             reason = "it holds no rows"
-        fix = "; dataset.subsets=null reads the files that lie in the folder itself" if data_dir else ""
+        fix = (
+            "; without dataset.subsets or data_dir the files that lie in the folder itself are read"
+            if data_dir
+            else ""
+        )
         raise PipelineError(
             f"{where} cannot be read as a data set: {reason}: {FORM}, in a .jsonl file{fix}"
         ) from error
-    return {name: split.to_list() for name, split in splits.items()}
+    names = splits or {name: name for name in ("train", "test") if name in found}
+    for name in names.values():
+        if name not in found:
+            raise PipelineError(
+                f"{where} has no split {name} (found {', '.join(found)}): name its own by dataset.splits"
+            )
+    if "train" not in names:
+        listed = ", ".join(found)
+        raise PipelineError(f"{where} has no split train (found {listed}): type 'dataset.splits={{train: NAME}}'")
+    return {ours: rows_of(found[theirs], f"{where}, {theirs} row") for ours, theirs in names.items()}
 
 
-def read_file(file: Path, path: str) -> list[dict]:
-    """The JSON objects of a file, one on each line or all in one list; raises PipelineError that names the line."""
-    packed = file.read_bytes()
+def rows_of(split: Any, where: str) -> Rows:
+    """The rows of a `datasets` split, a thousand at a time."""
+    for start in range(0, len(split), 1000):
+        for i, row in enumerate(split.select(range(start, min(start + 1000, len(split)))).to_list(), start):
+            yield f"{where} {i}", row
+
+
+def read_file(file: Path, path: str) -> Rows:
+    """The rows of a file with their origins; raises PipelineError that names the line."""
+    name = file.name.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        yield from parquet_rows(file, path)
+        return
+    empty = True
     try:
-        text = (gzip.decompress(packed) if file.suffix == ".gz" else packed).decode("utf-8-sig")
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            for origin, row in csv_rows(stream, path) if name.endswith(".csv") else json_rows(stream, path):
+                if not isinstance(row, dict):
+                    raise PipelineError(f"{origin} holds {kind(row)}, not an object: {FORM}")
+                empty = False
+                yield origin, row
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise PipelineError(
             f"{path} cannot be read as a data set: it cannot be unpacked ({error}), it is cut short or no gzip file: "
             "fetch it again, or take .gz off its name"
         ) from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise PipelineError(
-            f"{path} cannot be read as a data set: line {line} is not UTF-8: save it as that"
-        ) from error
-    if not text.strip():
+    if empty:
         raise PipelineError(f"{path} is empty: {FORM}")
-    if text.lstrip().startswith("["):
-        rows = [("row", i, row) for i, row in enumerate(parsed(text, path, 1), 1)]
-    else:
-        # Not splitlines(): text may hold other line breaks, such as U+2028, as they are.
-        lines = enumerate(text.split("\n"), 1)
-        rows = [("line", i, parsed(line, path, i)) for i, line in lines if line.strip()]
-    for what, i, row in rows:
-        if not isinstance(row, dict):
-            raise PipelineError(f"{path}: {what} {i} holds {kind(row)}, not an object: {FORM}")
-    return [row for _, _, row in rows]
+
+
+def json_rows(stream: IO[bytes], path: str) -> Rows:
+    """The objects of JSON text: one on each line, or all in one list."""
+    # Lines end at \n alone: text may hold other line breaks, such as U+2028, as they are.
+    for i, line in enumerate(stream, 1):
+        text = decoded(line, path, i)
+        if text.lstrip().startswith("["):
+            rest = [decoded(other, path, j) for j, other in enumerate(stream, i + 1)]
+            for j, row in enumerate(parsed("".join([text, *rest]), path, i), 1):
+                yield f"{path}, row {j}", row
+        elif text.strip():
+            yield f"{path}, line {i}", parsed(text.rstrip("\r\n"), path, i)
+
+
+def csv_rows(stream: IO[bytes], path: str) -> Rows:
+    """The rows of comma-separated values below a line of column names."""
+    csv.field_size_limit(2**31 - 1)  # of characters in a field, 131,072 unless said
+    reader = csv.reader(decoded(line, path, i) for i, line in enumerate(stream, 1))
+    try:
+        header = next(reader, [])
+        for fields in reader:
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                raise PipelineError(
+                    f"{path}, line {reader.line_num}: {len(fields)} fields below {len(header)} column names: put a "
+                    "field that holds a comma or a line break between double quotes"
+                )
+            yield f"{path}, line {reader.line_num}", dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise PipelineError(f"{path}, line {reader.line_num}: no comma-separated values ({error})") from error
+
+
+def parquet_rows(file: Path, path: str) -> Rows:
+    """The rows of a Parquet file."""
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        batches = parquet.ParquetFile(file).iter_batches(1000)
+        for start, batch in zip(range(0, 2**62, 1000), batches, strict=False):
+            for i, row in enumerate(batch.to_pylist(), start + 1):
+                yield f"{path}, row {i}", row
+    except (ArrowInvalid, OSError) as error:
+        raise PipelineError(f"{path} cannot be read as a data set: {first_line(error)}: fetch it again") from error
+
+
+def decoded(line: bytes, path: str, number: int) -> str:
+    """A line's text."""
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise PipelineError(
+            f"{path} cannot be read as a data set: line {number} is not UTF-8: save it as that"
+        ) from error
 
 
 def parsed(text: str, path: str, first: int) -> Any:
     """What JSON text of a file holds, whose first line is the file's line `first`."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"line {first + error.lineno - 1} is no JSON ({error.msg}, at character {error.colno})"
-        raise PipelineError(f"{path} cannot be read as a data set: {where}: {FORM}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        at = f"{error.msg}, at character {error.colno}" if isinstance(error, ValueError) else "nested too deep"
+        line = first + (error.lineno - 1 if isinstance(error, ValueError) else 0)
+        raise PipelineError(f"{path} cannot be read as a data set: line {line} is no JSON ({at}): {FORM}") from error
+
+
+def require(row: dict[str, Any], columns: tuple[str, ...], origin: str) -> dict[str, str]:
+    """These columns of a row; raises PipelineError unless each is there and is text."""
+    for column in columns:
+        if column not in row:
+            raise PipelineError(
+                f"{origin} has no column {column!r}: found {', '.join(row) or 'none'}: each row is to have "
+                f"{', '.join(columns)}"
+            )
+        if not isinstance(row[column], str):
+            raise PipelineError(f"{origin}: {column} is {kind(row[column])}, not text: correct it or take it out")
+    return {column: row[column] for column in columns}
 
 
 def first_line(error: BaseException) -> str:
@@ -97,42 +188,12 @@ def first_line(error: BaseException) -> str:
 
 def kind(value: Any) -> str:
     """What a JSON value is, in words."""
-    if isinstance(value, list):
-        return "messages" if messages_of(value) else "a list"
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text"}
+    names = {
+        type(None): "null",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+    }
     return names.get(type(value), "an object")
-
-
-def messages_of(value: Any) -> bool:
-    """Whether a value is a list of messages."""
-    return bool(value) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    )
-
-
-def require(rows: list[dict], columns: tuple[str, ...], path: str, chat: bool = False) -> None:
-    """Raise PipelineError unless there are rows, and each has text in these columns; where `chat`, or messages.
-
-    `prompt` is the same of both in all rows; text is followed by text.
-    """
-    if not rows:
-        raise PipelineError(f"{path} holds no rows: {FORM}")
-    wanted = "text or messages with role and content" if chat else "text"
-    for i, row in enumerate(rows, 1):
-        for column in columns:
-            if column not in row:
-                where = f"{path} has" if i == 1 else f"{path}: row {i} has"
-                found = ", ".join(row) or "none"
-                raise PipelineError(
-                    f"{where} no column {column!r}: found {found}: each row is to have {', '.join(columns)}"
-                )
-            found = kind(row[column])
-            if found != "text" and not (chat and found == "messages"):
-                raise PipelineError(f"{path}: row {i}: {column} is {found}, not {wanted}: correct it or take it out")
-            if chat and column != "prompt" and found == "messages" and isinstance(row["prompt"], str):
-                raise PipelineError(
-                    f"{path}: row {i}: {column} is messages and its prompt is text: give that as messages too"
-                )
-        mine, first = kind(row["prompt"]) if chat else "", kind(rows[0]["prompt"]) if chat else ""
-        if mine != first:
-            raise PipelineError(f"{path}: row {i}: prompt is {mine}, that of row 1 is {first}: give all alike")

@@ -1,17 +1,148 @@
-"""A local file of pairs: `prompt`, `chosen`, `rejected`, as text or as messages, and perhaps `demonstration`."""
+"""Any file, folder or set of the hub: by `columns`, which say where in a row its parts lie, or by a common form."""
 
-from dpo_pipeline.data.files import read, require
+from collections import Counter
+from itertools import islice
+from re import match
+from typing import Any
+
+from dpo_pipeline.data.columns import CHOICE, PARTS, check, find, is_template, number
+from dpo_pipeline.data.files import Rows, kind, read
+from dpo_pipeline.data.shape import ANSWERS, REPLY, shape
+from dpo_pipeline.data.splits import key
 from dpo_pipeline.errors import PipelineError
 
+PAIR = {"chosen": "chosen", "rejected": "rejected"}
+FORMS: tuple[dict[str, Any], ...] = (  # known by their columns: the first that has all of its own
+    {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"},  # OpenAI's
+    {"instruction": "instruction", "demonstration": "output"},  # Alpaca's
+    {"instruction": "instruction", **PAIR},
+    {"question": "question", **PAIR},
+    {"question": "conversations", **PAIR},  # ShareGPT's
+    {"system": "system", "question": "prompt", **PAIR},
+    {"prompt": "prompt", **PAIR},
+    PAIR,  # two whole dialogues
+    {"demonstration": "messages"},
+    {"demonstration": "conversations"},
+    {"prompt": "prompt", "demonstration": "completion"},
+    {"text": "text"},
+)
+NEEDED = ("prompt", "question", "instruction", "text", "chosen", "rejected")
+BESIDE = {"instruction": "input", "question": "system"}  # taken along where a row has it
 
-def load(path: str, test_path: str | None) -> dict[str, list[dict]]:
-    """Pairs of the file, and of `test_path` as the test split where it is given."""
-    files = {"train": path, **({"test": test_path} if test_path else {})}
-    splits = {}
-    for split, file in files.items():
-        found = read(file)
-        if "train" not in found:
-            raise PipelineError(f"{file} holds no rows to train on, only {', '.join(found)}: name its file by itself")
-        require(found["train"], ("prompt", "chosen", "rejected"), file, chat=True)
-        splits[split] = found["train"]
-    return splits
+
+def load(
+    path: str,
+    test_path: str | None,
+    data_dir: str | None,
+    revision: str | None,
+    splits: dict[str, str] | None,
+    rows: int,
+    columns: dict[str, Any] | None,
+    at_least: dict[str, float] | None,
+    per_prompt: int,
+    prompt_words: int,
+    chat: bool,
+    source: str,
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each split; conf/dataset/json.yaml says what the options mean.
+
+    A row that an option takes out has the reason as `left_out`, one that cannot be learnt from as `problem`. Raises
+    PipelineError where a row has no such columns, or of another type.
+    """
+    for option, given in (("at_least", at_least), ("splits", splits)):
+        if not isinstance(given, dict | None):
+            raise PipelineError(f"dataset.{option}={given} is no mapping: type 'dataset.{option}={{NAME: VALUE}}'")
+    named = check(columns)
+    bounds = {where: number(least, f"dataset.at_least.{where}") for where, least in (at_least or {}).items()}
+    found = read(path, data_dir, revision, splits)
+    if test_path:
+        found["test"] = read(test_path)["train"]
+
+    def made(raws: Rows) -> list[dict[str, Any]]:
+        parts, kept, pairs = named, [], Counter()
+        for origin, raw in islice(raws, rows or None):
+            parts = parts or recognised(origin, raw)  # by the first row
+            row = made_of(origin, raw, parts, prompt_words, chat, source)
+            for where, least in bounds.items():
+                if number(find(raw, where, f"{origin}: at_least.{where}"), f"{origin}: {where}") < least:
+                    row["left_out"] = f"{where} below {least:g}"
+            if per_prompt and "problem" not in row and "left_out" not in row:
+                pairs[key(row)] += 1
+                if pairs[key(row)] > per_prompt:
+                    row["left_out"] = f"beyond {per_prompt} pairs of its prompt"
+            kept.append(row)
+        lacking = [row for row in kept if "demonstration" not in row]
+        shown = {key(row): row["demonstration"] for row in kept if "demonstration" in row} if lacking else {}
+        for row in lacking if shown else ():  # it belongs to the prompt, though not every pair of that has it
+            if key(row) in shown:
+                row["demonstration"] = shown[key(row)]
+        return kept
+
+    return {split: made(raws) for split, raws in found.items()}
+
+
+def recognised(origin: str, raw: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row in one of the common forms."""
+    for form in FORMS:
+        if not all(where.split(".")[0] in raw for where in form.values()):
+            continue
+        if form is PAIR and isinstance(raw["chosen"], str) and REPLY not in raw["chosen"]:
+            continue  # answers alone
+        more = [*ANSWERS, *(BESIDE[part] for part in form if part in BESIDE)]
+        return {**{name: name for name in more if name in raw}, **form}
+    raise PipelineError(
+        f"{origin} has the columns {', '.join(raw)}, which are no form known here: say what they hold, such as "
+        "'dataset.columns={prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}'"
+    )
+
+
+def made_of(
+    origin: str, raw: dict[str, Any], named: dict[str, Any], words: int, chat: bool, source: str
+) -> dict[str, Any]:
+    """The row that the columns make of a raw one."""
+    reason = {}
+    if "choice" in named:
+        choice = str(find(raw, named["choice"], f"{origin}: columns.choice={named['choice']}"))
+        choices = [str(each) for each in named["choices"]]
+        better, worse = named["answers"] if choice == choices[0] else reversed(named["answers"])
+        named = {**named, "chosen": better, "rejected": worse}
+        if choice not in choices:
+            reason = {"problem": f"{named['choice']} is neither {' nor '.join(choices)}"}
+    part: dict[str, Any] = dict.fromkeys(PARTS)
+    for name in (name for name in named if name not in CHOICE):
+        part[name] = find(raw, named[name], f"{origin}: columns.{name}={named[name]}")
+        if part[name] is None and is_template(named[name]):
+            # It is for rows of a kind, as that of TL;DR has no place for a news article.
+            reason, part[name] = {"left_out": f"no {name}"}, ""
+        elif part[name] is None and name in NEEDED:
+            raise PipelineError(f"{origin}: {name} is null, not text or messages: correct it or take it out")
+    for name in ("system", "instruction", "input", "text"):
+        if not isinstance(part[name], str | None):
+            raise PipelineError(f"{origin}: {name} is {kind(part[name])}, not text: correct it or take it out")
+    prompt = part["prompt"]
+    if (asked := part["question"]) is not None:
+        system = [{"role": "system", "content": part["system"]}] if part["system"] else []
+        prompt = system + (asked if isinstance(asked, list) else [{"role": "user", "content": asked}])
+    elif part["instruction"] is not None:
+        prompt = alpaca(part["instruction"], part["input"] or "", chat)
+    elif part["text"] is not None:
+        opening = match(rf"\s*\S+(?:\s+\S+){{{words - 1}}}", part["text"])
+        prompt = opening[0] if opening else part["text"]
+        part["demonstration"] = part["text"][len(prompt) :]
+    return {**shape(origin, source, chat, prompt, {name: part[name] for name in ANSWERS}), **reason}
+
+
+def alpaca(instruction: str, given: str, chat: bool) -> str:
+    """How an instruction is put, with its input if any: to a base model in the Alpaca form, else plainly.
+
+    Source: github.com/tatsu-lab/stanford_alpaca.
+    """
+    if chat:
+        return f"{instruction}\n\n{given}" if given else instruction
+    context, block = "", ""
+    if given:
+        context, block = ", paired with an input that provides further context", f"\n\n### Input:\n{given}"
+    return (
+        f"Below is an instruction that describes a task{context}. Write a response that appropriately completes the "
+        f"request.\n\n### Instruction:\n{instruction}{block}\n\n### Response:\n"
+    )

@@ -7,7 +7,9 @@ included, and all of them are in `VOCABULARY`.
 
 import math
 import random
+from typing import Any
 
+from dpo_pipeline.data.shape import shape
 from dpo_pipeline.errors import PipelineError
 
 TITLES = "silent broken golden last hidden lonely crimson distant little burning frozen secret wild quiet".split()
@@ -97,7 +99,7 @@ def plain_text(rng: random.Random) -> str:
     return " ".join(rng.sample([about, *said], 4))
 
 
-def load(rows: int, slope: float, seed: int) -> dict:
+def load(rows: int, slope: float, seed: int, chat: bool, source: str) -> dict[str, list[dict[str, Any]]]:
     """Pairs with a demonstration each: `{"train": [...], "test": [...]}`, prompts disjoint, drawn from `seed`.
 
     The answer of higher true reward is chosen. In train the label is drawn from the Bradley-Terry model with `slope`
@@ -123,5 +125,6 @@ def load(rows: int, slope: float, seed: int) -> dict:
         if not test and rng.random() > 1 / (1 + math.exp(-slope * (reward(better) - reward(worse)))):
             better, worse = worse, better
         answers = {"chosen": f" {better}", "rejected": f" {worse}", "demonstration": f" {review(rng)}"}
-        splits["test" if test else "train"].append({"prompt": prompt, **answers})
+        split = "test" if test else "train"
+        splits[split].append(shape(f"{split} row {len(splits[split])}", source, chat, prompt, answers))
     return splits

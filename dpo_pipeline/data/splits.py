@@ -1,104 +1,171 @@
 """Train, validation and test of a data set: what each stage may read."""
 
 import json
-import logging
 import random
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.config import SPLIT_KEYS, build
-from dpo_pipeline.data.files import require
-from dpo_pipeline.data.tokens import text
+from dpo_pipeline.config import ROW_KEYS, build
+from dpo_pipeline.data.account import Account
 from dpo_pipeline.errors import PipelineError
 
-log = logging.getLogger(__name__)
+Row = dict[str, Any]
 
 DEBUG_ROWS = 100
-DROPPED = 0.05  # the share of rows that teach nothing above which a set is not what it is taken for
+TESTING = re.compile(r"(^|[^a-z])(test|eval|validation|valid|dev)([^a-z]|$)", re.IGNORECASE)
 
 
-def load_splits(node: dict[str, Any], answers: tuple[str, ...], debug: bool = False) -> dict[str, list[dict]]:
-    """Rows `train`, `validation` and `test` of the data set that a config node names, no prompt in two of them.
+def load_splits(
+    node: dict[str, Any], answers: tuple[str, ...], chat: bool, debug: bool = False, strict: bool = True
+) -> tuple[dict[str, list[Row]], Account]:
+    """Rows `train`, `validation` and `test` of the data set that a config node names, and the account of all read.
 
-    Test is the set's own, else `test_rows` held out by prompt; validation is 5% of the rest, at most 500 rows, by
-    prompt too; both are drawn with `split_seed`, from all rows, so that every stage has the same. Only then are rows
-    dropped, and counted in the log: those of train whose prompt is in test, and those that teach nothing: `answers`,
-    the columns that a stage learns from, hold an empty one, or several that are the same; more than 5% of these raise
-    PipelineError. `debug` keeps 100 rows.
+    No prompt is in two of them. Test is the set's own, else `test_rows` held out by prompt; validation is 5% of the
+    rest, at most 500 rows, by prompt too; both are drawn with `split_seed`, from all rows, so that every stage has the
+    same. Only then are rows dropped, and counted: those of train whose prompt is in test, and those that teach nothing
+    in `answers`, the columns that a stage learns from; more than 5% of these raise PipelineError, unless not `strict`.
+    One answer alone is learnt once for each prompt, as in the DPO authors' code. `chat`: prompts are messages, not
+    text. `debug` keeps 100 rows.
     """
-    options = {key: node[key] for key in SPLIT_KEYS}
-    for name in ("test_rows", "split_seed"):
-        if not isinstance(options[name], int) or options[name] < 0:
-            raise PipelineError(
-                f"dataset.{name}={options[name]} is no whole number from 0 on: type dataset.{name}=100"
+    account = Account(node["on_bad_row"])
+    for each in node["sets"].values() if "sets" in node else (node,):
+        if "path" in each and Path(each["path"]).is_file() and TESTING.search(Path(each["path"]).name):
+            account.notes.append(
+                f"{each['path']} is named like a published test split and is trained on: report no result on that "
+                "split, or name the set's train file by dataset.path="
             )
-    splits = build({key: value for key, value in node.items() if key not in SPLIT_KEYS})
-    if "train" not in splits:
-        raise PipelineError(f"this data set has no split train (found {', '.join(splits)}): give a file of its own")
-    for split, rows in splits.items():
-        for column in answers:
-            if rows and column not in rows[0]:
-                found = ", ".join(rows[0])
+    train, test = with_test(node, chat, source_of(node))
+    for row in [*train, *test]:
+        account.read[row["source"]] += 1
+    train, test = (deliberate(rows, account) for rows in (train, test))
+    for split, rows in (("train", train), ("test", test)):
+        for name in answers:
+            if rows and not any(name in row for row in rows):
+                found = ", ".join(key for key in rows[0] if key not in ("source", "origin", "problem"))
+                other = "demonstration" if name == "chosen" and len(answers) == 1 else "chosen"
                 raise PipelineError(
-                    f"this data set has no column {column!r} in {split} (found {found}): set sft_target=chosen"
+                    f"this data set has no column {name!r} in {split} (found {found}): set sft_target={other}, or "
+                    "name it by dataset.columns"
                 )
-        if rows:
-            require(rows, ("prompt", *answers), f"{node.get('path', 'this data set')} ({split})", chat=True)
-    counts: Counter[str] = Counter()
-    rng = random.Random(options["split_seed"])
-    train, test = splits["train"], splits.get("test")
-    if test is None:
-        train, test = hold_out(train, options["test_rows"], rng)
-    else:
-        rng.shuffle(test)  # so that the first n of a file sorted by something stand for all
-        tested = {key(row) for row in test}
-        counts["prompt also in test"] = sum(key(row) in tested for row in train)
-        train = [row for row in train if key(row) not in tested]
+    rng = random.Random(node["split_seed"])
+    rng.shuffle(test)  # so that the first n of a file sorted by something stand for all
+    tested = {key(row) for row in test}
+    train = dropped(train, account, lambda row: "prompt also in test" if key(row) in tested else None)
     train, validation = hold_out(train, min(500, max(1, len(train) // 20)), rng)
     parts = {"train": train, "validation": validation, "test": test}
-    parts = {split: [row for row in rows if sound(row, answers, counts)] for split, rows in parts.items()}
-    read = sum(map(len, splits.values()))
-    reasons = ", ".join(f"{n} {reason}" for reason, n in counts.most_common() if n)
-    if reasons:
-        log.warning("%d of %d rows dropped: %s", counts.total(), read, reasons)
-    useless = counts.total() - counts["prompt also in test"]
-    form = "check that dataset= fits the form of this file and that chosen and rejected are the columns meant"
+    parts = {split: sound(rows, answers, account) for split, rows in parts.items()}
+    if strict and (faults := account.faults()):
+        raise PipelineError(faults[0])
     for split in ("train", "validation"):
         if not parts[split]:
-            held = "" if "test" in splits else f", dataset.test_rows={options['test_rows']} held out"
-            gone = f", {counts.total()} dropped ({reasons})" if reasons else ""
-            fix = form if useless > DROPPED * read else "lower dataset.test_rows or give more"
-            raise PipelineError(f"no rows are left for {split}, of {read} read{held}{gone}: {fix}")
-    if useless > DROPPED * read:
-        raise PipelineError(
-            f"{useless} of {read} rows teach nothing, more than {DROPPED:.0%} ({reasons}): {form}, or take them out"
-        )
+            read = sum(account.read.values())
+            gone = Counter(reason for reasons in account.dropped.values() for reason in reasons.elements())
+            why = "".join(f", {n} {reason}" for reason, n in gone.items())
+            raise PipelineError(
+                f"no rows are left for {split}, of {read} read: {len(test)} are held out as test{why}: lower "
+                "dataset.test_rows or give more"
+            )
     if debug:
         # Drawn, not the first: of a set in several files those would be of one.
-        parts = {split: rng.sample(rows, min(DEBUG_ROWS, len(rows))) for split, rows in parts.items()}
-    return parts
+        for split, rows in parts.items():
+            kept = set(rng.sample(range(len(rows)), min(DEBUG_ROWS, len(rows))))
+            for i, row in enumerate(rows):
+                if i not in kept:
+                    account.drop(row, "not drawn")
+            parts[split] = [rows[i] for i in sorted(kept)]
+    for split, rows in parts.items():
+        account.keep(split, rows)
+    return parts, account
 
 
-def key(row: dict) -> str:
+def source_of(node: dict[str, Any]) -> str:
+    """What the rows of a data set are called: the last part of its path, or its loader."""
+    return Path(node["path"]).name if "path" in node else node["_target_"].split(".")[-2]
+
+
+def with_test(node: dict[str, Any], chat: bool, source: str) -> tuple[list[Row], list[Row]]:
+    """Rows to learn from and test rows, the set's own or held out by prompt; all that were read are in one of them."""
+    for name in ("test_rows", "split_seed"):
+        if not isinstance(node[name], int) or node[name] < 0:
+            raise PipelineError(f"dataset.{name}={node[name]} is no whole number from 0 on: type dataset.{name}=100")
+    splits = build({key: value for key, value in node.items() if key not in ROW_KEYS}, chat=chat, source=source)
+    if "test" in splits:
+        return splits["train"], splits["test"]
+    rows = splits["train"]
+    live = [row for row in rows if "left_out" not in row]
+    train, test = hold_out(live, node["test_rows"], random.Random(node["split_seed"]))
+    return train + [row for row in rows if "left_out" in row], test
+
+
+def dropped(rows: list[Row], account: Account, reason_of: Any) -> list[Row]:
+    """The rows for which `reason_of` gives no reason to drop them; the others are counted."""
+    kept = []
+    for row in rows:
+        if reason := reason_of(row):
+            account.drop(row, reason)
+        else:
+            kept.append(row)
+    return kept
+
+
+def deliberate(rows: list[Row], account: Account) -> list[Row]:
+    """The rows that a loader did not leave out on purpose."""
+    account.on_purpose |= {row["left_out"] for row in rows if "left_out" in row}
+    return dropped(rows, account, lambda row: row.get("left_out"))
+
+
+def sound(rows: list[Row], answers: tuple[str, ...], account: Account) -> list[Row]:
+    """The rows that can be learnt from; of two alike the first, of a pair labelled both ways none."""
+    rows = dropped(rows, account, lambda row: fault(row, answers))
+    orders: dict[Any, set[bool]] = {}  # of each pair of answers to a prompt, the ways it is labelled
+    last: dict[Any, Row] = {}  # of each prompt with pairs, its last row: SFT learns that answer
+    for row in rows:
+        if "chosen" in row and "rejected" in row:
+            orders.setdefault(pair(row), set()).add(row["chosen"] < row["rejected"])
+            last[key(row)] = row
+    seen: set[Any] = set()
+
+    def repeated(row: Row) -> str | None:
+        if len(answers) > 1 and len(orders[pair(row)]) > 1:
+            return "contradiction"
+        if len(answers) == 1 and last.get(key(row), row) is not row:
+            return "another answer of its prompt"
+        alike = (key(row), *(row[name] for name in answers))
+        if alike in seen:
+            return "exact duplicate"
+        seen.add(alike)
+        return None
+
+    return dropped(rows, account, repeated)
+
+
+def fault(row: Row, answers: tuple[str, ...]) -> str | None:
+    """Why a row teaches nothing, by itself."""
+    if "problem" in row:
+        return row["problem"]
+    said = [row["prompt"]] if isinstance(row["prompt"], str) else [message["content"] for message in row["prompt"]]
+    if not any(text.strip() for text in said):
+        return "empty prompt"
+    if missing := [name for name in answers if name not in row]:
+        return f"no {missing[0]}"
+    if not all(row[name].strip() for name in answers):
+        return "empty answer"
+    return "identical answers" if len(answers) > 1 and row["chosen"] == row["rejected"] else None
+
+
+def key(row: Row) -> str:
     """What tells prompts apart, of text or messages."""
-    return json.dumps(row["prompt"])
+    return row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"])
 
 
-def sound(row: dict, answers: tuple[str, ...], counts: Counter[str]) -> bool:
-    """Whether a row can be learnt from; if not, its reason is counted."""
-    given = [row[column] for column in answers]
-    if row.get("problem"):
-        counts[row["problem"]] += 1
-    elif any(not text(answer).strip() for answer in given):
-        counts["empty answer"] += 1
-    elif len(given) > 1 and given[0] == given[1]:
-        counts["identical answers"] += 1
-    else:
-        return True
-    return False
+def pair(row: Row) -> tuple[str, str, str]:
+    """A prompt with its two answers, whichever is chosen."""
+    return (key(row), *sorted((row["chosen"], row["rejected"])))
 
 
-def hold_out(rows: list[dict], size: int, rng: random.Random) -> tuple[list[dict], list[dict]]:
+def hold_out(rows: list[Row], size: int, rng: random.Random) -> tuple[list[Row], list[Row]]:
     """The rows left and at least `size` held out (if there are), whole prompts at a time: no prompt is in both."""
     by_prompt: dict[str, list[int]] = {}
     for i, row in enumerate(rows):

@@ -1,34 +1,72 @@
 """Rows of text or messages become token ids, once: what training, sampling and measuring all read."""
 
 import json
-import logging
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_pipeline.data.account import Account
 from dpo_pipeline.errors import PipelineError
 
-log = logging.getLogger(__name__)
+BATCH = 1000
+# A token that goes over a line break, as vocabularies write it: as it is, or as byte-level BPE does.
+OVER_A_LINE = re.compile(r"[\n\u010a][^\s\u0120\u0109\u010d\u010a\u2581]")
+
+Encoded = tuple[list[int], list[list[int]], bool]
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Limits in tokens: of a prompt with its longer answer, and of a prompt where the pair exceeds that."""
+    """Limits in tokens: of a prompt with its longer answer, of a prompt where the pair exceeds that, and what gives.
+
+    `prompt`: left | drop, cut it to `max_prompt`, or drop the row. `answer`: drop | keep_eos | cut, drop the row, or
+    cut its answers, with or without the end token.
+    """
 
     max: int
     max_prompt: int
+    prompt: str = "left"
+    answer: str = "drop"
 
     @classmethod
-    def of(cls, max_length: int | None, max_prompt: int | None, context: int) -> "Lengths":
-        """The limits asked for, or their defaults; raises PipelineError beyond the model's `context`."""
-        longest = max_length or min(512, context)
+    def of(cls, length: Any, context: int) -> "Lengths":
+        """The limits of a config's `length`, or their defaults; raises PipelineError beyond the model's `context`."""
+        longest = length.max or min(512, context)
         if longest > context:
             raise PipelineError(f"length.max={longest} exceeds the model's context of {context} tokens: lower it")
-        cut = max_prompt or longest // 2
+        cut = length.max_prompt or longest // 2
         if cut >= longest:
             raise PipelineError(
                 f"length.max_prompt={cut} leaves no room for an answer in length.max={longest}: lower it"
             )
-        return cls(longest, cut)
+        return cls(longest, cut, length.prompt, length.answer)
+
+    def fit(self, prompt: list[int], answers: list[list[int]], bos: int, end: int) -> tuple[Any, Any, str, str]:
+        """Prompt and answers cut to the limits, what was cut, and the reason to drop them, empty where there is none.
+
+        As in the DPO authors' code a prompt is cut from its left, but for its `bos` first tokens.
+        """
+        longest = max(map(len, answers))
+        if len(prompt) + longest <= self.max:
+            return prompt, answers, "", ""
+        cut = ""
+        if len(prompt) > self.max_prompt:
+            if self.prompt == "drop":
+                return prompt, answers, "", "too long"
+            rest = prompt[bos + len(prompt) - self.max_prompt :]
+            # Of a dialogue whose every message opens with it, the rest may begin so by itself.
+            prompt, cut = (prompt[:bos] if rest[:1] != prompt[:1] else []) + rest, "prompt cut"
+        room = self.max - len(prompt)
+        if longest <= room:
+            return prompt, answers, cut, ""
+        if self.answer == "drop":
+            return prompt, answers, "", "too long"
+        last = [end] if self.answer == "keep_eos" else []
+        answers = [ids if len(ids) <= room else ids[: room - len(last)] + last for ids in answers]
+        return prompt, answers, "answer cut", ""
 
 
 def end_tokens(tokenizer: Any, generation_config: Any) -> list[int]:
@@ -46,126 +84,194 @@ def end_tokens(tokenizer: Any, generation_config: Any) -> list[int]:
 
 
 def tokenize(rows: list[dict], answers: tuple[str, ...], tokenizer: Any, ends: list[int], lengths: Lengths) -> Any:
-    """A `datasets.Dataset` with `prompt_ids` and, for each of the columns `answers`, its ids (`chosen_ids`).
+    """A `datasets.Dataset` with `prompt_ids`, for each of the columns `answers` its ids (`chosen_ids`), and `row`.
 
-    The prompt's ids are those of the prompt alone, as sampling sees it. An answer's are what prompt and answer
-    tokenized together have after them, ended by exactly one end token; where the prompt's ids are not a prefix of
-    those, the answer is tokenized alone (`merged`: warned of above 5%). Where prompt and longest answer exceed
-    `lengths.max` the prompt is cut from its left to `lengths.max_prompt`, as in the DPO authors' code but for its BOS,
-    which stays; a row whose answer is still too long is dropped. The table's description holds the numbers of rows
-    that were changed or dropped, by reason, as JSON. Raises PipelineError where no row is left.
+    The prompt's ids are those of the prompt alone, as sampling sees it; an answer's are what prompt and answer
+    tokenized together have after them, ended by exactly one end token (`length.answer=cut` aside). `row` is the place
+    among `rows`. The table's description is what the account of its rows tells, as JSON.
     """
+    import numpy as np
+    import pyarrow as pa
     from datasets import Dataset, DatasetInfo
+    from tqdm.auto import tqdm
 
-    columns = {"prompt_ids": [], **{f"{name}_ids": [] for name in answers}}
-    counts = {"merged": 0, "cut": 0, "too long": 0, "ended early": 0, "no prompt": 0}
-    for start in range(0, len(rows), 1000):
-        batch = rows[start : start + 1000]
-        prompts = encode(batch, None, tokenizer, ends)
-        together = [encode(batch, name, tokenizer, ends) for name in answers]
-        for i, prompt in enumerate(prompts):
-            if not prompt:  # the first token of an answer would have nothing to be predicted from
-                counts["no prompt"] += 1
+    account, longest, chunks = Account(), [], []
+    names = ["prompt_ids", *(f"{name}_ids" for name in answers)]
+    ending = [tokenizer.convert_ids_to_tokens(end) for end in ends]
+    bos = tokenizer.bos_token_id
+    bar = tqdm(total=len(rows), desc="tokenizing", leave=False, disable=len(rows) < 10 * BATCH)
+    types = [*[pa.list_(pa.int32())] * len(names), pa.int32()]
+    found = encoded(rows, answers, tokenizer, ends)
+    for start in range(0, max(1, len(rows)), BATCH):  # one table at least
+        batch = rows[start : start + BATCH]
+        columns: list[list[Any]] = [[] for _ in types]
+        for i, (row, (prompt, ids, merged)) in enumerate(zip(batch, found, strict=False), start):
+            if reason := malformed(row, answers, prompt, ids, ending, bos if bos not in ends else None):
+                account.drop(row, reason)
                 continue
-            merged = any(full[i][: len(prompt)] != prompt for full in together)
-            ids = [full[i][len(prompt) :] for full in together]
-            if merged:
-                texts = [text(batch[i][name]) for name in answers]
-                ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-            # Behind the end token of messages comes what their template puts there; of a text, more of the answer.
-            early = isinstance(batch[i]["prompt"], str) and any(set(ends) & set(answer[:-1]) for answer in ids)
-            ids = [end_once(answer, ends) for answer in ids]
-            longest = max(map(len, ids))
-            cut = len(prompt) + longest > lengths.max and len(prompt) > lengths.max_prompt
+            longest.append(len(prompt) + max(map(len, ids)))
+            opening = 1 if prompt[0] == bos else 0
+            prompt, ids, cut, reason = lengths.fit(prompt, ids, opening, ends[0])
+            if not reason and any(not answer or answer[0] in ends for answer in ids):
+                reason = "no answer token left"
+            elif not reason and len(ids) > 1 and ids[0] == ids[1]:
+                reason = "identical after cutting"
+            if reason:
+                account.drop(row, reason)
+                continue
             if cut:
-                bos = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
-                prompt = bos + prompt[len(bos) + len(prompt) - lengths.max_prompt :]
-            if len(prompt) + longest > lengths.max:
-                counts["too long"] += 1
-                continue
-            counts["cut"] += cut
-            counts["merged"] += merged
-            counts["ended early"] += early
-            for name, value in zip(columns, [prompt, *ids], strict=True):
-                columns[name].append(value)
-    table = Dataset.from_dict(columns, info=DatasetInfo(description=json.dumps({"read": len(rows), **counts})))
-    tell(table, tokenizer, ends, lengths)
-    return table
+                account.change(row, cut)
+            account.merged += merged
+            for column, value in zip(columns, (prompt, *ids, i), strict=True):
+                column.append(value)
+        arrays = [pa.array(column, type=kind) for column, kind in zip(columns, types, strict=True)]
+        chunks.append(pa.table(dict(zip((*names, "row"), arrays, strict=True))))
+        bar.update(len(batch))
+    bar.close()
+    account.fitted = len(longest)
+    account.keeps = int(np.quantile(longest, 0.99, method="higher")) if longest else 0
+    return Dataset(pa.concat_tables(chunks), info=DatasetInfo(description=json.dumps(account.told())))
 
 
-def tell(table: Any, tokenizer: Any, ends: list[int], lengths: Lengths) -> None:
-    """Say what became of the rows that a table was made of; raises PipelineError where none is left."""
-    counts = json.loads(table.info.description)
-    read = counts["read"]
-    if counts["no prompt"]:
-        log.warning("%d of %d rows dropped: their prompt has no token", counts["no prompt"], read)
-    if read and not len(table):
-        why = f"have no prompt or are longer than length.max={lengths.max} tokens: raise it"
-        raise PipelineError(f"all {read} rows {why}")
-    if counts["cut"] or counts["too long"]:
-        log.info(
-            "%d rows: %d prompts cut from the left to %d tokens, %d rows dropped, longer than length.max=%d",
-            *(read, counts["cut"], lengths.max_prompt, counts["too long"], lengths.max),
-        )
-    if counts["ended early"]:
-        log.warning(
-            "%d of %d rows: an answer holds the end token %r before its end, and was cut there: take it out",
-            *(counts["ended early"], read, tokenizer.convert_ids_to_tokens(ends[0])),
-        )
-    if counts["merged"] > 0.05 * read:
-        log.warning(
-            "%d of %d rows: the prompt's tokens change when an answer follows, so the answer was tokenized alone: "
-            "end the prompts where a token ends (a line break, or no trailing space)",
-            *(counts["merged"], read),
-        )
+def malformed(
+    row: dict, answers: tuple[str, ...], prompt: list[int], ids: list[list[int]], ending: list[str], bos: int | None
+) -> str:
+    """Why token ids cannot be learnt from, or nothing."""
+    if not prompt:  # the first token of an answer would have nothing to be predicted from
+        return "prompt without a token"
+    # A chat template may open every message with it, a text may not, and nothing starts with two.
+    opening = prompt if isinstance(row["prompt"], str) else prompt[:2]
+    if bos is not None and (opening.count(bos) > 1 or any(bos in answer for answer in ids)):
+        return "more than one BOS"
+    for name in answers:
+        text = row[name].rstrip()
+        text = next((text.removesuffix(end) for end in ending if text.endswith(end)), text)
+        if any(end in text for end in ending):
+            return "answer without its one end token"
+    return ""
 
 
-def encode(rows: list[dict], answer: str | None, tokenizer: Any, ends: list[int]) -> list[list[int]]:
-    """Ids of each row's prompt, or of its prompt and the column `answer` together; messages through the template."""
-    if isinstance(rows[0]["prompt"], str):
-        texts = [row["prompt"] + (row[answer] if answer else "") for row in rows]
-        ids = tokenizer(texts)["input_ids"]
-        # Some tokenizers close every text with their end token; a prompt is not at its end.
-        return [i[:-1] if len(i) > 1 and i[-1] in ends else i for i in ids]
-    if not tokenizer.chat_template:
+def encoded(rows: list[dict], answers: tuple[str, ...], tokenizer: Any, ends: list[int]) -> Iterator[Encoded]:
+    """For each row the ids of its prompt, those of each of its `answers`, whole, and whether they were `merged`.
+
+    That is: the prompt's ids are not a prefix of those of prompt and answer, so the answer was tokenized alone.
+    """
+    if not rows:
+        return
+    text = isinstance(rows[0]["prompt"], str)
+    if not text and not tokenizer.chat_template:
         raise PipelineError(
-            "the rows are messages but the tokenizer has no chat template: take an instruction-tuned model, or give "
-            "the pairs as text"
+            "the rows are messages but the tokenizer has no chat template: take an instruction-tuned model, or set "
+            "dataset.form=text"
         )
-    dialogues = [row["prompt"] + (messages(row[answer]) if answer else []) for row in rows]
-    texts = [templated(dialogue, tokenizer, answer is None) for dialogue in dialogues]
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    opening = opening_ids(tokenizer) if text else []
+    by_line = not any(OVER_A_LINE.search(token) for token in tokenizer.get_vocab())
+    with ThreadPoolExecutor(1) as ahead:  # the next batch is tokenized while this one is looked through
+        batches = [(rows[at : at + BATCH], answers, tokenizer, text, by_line) for at in range(0, len(rows), BATCH)]
+        coming = ahead.submit(encoded_batch, *batches[0])
+        for following in [*batches[1:], None]:
+            batch = coming.result()
+            if following:
+                coming = ahead.submit(encoded_batch, *following)
+            for prompt, own, merged in batch:
+                yield opening + prompt, [end_once(ids, ends) for ids in own], merged
 
 
-def templated(dialogue: list[dict], tokenizer: Any, ask: bool) -> str:
-    """A dialogue as the tokenizer's chat template writes it; raises PipelineError where the template refuses it."""
+def encoded_batch(
+    rows: list[dict], answers: tuple[str, ...], tokenizer: Any, text: bool, by_line: bool
+) -> list[Encoded]:
+    """What `encoded` gives of a few rows, without what opens and ends them.
+
+    Where no token goes over a line break (`by_line`) an answer is tokenized behind its prompt's last line, which makes
+    the same ids of it as the whole prompt does, at a third of the work.
+    """
+    if text:
+        prompts, behind = [row["prompt"] for row in rows], [row[name] for name in answers for row in rows]
+    else:
+        prompts, behind = templated(rows, answers, tokenizer)
+    tails = [last_line(prompt) for prompt in prompts] if by_line else prompts
+    different = list(dict.fromkeys(["\n", *tails]))  # of dialogues they are few: `Assistant:`
+    prompt_ids, heads = ids_of(prompts, tokenizer), dict(zip(different, ids_of(different, tokenizer), strict=True))
+    break_ids = heads["\n"]
+    before = []  # each answer's: the text that it is tokenized behind, and the ids of that
+    for prompt, ids, tail in zip(prompts, prompt_ids, tails, strict=True):
+        head = heads[tail]
+        own = head[len(break_ids) :] if head[: len(break_ids)] == break_ids else head
+        agree = tail is not prompt and own and ids[-len(own) :] == own
+        before.append((tail, head) if agree else (prompt, ids))
+    before *= len(answers)
+    full = ids_of([text + (answer or "") for (text, _), answer in zip(before, behind, strict=True)], tokenizer)
+    found = []
+    for i, (row, prompt) in enumerate(zip(rows, prompt_ids, strict=True)):
+        places = range(i, len(full), len(rows))
+        merged = any(behind[at] is None or full[at][: len(before[at][1])] != before[at][1] for at in places)
+        own = [full[at][len(before[at][1]) :] for at in places]
+        found.append((prompt, ids_of([row[name] for name in answers], tokenizer) if merged else own, merged))
+    return found
+
+
+def last_line(prompt: str) -> str:
+    """A prompt's last line that holds anything, with the line break before it; the whole where it has only one."""
+    at = prompt.rfind("\n", 0, len(prompt.rstrip("\n")))
+    return prompt[at:] if at > 0 and not prompt[at + 1].isspace() else prompt
+
+
+def opening_ids(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before every text, mostly BOS."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    return full[: next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)]
+
+
+def ids_of(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Ids of each text, without the special tokens that a tokenizer puts around it; on every core."""
+    if not texts:
+        return []
+    if not tokenizer.is_fast:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    was = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    finally:  # off elsewhere, since a process that forks after it would be warned
+        os.environ.pop("TOKENIZERS_PARALLELISM") if was is None else os.environ.update(TOKENIZERS_PARALLELISM=was)
+
+
+def templated(rows: list[dict], answers: tuple[str, ...], tokenizer: Any) -> tuple[list[str], list[str | None]]:
+    """The prompts of rows as the chat template writes them, and what it writes behind each with its answers."""
+    prompts = [dialogue(row["prompt"], tokenizer, ask=True) for row in rows]
+    behind: list[str | None] = []
+    for name in answers:
+        for row, prompt in zip(rows, prompts, strict=True):
+            reply = {"role": "assistant", "content": row[name]}
+            whole = dialogue([*row["prompt"], reply], tokenizer, ask=False)
+            behind.append(whole.removeprefix(prompt) if whole.startswith(prompt) else None)
+    return prompts, behind
+
+
+def dialogue(messages: list[dict[str, str]], tokenizer: Any, ask: bool) -> str:
+    """Messages as the tokenizer's chat template writes them; raises PipelineError where the template refuses them."""
     from jinja2 import TemplateError, TemplateSyntaxError
 
     try:
-        return tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=ask)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
     except TemplateSyntaxError as error:
         raise PipelineError(
             f"the tokenizer's chat template cannot be read (line {error.lineno}: {error.message}): correct its "
             "chat_template.jinja, or take the one of the model's own page"
         ) from error
     except TemplateError as error:
-        roles = ", ".join(message["role"] for message in dialogue)
+        roles = ", ".join(message["role"] for message in messages)
         raise PipelineError(
             f"the tokenizer's chat template refuses a dialogue of {roles} ({error.message}): give the messages in the "
             "order and roles that it takes"
         ) from error
 
 
-def messages(answer: str | list[dict]) -> list[dict]:
-    """An answer as the messages that follow the prompt's."""
-    return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-
-
-def text(answer: str | list[dict]) -> str:
-    """The words of an answer that is text, or messages."""
-    return answer if isinstance(answer, str) else "".join(message["content"] for message in answer)
-
-
 def end_once(ids: list[int], ends: list[int]) -> list[int]:
     """The ids up to their first end token, or with the tokenizer's own appended."""
-    return next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), [*ids, ends[0]])
+    at = min((ids.index(end) for end in ends if end in ids), default=None)
+    return [*ids, ends[0]] if at is None else ids[: at + 1]

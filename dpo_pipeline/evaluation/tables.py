@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from dpo_pipeline.printing import grid, line, shown
+
 ROWS = {
     "preference_accuracy": "preference accuracy",
     "margin": "margin (with beta)",
@@ -36,28 +38,6 @@ def caption(policy: dict[str, Any], reference: str) -> str:
     )
 
 
-def shown(estimate: dict[str, Any]) -> str:
-    """`0.913 [0.894, 0.929]`, with three significant digits or three places."""
-    return f"{digits(estimate['value'])} [{digits(estimate['low'])}, {digits(estimate['high'])}]"
-
-
-def digits(value: float | None) -> str:
-    """A number with three places, fewer where it is large."""
-    if value is None:
-        return "?"
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.1f}"
-
-
-def grid(rows: list[list[str]]) -> str:
-    """Markdown with its columns aligned, so that it reads in a terminal too."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rule = ["-" * width for width in widths]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in [rows[0], rule, *rows[1:]]
-    )
-
-
 def side_by_side(samples: list[dict[str, Any]], names: list[str], count: int = 3) -> str:
     """The first prompts that all of these policies answered, with their answers under them."""
     complete = [sample for sample in samples if all(name in sample["answers"] for name in names)][:count]
@@ -69,9 +49,3 @@ def side_by_side(samples: list[dict[str, Any]], names: list[str], count: int = 3
         for sample in complete
     ]
     return "\n\n".join(blocks)
-
-
-def line(text: str, limit: int = 300) -> str:
-    """A text on one line, cut to `limit` characters at its end."""
-    flat = " ".join(text.split())
-    return flat if len(flat) <= limit else f"{flat[:limit]} ..."

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import load_from_disk
+from pyarrow import compute
 
 from dpo_pipeline.config import Run, build
-from dpo_pipeline.data.splits import load_splits
-from dpo_pipeline.data.tokens import Lengths, end_tokens, tell, tokenize
+from dpo_pipeline.data.account import Account
+from dpo_pipeline.data.splits import key, load_splits
+from dpo_pipeline.data.tokens import Lengths, end_tokens, tokenize
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.locks import alone
 from dpo_pipeline.machine import processes, together
@@ -32,10 +34,17 @@ def prepare_base(run: Run) -> None:
         together(lambda: build(run.model.builder, folder=run.model.path))
 
 
-def load_rows(run: Run, stage: str) -> dict[str, list[dict]]:
-    """The rows that a stage learns from, as text or messages, by split."""
+def load_rows(
+    run: Run, stage: str, tokenizer: Any, strict: bool = True
+) -> tuple[dict[str, list[dict[str, Any]]], Account]:
+    """The rows that a stage learns from, by split, and the account of all that were read.
+
+    As messages where the set's `form` says so, or the tokenizer has a chat template; else as text. Raises
+    PipelineError where too many teach nothing, unless not `strict`.
+    """
     node = (run.sft_dataset or run.dataset) if stage == "sft" else run.dataset
-    return load_splits(node, answers(run, stage), run.debug)
+    chat = bool(tokenizer.chat_template) if node["form"] == "auto" else node["form"] == "messages"
+    return load_splits(node, answers(run, stage), chat, run.debug, strict)
 
 
 def answers(run: Run, stage: str) -> tuple[str, ...]:
@@ -43,9 +52,10 @@ def answers(run: Run, stage: str) -> tuple[str, ...]:
     return (str(run.sft_target),) if stage == "sft" else ("chosen", "rejected")
 
 
-def prepared(run: Run, stage: str, tokenizer: Any) -> dict[str, Any]:
-    """The train and validation rows of a stage, loaded and as token ids."""
-    return tokenized(run, stage, tokenizer, load_rows(run, stage), "train", "validation")
+def prepared(run: Run, stage: str, tokenizer: Any, *splits: str) -> tuple[dict[str, Any], Account]:
+    """The rows of a stage, loaded, told of and as token ids, and their account."""
+    rows, account = load_rows(run, stage, tokenizer)
+    return tokenized(run, stage, tokenizer, rows, account, *splits), account
 
 
 def made_once(run: Run, make: Callable[[], tuple[dict[str, Any], Any]]) -> tuple[dict[str, Any], Any]:
@@ -57,11 +67,24 @@ def made_once(run: Run, make: Callable[[], tuple[dict[str, Any], Any]]) -> tuple
         return (tables if processes() == 1 else places), other
 
     tables, other = together(made)
-    return ({k: load_from_disk(v) for k, v in tables.items()} if processes() > 1 else tables), other
+    tables = {k: load_from_disk(v) for k, v in tables.items()} if processes() > 1 else tables
+    return {k: table.remove_columns("row") for k, table in tables.items()}, other
 
 
-def tokenized(run: Run, stage: str, tokenizer: Any, rows: dict[str, list[dict]], *splits: str) -> dict[str, Any]:
-    """The rows of a stage as token ids, by split: `answer_ids` for SFT, `chosen_ids` and `rejected_ids` for DPO."""
+def tokenized(
+    run: Run,
+    stage: str,
+    tokenizer: Any,
+    rows: dict[str, list[dict[str, Any]]],
+    account: Account,
+    *splits: str,
+    strict: bool = True,
+) -> dict[str, Any]:
+    """The rows of a stage as token ids, by split: `answer_ids` for SFT, `chosen_ids` and `rejected_ids` for DPO.
+
+    They are kept on disk for the runs to come, by all that they depend on. Tells the account, with what the limits of
+    length have dropped and cut; raises PipelineError where that is more than half, unless not `strict`.
+    """
     ends, lengths = ends_and_lengths(run, tokenizer)
     names = answers(run, stage)
     how = [tokenizer_hash(tokenizer), ends, dataclasses.astuple(lengths), stage, names]
@@ -74,19 +97,37 @@ def tokenized(run: Run, stage: str, tokenizer: Any, rows: dict[str, list[dict]],
 
         digest = hashlib.sha256(json.dumps(how).encode())
         for row in rows[split]:
-            digest.update(json.dumps([row[name] for name in ("prompt", *names)]).encode())
+            digest.update("\0".join((key(row), *(row[name] for name in (*names, "source", "origin")))).encode())
         place = Path(run.root) / ".cache" / "data" / digest.hexdigest()
         if run.check:  # which leaves nothing
             ids[split] = make()
-            continue
-        with alone(place):
-            if (table := there(place)) is None:
-                table = saved(make(), place)
-            else:
-                tell(table, tokenizer, ends, lengths)
-        ids[split] = table
+        else:
+            with alone(place):
+                table = there(place)
+                ids[split] = saved(make(), place) if table is None else table
+        account.hear(json.loads(ids[split].info.description))
+        account.keep(split, [rows[split][i] for i in ids[split].data.column("row").to_pylist()])
+    if strict:
+        tell(run, account)
+    for split in ("train", "validation"):
+        if strict and split in ids and not len(ids[split]):
+            raise PipelineError(f"no rows are left for {split}, {account.fitted} were longer than length.max or empty")
     check_ids(run, tokenizer, ids)
     return ids
+
+
+def tell(run: Run, account: Account) -> None:
+    """Print what became of the rows of a stage; raises PipelineError where more than half are cut or dropped."""
+    log.info("rows by source\n%s", account.table())
+    for sentence in account.doubts(context(run)):
+        log.warning("%s", sentence)
+    for sentence in account.stops(context(run)):
+        raise PipelineError(sentence)
+
+
+def context(run: Run) -> int:
+    """The tokens that the base model of a run can read."""
+    return load_config(run.model).get_text_config().max_position_embeddings
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -107,7 +148,9 @@ def there(place: Path) -> Any:
 
 
 def saved(table: Any, place: Path) -> Any:
-    """A table, put at `place` for the runs to come, and read from there."""
+    """A table, put at `place` for the runs to come, and read from there; `datasets` cannot read one without rows."""
+    if not len(table):
+        return table
     partial = place.with_suffix(".partial")
     for folder in (partial, place):
         shutil.rmtree(folder, ignore_errors=True)
@@ -119,8 +162,9 @@ def saved(table: Any, place: Path) -> Any:
 def check_ids(run: Run, tokenizer: Any, tables: dict[str, Any]) -> None:
     """Raise PipelineError where rows hold a token that the base has no embedding for, at which torch stops."""
     size = load_config(run.model).get_text_config().vocab_size
-    found = (max(ids) for table in tables.values() for name in table.column_names for ids in table[name])
-    if (largest := max(tokenizer.pad_token_id, *found, 0)) >= size:
+    columns = (table.data.column(name) for table in tables.values() for name in ids_columns(table))
+    found = [compute.max(compute.list_flatten(column)).as_py() or 0 for column in columns]
+    if (largest := max(tokenizer.pad_token_id, *found)) >= size:
         raise PipelineError(
             f"the rows hold token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the base "
             f"{run.model.path} knows {size} tokens: give the tokenizer that it was trained with"
@@ -136,8 +180,7 @@ def ends_and_lengths(run: Run, tokenizer: Any) -> tuple[list[int], Lengths]:
         generation = GenerationConfig.from_pretrained(run.model.path, revision=run.model.revision)
     except OSError:  # a model without generation_config.json
         generation = GenerationConfig.from_model_config(config)
-    context = config.get_text_config().max_position_embeddings
-    return end_tokens(tokenizer, generation), Lengths.of(run.length.max, run.length.max_prompt, context)
+    return end_tokens(tokenizer, generation), Lengths.of(run.length, context(run))
 
 
 def limit_steps(run: Run, args: Any, rows: int) -> None:
@@ -147,11 +190,14 @@ def limit_steps(run: Run, args: Any, rows: int) -> None:
         args.max_steps = 50
 
 
-def facts(trainer: Any, rows: dict[str, Any], starting: str | Path, loading: Loading) -> dict[str, Any]:
-    """What the manifest tells of a run: its rows with their fingerprint, what it starts from, what it trains."""
+def facts(
+    trainer: Any, rows: dict[str, Any], account: Account, starting: str | Path, loading: Loading
+) -> dict[str, Any]:
+    """What the manifest tells of a run: its rows with their account, what it starts from, what it trains."""
     parameters = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
     return {
         "rows": {split: len(table) for split, table in rows.items()},
+        **account.as_json(),
         "data_fingerprint": {split: fingerprint(table) for split, table in rows.items()},
         "starting_policy": str(starting),
         "parameters": sum(n for n, _ in parameters),
@@ -165,4 +211,14 @@ def facts(trainer: Any, rows: dict[str, Any], starting: str | Path, loading: Loa
 
 def fingerprint(table: Any) -> str:
     """sha256 of the token ids of a table of rows."""
-    return hashlib.sha256(json.dumps(table.to_dict(), sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for name in ids_columns(table):
+        column = table.data.column(name)
+        for numbers in (compute.list_value_length(column), compute.list_flatten(column)):
+            digest.update(numbers.to_numpy().tobytes())
+    return digest.hexdigest()
+
+
+def ids_columns(table: Any) -> list[str]:
+    """The columns of a table that hold token ids."""
+    return sorted(name for name in table.column_names if name.endswith("_ids"))

@@ -7,7 +7,6 @@ differs is what a sweep shares. Wall and CPU seconds of all processes; on a busy
 """
 
 import argparse
-import gzip
 import json
 import os
 import resource
@@ -21,7 +20,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from dpo_pipeline.config import compose
-from dpo_pipeline.data.hh_rlhf import pair
+from dpo_pipeline.data.hh_rlhf import load
 from dpo_pipeline.training.start import load_rows
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -49,20 +48,19 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench-sweep-"))
     os.environ["HF_HOME"] = str(folder / "hf")  # TRL's own cache starts empty, as ours does
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    with gzip.open(given.pairs, "rt", encoding="utf-8") as stream:
-        pairs = [pair(row["chosen"], row["rejected"]) for row in map(json.loads, stream)]
+    pairs = load(str(given.pairs), None, False, "hh")["train"]
     sides = ("chosen", "rejected")
     fit = [p for p in pairs if max(len(tokenizer(p["prompt"] + p[s])["input_ids"]) for s in sides) < 250]
     rows = [p for p in fit if "problem" not in p and all(p[s].strip() for s in sides)][: given.rows]
     ours = folder / "pairs.jsonl"
-    ours.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ours.write_text("".join(json.dumps({key: row[key] for key in ("prompt", *sides)}) + "\n" for row in rows))
     typed = [
         *("policy=base", "model=path", f"model.path={given.model}", "dataset=json", f"dataset.path={ours}"),
         *(f"root={folder / 'outputs'}", "dataset.test_rows=1", f"lora={given.lora}", "length.max=256"),
         *("batch.global_size=16", "batch.micro_size=8", "dpo.learning_rate=1e-4", "dpo.eval_steps=100000"),
         *("evaluation.pairs=1", "evaluation.prompts=1", "evaluation.max_new_tokens=8"),
     ]
-    train = load_rows(compose(typed), "dpo")["train"]
+    train = load_rows(compose(typed), "dpo", tokenizer)[0]["train"]
     (folder / "trl").mkdir()
     lines = (json.dumps({key: row[key] for key in ("prompt", *sides)}) + "\n" for row in train)
     (folder / "trl" / "train.jsonl").write_text("".join(lines))

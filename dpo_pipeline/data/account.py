@@ -1,0 +1,146 @@
+"""The account of a data set: what became of every row that was read, by source, and whether that can be right."""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.printing import grid
+
+EXAMPLES = 3  # origins kept of each reason
+SPLITS = ("train", "validation", "test")
+# Reasons to leave a row out on purpose, those of length, and faults that cost one row but damn no data set. All others
+# are faults after which one asks whether this is a preference data set at all.
+ON_PURPOSE = ("prompt also in test", "another answer of its prompt", "not drawn", "no demonstration")
+LENGTH = ("too long", "identical after cutting", "no answer token left")
+SINGLE = ("exact duplicate", "more than one BOS", "answer without its one end token", "prompt without a token")
+FAULTY = 0.05  # share of rows that teach nothing, above which a set is not what it is taken for
+TOUCHED, LOST = 0.05, 0.5  # shares of rows cut or dropped for length: to be warned of, and to stop at
+MERGED = 0.05  # share of rows whose answer was tokenized alone, to be warned of
+
+
+@dataclass
+class Account:
+    """Rows read and kept by source, and the reasons why others were dropped, or were kept but cut."""
+
+    on_bad_row: str = "drop"
+    read: Counter[str] = field(default_factory=Counter)
+    kept: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    dropped: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    cut: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # first origins, by reason
+    on_purpose: set[str] = field(default_factory=lambda: set(ON_PURPOSE))
+    notes: list[str] = field(default_factory=list)
+    fitted: int = 0  # rows whose length was looked at
+    merged: int = 0  # rows whose answers had to be tokenized without their prompt
+    keeps: int = 0  # the length.max that would keep 99% of the rows whole, in tokens
+
+    def drop(self, row: dict[str, Any], reason: str) -> None:
+        """Count a row that is not kept; raises PipelineError for a bad one where the config says so."""
+        self.dropped[row["source"]][reason] += 1
+        self.example(reason, row["origin"])
+
+    def change(self, row: dict[str, Any], reason: str) -> None:
+        """Count a row that is kept, but not as it was."""
+        self.cut[row["source"]][reason] += 1
+        self.example(reason, row["origin"])
+
+    def example(self, reason: str, origin: str) -> None:
+        """Keep the first origins of a reason; raises PipelineError where a bad row is to end the run."""
+        if self.on_bad_row == "error" and reason not in (*self.on_purpose, *LENGTH, "prompt cut", "answer cut"):
+            raise PipelineError(
+                f"{origin}: {reason}: correct the row or take it out, or drop such rows by dataset.on_bad_row=drop"
+            )
+        if len(self.examples[reason]) < EXAMPLES:
+            self.examples[reason].append(origin)
+
+    def keep(self, split: str, rows: list[dict[str, Any]]) -> None:
+        """Set the rows of a split that are kept."""
+        found = Counter(row["source"] for row in rows)
+        for source in self.read:
+            self.kept[source][split] = found[source]
+
+    def told(self) -> dict[str, Any]:
+        """What `hear` of another account takes, as JSON."""
+        names = ("dropped", "cut", "examples", "fitted", "merged", "keeps")
+        return {name: getattr(self, name) for name in names}
+
+    def hear(self, told: dict[str, Any]) -> None:
+        """Take in what the account of some of these rows has told."""
+        for mine, theirs in ((self.dropped, told["dropped"]), (self.cut, told["cut"])):
+            for source, reasons in theirs.items():
+                mine[source].update(reasons)
+        for reason, origins in told["examples"].items():
+            for origin in origins:
+                self.example(reason, origin)
+        self.fitted += told["fitted"]
+        self.merged += told["merged"]
+        self.keeps = max(self.keeps, told["keeps"])
+
+    def as_json(self) -> dict[str, Any]:
+        """`{"sources": {name: {"read", "kept": {split: n}, "dropped": {reason: n}, "cut": {reason: n}}}}`."""
+        return {
+            "sources": {
+                source: {
+                    "read": read,
+                    "kept": {split: self.kept[source][split] for split in SPLITS},
+                    "dropped": dict(self.dropped[source]),
+                    "cut": dict(self.cut[source]),
+                }
+                for source, read in self.read.items()
+            }
+        }
+
+    def table(self) -> str:
+        """The account as Markdown, a line for each source."""
+        lines = [["source", "read", *SPLITS, "dropped", "cut"]]
+        for source, part in self.as_json()["sources"].items():
+            reasons = (", ".join(f"{n:,} {reason}" for reason, n in part[key].items()) for key in ("dropped", "cut"))
+            lines.append([source, f"{part['read']:,}", *(f"{part['kept'][s]:,}" for s in SPLITS), *reasons])
+        return grid(lines)
+
+    def faults(self) -> list[str]:
+        """A sentence for each source of whose rows more than 5% teach nothing."""
+        sentences = []
+        for source, read in self.read.items():
+            gone = self.dropped[source]
+            faults = {r: n for r, n in gone.items() if r not in (*self.on_purpose, *LENGTH, *SINGLE)}
+            meant = read - sum(n for reason, n in gone.items() if reason in self.on_purpose)
+            if (bad := sum(faults.values())) > FAULTY * meant:
+                listed = "; ".join(f"{n} {reason} ({self.examples[reason][0]})" for reason, n in faults.items())
+                sentences.append(
+                    f"{bad} of {meant} rows of {source} teach nothing, more than {FAULTY:.0%}: {listed}: check that "
+                    "dataset= fits the form of this file and that chosen and rejected are the columns meant, or take "
+                    "them out"
+                )
+        return sentences
+
+    def for_length(self) -> tuple[int, int]:
+        """How many rows the limits of length have dropped, and how many cut."""
+        lost = sum(reasons[name] for reasons in self.dropped.values() for name in LENGTH)
+        return lost, sum(reasons[name] for reasons in self.cut.values() for name in ("prompt cut", "answer cut"))
+
+    def stops(self, context: int) -> list[str]:
+        """What ends a run: a sentence for each source that teaches too little, and one where too much is too long."""
+        return self.faults() + ([self.told_length(context)] if sum(self.for_length()) > LOST * self.fitted else [])
+
+    def doubts(self, context: int) -> list[str]:
+        """What a run warns of: a sentence each."""
+        sentences = list(self.notes)
+        if TOUCHED * self.fitted < sum(self.for_length()) <= LOST * self.fitted:
+            sentences.append(self.told_length(context))
+        if self.merged > MERGED * self.fitted:
+            sentences.append(
+                f"{self.merged} of {self.fitted} rows: the prompt's tokens change when an answer follows, so the "
+                "answer was tokenized alone: end the prompts where a token ends (a line break, or no trailing space)"
+            )
+        return sentences
+
+    def told_length(self, context: int) -> str:
+        """What the limits of length do, and the limit that would keep 99% of the rows whole."""
+        lost, cut = self.for_length()
+        beyond = f", more than the model's context of {context} tokens" if self.keeps > context else ""
+        return (
+            f"{(lost + cut) / self.fitted:.0%} of {self.fitted} rows are too long: {lost} dropped, {cut} cut: "
+            f"length.max={self.keeps} would keep 99% of them whole{beyond}"
+        )

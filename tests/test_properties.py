@@ -1,0 +1,131 @@
+"""Whatever rows a file holds: one sentence, or every row accounted for and every answer ended once."""
+
+import json
+import tempfile
+from pathlib import Path
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dpo_pipeline.config import compose
+from dpo_pipeline.data.reviews import VOCABULARY
+from dpo_pipeline.data.splits import load_splits
+from dpo_pipeline.data.tokens import Lengths, tokenize
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.training.tiny import word_tokenizer
+
+TOKENIZER = word_tokenizer()
+BOS, END = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
+CHAT = word_tokenizer()
+CHAT.chat_template = (
+    "{{ bos_token }}{% for m in messages %} {{ m.role }} : {{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %} assistant :{% endif %}"
+)
+WORDS = [
+    "the",
+    "film",
+    "i",
+    "see",
+    "\n",
+    " ",
+    "",
+    "</s>",
+    "<s>",
+    "é\u2028",
+    "\n\nHuman:",
+    "\n\nAssistant:",
+    "\x00",
+    ".",
+]
+
+words = st.lists(st.sampled_from(VOCABULARY), min_size=1, max_size=9).map(" ".join)
+texts = st.one_of(words, words, words, st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join))
+roles = st.sampled_from(["user", "assistant", "system", "human", "gpt", "tool", ""])
+turns = st.one_of(
+    st.builds(lambda role, content: {"role": role, "content": content}, roles, texts),
+    st.builds(lambda role, content: {"from": role, "value": content}, roles, texts),
+)
+messages = st.lists(turns, max_size=4)
+odd = st.one_of(st.none(), st.integers(), st.booleans(), st.lists(st.integers(), max_size=2), st.just({"a": 1}))
+values = st.one_of(texts, texts, texts, texts, messages, odd)
+NAMES = ("prompt", "chosen", "rejected", "demonstration", "messages", "conversations", "text", "instruction", "output")
+wild = st.dictionaries(st.sampled_from(NAMES), values, max_size=5)
+good = st.fixed_dictionaries({"prompt": words, "chosen": words, "rejected": words})
+pair = st.one_of(good, good, good, st.fixed_dictionaries({"prompt": texts, "chosen": texts, "rejected": texts}))
+talk = st.builds(
+    lambda prompt, *answers: {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]},
+    messages, texts, texts,
+)  # fmt: skip
+dialogues = st.fixed_dictionaries({"chosen": st.one_of(texts, messages), "rejected": st.one_of(texts, messages)})
+# Of few texts, so that they meet again: the same, both ways, two answers to one prompt.
+FEW = [{"prompt": p, "chosen": c, "rejected": r} for p in ("the", "film") for c in "iawe" for r in "iawe"]
+files = st.one_of(
+    st.lists(pair, min_size=1, max_size=40),
+    st.lists(pair, min_size=20, max_size=40),
+    st.lists(st.sampled_from(FEW), min_size=10, max_size=40),
+    st.lists(st.one_of(pair, talk), min_size=4, max_size=30),
+    st.lists(dialogues, min_size=4, max_size=30),
+    st.lists(wild, min_size=1, max_size=20),
+)
+lengths = st.builds(
+    lambda most, prompt, *how: Lengths(most, min(prompt, most - 1), *how),
+    st.one_of(st.integers(2, 24), st.just(24)), st.integers(1, 24), st.sampled_from(["left", "drop"]),
+    st.sampled_from(["drop", "keep_eos", "cut"]),
+)  # fmt: skip
+seen: dict[str, int] = {}
+
+
+@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(rows=files, limits=lengths, sft=st.booleans(), chat=st.booleans(), test_rows=st.integers(0, 5))
+def test_no_row_is_lost_and_no_answer_ends_otherwise(rows, limits, sft, chat, test_rows):
+    names = ("chosen",) if sft else ("chosen", "rejected")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        node = {**NODE, "path": str(path), "test_rows": test_rows}
+        try:
+            splits, account = load_splits(node, names, chat, strict=False)
+            tokenizer = CHAT if chat else TOKENIZER
+            tables = {split: tokenize(part, names, tokenizer, [END], limits) for split, part in splits.items()}
+            refusal = ""
+        except PipelineError as error:
+            refusal = str(error)
+    if refusal:
+        assert "\n" not in refusal
+        assert len(refusal) > 20
+        seen["refused"] = seen.get("refused", 0) + 1
+        return
+    for split, table in tables.items():
+        account.hear(json.loads(table.info.description))
+        account.keep(split, [splits[split][i] for i in table["row"]])
+    (part,) = account.as_json()["sources"].values()
+    kept = sum(map(len, tables.values()))
+    assert part["read"] == len(rows) == kept + sum(part["dropped"].values())
+    assert sum(part["kept"].values()) == kept
+    prompts = [{json.dumps(row["prompt"]) for row in splits[split]} for split in splits]
+    assert len(set.union(*prompts)) == sum(map(len, prompts))
+    for table in tables.values():
+        for row in table:
+            answers = [row[f"{name}_ids"] for name in names]
+            assert len(row["prompt_ids"]) + max(map(len, answers)) <= limits.max
+            assert row["prompt_ids"][:2].count(BOS) == 1
+            assert len(answers) == 1 or answers[0] != answers[1]
+            for ids in answers:
+                whole = ids.count(END) == 1 and ids[-1] == END and len(ids) > 1
+                assert whole or (limits.answer == "cut" and END not in ids and ids)
+    seen["kept"] = seen.get("kept", 0) + kept
+    for reason in part["dropped"]:
+        seen[reason] = seen.get(reason, 0) + 1
+
+
+def test_the_rows_thrown_were_of_every_kind():
+    """Runs after the one above, or throws them itself: a property that only ever saw refusals would prove nothing."""
+    if not seen:
+        test_no_row_is_lost_and_no_answer_ends_otherwise()
+    assert seen["kept"] > 500, seen
+    assert {"refused", "empty answer", "identical answers", "contradiction", "exact duplicate", "too long"} <= set(
+        seen
+    )
+
+
+NODE = compose(["dataset=json", "dataset.path=rows.jsonl"]).dataset

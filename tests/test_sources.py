@@ -1,0 +1,521 @@
+"""Each published form of rows becomes pairs and demonstrations as text and as messages; bad input is one sentence.
+
+The rows are made up in the form that each set has on the hub; its file in conf/dataset/ says where that was seen.
+"""
+
+import csv
+import gzip
+import json
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from dpo_pipeline.config import ROW_KEYS, build, compose
+from dpo_pipeline.data import json_file
+from dpo_pipeline.data.splits import load_splits
+from dpo_pipeline.errors import PipelineError
+
+
+def write(path, rows, schema=None):
+    """A file of rows by its name's ending; the path as text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist(rows, schema), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        lines = json.dumps(rows) if path.name == "list.json" else "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_bytes(gzip.compress(lines.encode()) if path.suffix == ".gz" else lines.encode())
+    return str(path)
+
+
+def loaded(name, path, *overrides, chat=False):
+    """What the data set's own file in conf/ makes of a local copy."""
+    node = compose([f"dataset={name}", f"dataset.path={path}", *overrides]).dataset
+    return build({key: value for key, value in node.items() if key not in ROW_KEYS}, chat=chat, source="it")
+
+
+def answers(row):
+    """A row without its source and origin."""
+    assert row["source"] == "it"
+    assert row["origin"]
+    return {key: value for key, value in row.items() if key not in ("source", "origin")}
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def reply(content):
+    return {"role": "assistant", "content": content}
+
+
+HUMAN = "\n\nHuman: {}\n\nAssistant:".format
+SHP = {
+    "post_id": "qt3nxl",
+    "domain": "askculinary_train",
+    "upvote_ratio": 0.98,
+    "history": "How do I cook rice?",
+    "c_root_id_A": "hkh51xz",
+    "c_root_id_B": "hkh51xa",
+    "created_at_utc_A": 1636822112,
+    "created_at_utc_B": 1636822110,
+    "score_A": 340,
+    "score_B": 166,
+    "human_ref_A": "With water.",
+    "human_ref_B": "Not at all.",
+    "labels": 1,
+    "seconds_difference": 2.0,
+    "score_ratio": 2.048,
+}
+
+
+def test_shp_takes_the_preferred_comment_of_clear_pairs_at_most_five_for_a_post(tmp_path):
+    rows = [
+        SHP,
+        {**SHP, "labels": 0},
+        {**SHP, "score_ratio": 1.99},
+        *[{**SHP, "human_ref_A": f"{i}"} for i in range(4)],
+    ]
+    write(tmp_path / "askculinary" / "train.json", [*rows, {**SHP, "history": "And beans?"}])
+    write(tmp_path / "askcarguys" / "train.json", [SHP])
+    write(tmp_path / "askculinary" / "test.json", [{**SHP, "score_ratio": 2.0}])
+    write(tmp_path / "askculinary" / "validation.json", [SHP])
+    found = loaded("shp", tmp_path, "dataset.data_dir=askculinary")
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 8, "test": 1}
+    asked = HUMAN("How do I cook rice?")
+    assert answers(found["train"][0]) == {"prompt": asked, "chosen": " With water.", "rejected": " Not at all."}
+    assert answers(found["train"][1]) == {"prompt": asked, "chosen": " Not at all.", "rejected": " With water."}
+    reasons = ["score_ratio below 2", "beyond 5 pairs of its prompt"]
+    assert [row.get("left_out") for row in found["train"]] == [
+        None,
+        None,
+        reasons[0],
+        None,
+        None,
+        None,
+        reasons[1],
+        None,
+    ]
+    assert "left_out" not in found["test"][0]
+    assert len(loaded("shp", tmp_path)["train"]) == 9
+    chat = loaded("shp", tmp_path / "askculinary" / "test.json", chat=True)["train"][0]
+    assert answers(chat) == {
+        "prompt": [user("How do I cook rice?")],
+        "chosen": "With water.",
+        "rejected": "Not at all.",
+    }
+
+
+def test_what_shp_leaves_out_is_counted_and_is_no_fault(tmp_path):
+    rows = [{**SHP, "history": f"{i}", "score_ratio": 2.5 if i % 2 else 1.5} for i in range(100)]
+    path = write(tmp_path / "train.json", rows)
+    run = compose(["dataset=shp", f"dataset.path={path}", "dataset.test_rows=5"])
+    splits, account = load_splits(run.dataset, ("chosen", "rejected"), chat=False)
+    assert sum(map(len, splits.values())) == 50
+    assert account.as_json()["sources"]["train.json"]["dropped"] == {"score_ratio below 2": 50}
+
+
+def test_a_number_in_csv_is_a_number(tmp_path):
+    path = write(tmp_path / "shp.csv", [{**SHP, "labels": "0", "score_ratio": "1.5"}, {**SHP, "score_ratio": "3"}])
+    first, second = loaded("shp", path)["train"]
+    assert (first["chosen"], first["left_out"]) == (" Not at all.", "score_ratio below 2")
+    assert "left_out" not in second
+
+
+def summary(text, policy):
+    return {"text": text, "policy": policy, "note": None}
+
+
+def comparison(post, first, second, choice):
+    info = {"id": "t3_1", "post": post, "title": "Car", "subreddit": "legaladvice", "site": None, "article": None}
+    rest = {"worker": "w", "batch": "batch9", "split": "train", "extra": {"confidence": 8}}
+    return {"info": info, "summaries": [first, second], "choice": choice, **rest}
+
+
+TLDR = pa.schema(  # as the set's script declares it
+    {
+        "info": pa.struct({name: pa.string() for name in ("id", "post", "title", "subreddit", "site", "article")}),
+        "summaries": pa.list_(pa.struct({name: pa.string() for name in ("text", "policy", "note")})),
+        "choice": pa.int32(),
+        **dict.fromkeys(("worker", "batch", "split"), pa.string()),
+        "extra": pa.struct({"confidence": pa.int32()}),
+    }
+)
+
+
+def test_tldr_asks_in_the_papers_form_and_keeps_the_posts_own_summary(tmp_path):
+    ref, one, two = summary(" own", "ref"), summary(" one", "sup4"), summary(" two", "sup4_ppo")
+    news = comparison(None, one, ref, 0)
+    news["info"] |= {"title": "News", "subreddit": None, "site": "cnn", "article": "It rains."}
+    rows = [comparison("A.", one, two, 1), comparison("A.", ref, two, 0), comparison("B.", one, two, 0)]
+    write(tmp_path / "comparisons" / "train" / "0000.parquet", rows, TLDR)
+    write(tmp_path / "comparisons" / "validation" / "0000.parquet", [rows[1], news], TLDR)
+    write(tmp_path / "axis" / "test" / "0000.parquet", [{"info": {"id": "1"}, "summary": ref}])
+    found = loaded("summarize_from_feedback", tmp_path, "dataset.revision=null")
+    asked = "SUBREDDIT: r/legaladvice\n\nTITLE: Car\n\nPOST: A.\n\nTL;DR:"
+    first, second, third = map(answers, found["train"])
+    assert first == {"prompt": asked, "chosen": " two", "rejected": " one", "demonstration": " own"}
+    assert second == {"prompt": asked, "chosen": " own", "rejected": " two", "demonstration": " own"}
+    assert third == {"prompt": asked.replace("A.", "B."), "chosen": " one", "rejected": " two"}
+    assert [row.get("left_out") for row in found["test"]] == [None, "no prompt"]
+    path = write(tmp_path / "batch9.jsonl", rows)
+    assert answers(loaded("summarize_from_feedback", path, chat=True)["train"][0]) == {
+        "prompt": [user(asked)],
+        "chosen": "two",
+        "rejected": "one",
+        "demonstration": "own",
+    }
+
+
+def test_ultrafeedback_is_whole_dialogues_in_splits_of_its_own_names(tmp_path):
+    row = {
+        "prompt": "hi",
+        "prompt_id": "a",
+        "chosen": [user("hi"), reply("yo")],
+        "rejected": [user("hi"), reply("no")],
+        "messages": [user("hi"), reply("yo")],
+        "score_chosen": 8.0,
+        "score_rejected": 4.0,
+    }
+    for split, rows in (("train_prefs", [row]), ("test_prefs", [row]), ("train_sft", [row, row])):
+        write(tmp_path / "data" / f"{split}-00000-of-00001.parquet", rows)
+    text, chat = (loaded("ultrafeedback_binarized", tmp_path, chat=chat) for chat in (False, True))
+    assert {split: len(rows) for split, rows in text.items()} == {"train": 1, "test": 1}
+    assert answers(text["train"][0]) == {"prompt": HUMAN("hi"), "chosen": " yo", "rejected": " no"}
+    assert answers(chat["test"][0]) == {"prompt": [user("hi")], "chosen": "yo", "rejected": "no"}
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "row"),
+    [
+        ("orca_dpo_pairs", "orca_rlhf.jsonl", {"question": "hi"}),
+        ("truthy_dpo", "truthy-dpo.parquet", {"id": "a", "source": "truthy_dpo", "prompt": "hi"}),
+    ],
+)
+def test_a_system_prompt_stands_before_the_question(name, file, row, tmp_path):
+    row = {**row, "system": "Be kind.", "chosen": "yo", "rejected": "no"}
+    path = write(tmp_path / file, [row, {**row, "system": ""}])
+    first, second = map(answers, loaded(name, path)["train"])
+    assert first == {"prompt": f"Be kind.{HUMAN('hi')}", "chosen": " yo", "rejected": " no"}
+    assert second["prompt"] == HUMAN("hi")
+    first, second = map(answers, loaded(name, path, chat=True)["train"])
+    assert first == {"prompt": [system("Be kind."), user("hi")], "chosen": "yo", "rejected": "no"}
+    assert second["prompt"] == [user("hi")]
+    assert loaded(name, path, "dataset.columns.system=null")["train"][0]["prompt"] == HUMAN("hi")
+
+
+def test_stack_exchange_reads_one_folder_of_the_set_and_no_more_rows_than_asked(tmp_path):
+    row = {"qid": 1, "question": "How?", "date": "2012/01/01", "metadata": ["a", "b"]}
+    row |= {"response_j": "So.", "response_k": "No."}
+    write(tmp_path / "data" / "rl" / "train-00000-of-00001.parquet", [row] * 5)
+    write(tmp_path / "data" / "finetune" / "train-00000-of-00001.parquet", [row] * 7)
+    assert len(loaded("stack_exchange_paired", tmp_path)["train"]) == 5
+    rows = loaded("stack_exchange_paired", tmp_path, "dataset.rows=2")["train"]
+    assert [answers(row) for row in rows] == [{"prompt": HUMAN("How?"), "chosen": " So.", "rejected": " No."}] * 2
+    chat = loaded("stack_exchange_paired", tmp_path, chat=True)["train"][0]
+    assert answers(chat) == {"prompt": [user("How?")], "chosen": "So.", "rejected": "No."}
+
+
+def test_imdb_asks_for_the_rest_of_a_review(tmp_path):
+    review = "I saw it  twice, and\nwould do so again.<br /><br />Go!"
+    rows = [{"text": review, "label": 1}, {"text": "Seven words and no more than that", "label": 0}]
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl.gz", rows)
+    found = loaded("imdb", tmp_path)
+    first, second = map(answers, found["train"])
+    assert first == {
+        "prompt": "I saw it  twice, and\nwould do so",
+        "demonstration": " again.<br /><br />Go!",
+    }
+    assert second == {"prompt": "Seven words and no more than that", "demonstration": ""}
+    assert len(found["test"]) == 2
+    chat = answers(loaded("imdb", tmp_path, "dataset.prompt_words=2", chat=True)["train"][0])
+    assert chat == {"prompt": [user("I saw")], "demonstration": review.removeprefix("I saw ")}
+
+
+ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3", "text": "Below is an instruction ..."}
+
+
+@pytest.mark.parametrize("name", ["alpaca", "json"])
+def test_alpaca_asks_in_its_own_form_or_plainly(name, tmp_path):
+    path = write(tmp_path / "train-00000-of-00001.parquet", [ALPACA, {**ALPACA, "input": ""}])
+    first, second = map(answers, loaded(name, path)["train"])
+    assert first["prompt"].startswith("Below is an instruction that describes a task, paired with an input")
+    assert first["prompt"].endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
+    assert second["prompt"].endswith("request.\n\n### Instruction:\nAdd.\n\n### Response:\n")
+    assert {key: first[key] for key in first if key != "prompt"} == {"demonstration": "3"}
+    first, second = map(answers, loaded(name, path, chat=True)["train"])
+    assert first == {"prompt": [user("Add.\n\n1 2")], "demonstration": "3"}
+    assert second["prompt"] == [user("Add.")]
+
+
+def turn(role, value):
+    return {"from": role, "value": value}
+
+
+HH = HUMAN("hi")
+PAIR = {"chosen": "yo", "rejected": "no"}
+TEXT = {"prompt": HH, "chosen": " yo", "rejected": " no"}
+CHAT = {"prompt": [user("hi")], **PAIR}
+OURS = {"prompt": HH, "demonstration": " yo"}
+CHAT_OURS = {"prompt": [user("hi")], "demonstration": "yo"}
+FORMS = {
+    "text": ({"prompt": "hi", **PAIR}, {"prompt": "hi", **PAIR}, CHAT),
+    "text with a demonstration": (
+        {"prompt": "hi", **PAIR, "demonstration": "so"},
+        {"prompt": "hi", **PAIR, "demonstration": "so"},
+        {**CHAT, "demonstration": "so"},
+    ),
+    "messages": ({"prompt": [user("hi")], "chosen": [reply("yo")], "rejected": [reply("no")]}, TEXT, CHAT),
+    "text, answered by messages": ({"prompt": "hi", "chosen": [reply("yo")], "rejected": [reply("no")]}, TEXT, CHAT),
+    "a system prompt beside it": (
+        {"system": "Be kind.", "prompt": "hi", **PAIR},
+        {**TEXT, "prompt": f"Be kind.{HH}"},
+        {**CHAT, "prompt": [system("Be kind."), user("hi")]},
+    ),
+    "OpenAI's": (
+        {
+            "input": {"messages": [user("hi")], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [reply("yo")],
+            "non_preferred_output": [reply("no")],
+        },
+        TEXT,
+        CHAT,
+    ),
+    "ShareGPT's": (
+        {"conversations": [turn("human", "hi")], "chosen": turn("gpt", "yo"), "rejected": turn("gpt", "no")},
+        TEXT,
+        CHAT,
+    ),
+    "ShareGPT's with a system prompt": (
+        {
+            "conversations": [turn("human", "hi")],
+            "chosen": turn("gpt", "yo"),
+            "rejected": turn("gpt", "no"),
+            "system": "Be kind.",
+        },
+        {**TEXT, "prompt": f"Be kind.{HH}"},
+        {**CHAT, "prompt": [system("Be kind."), user("hi")]},
+    ),
+    "dialogues of messages": (
+        {"chosen": [user("hi"), reply("yo")], "rejected": [user("hi"), reply("no")]},
+        TEXT,
+        CHAT,
+    ),
+    "dialogues of turns": (
+        {
+            "chosen": [turn("human", "hi"), turn("gpt", "yo")],
+            "rejected": [turn("human", "hi"), turn("gpt", "no")],
+        },
+        TEXT,
+        CHAT,
+    ),
+    "dialogues of text": ({"chosen": f"{HH} yo", "rejected": f"{HH} no"}, TEXT, CHAT),
+    "a question": ({"question": "hi", **PAIR}, TEXT, CHAT),
+    "an instruction with answers": (
+        {"instruction": "Add.", **PAIR},
+        {
+            "prompt": "Below is an instruction that describes a task. Write a response that appropriately completes "
+            "the request.\n\n### Instruction:\nAdd.\n\n### Response:\n",
+            **PAIR,
+        },
+        {"prompt": [user("Add.")], **PAIR},
+    ),
+    "SFT: messages": ({"messages": [user("hi"), reply("yo")]}, OURS, CHAT_OURS),
+    "SFT: turns": ({"conversations": [turn("human", "hi"), turn("gpt", "yo")]}, OURS, CHAT_OURS),
+    "SFT: a completion": (
+        {"prompt": "hi", "completion": " yo"},
+        {"prompt": "hi", "demonstration": " yo"},
+        CHAT_OURS,
+    ),
+    "SFT: plain text": (
+        {"text": "a b c d e f g h i", "label": 1},
+        {"prompt": "a b c d e f g h", "demonstration": " i"},
+        {"prompt": [user("a b c d e f g h")], "demonstration": "i"},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_common_form_is_recognised_without_columns(form, tmp_path):
+    row, text, chat = FORMS[form]
+    path = write(tmp_path / "rows.jsonl", [row, row])
+    assert [answers(each) for each in loaded("json", path)["train"]] == [text, text]
+    assert [answers(each) for each in loaded("json", path, chat=True)["train"]] == [chat, chat]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.jsonl", "list.json", "a.jsonl.gz", "folder/train.jsonl"])
+def test_a_copy_may_be_of_any_kind(name, tmp_path):
+    row = {"asked": "a, b\n\u201cc\u201d", "good": " yo", "bad": " no"}
+    write(tmp_path / name, [row, row])
+    path = tmp_path / name.split("/")[0]
+    columns = "dataset.columns={prompt: asked, chosen: good, rejected: bad}"
+    rows = loaded("json", path, columns)["train"]
+    assert [answers(each) for each in rows] == [{"prompt": row["asked"], "chosen": " yo", "rejected": " no"}] * 2
+    assert len({each["origin"] for each in rows}) == 2
+
+
+def test_columns_are_paths_templates_and_names_with_dots(tmp_path):
+    row = {
+        "ask": {"title": "T", "turns": [{"text": "one"}, {"text": "two"}], "year": 2020},
+        "out.0": " yo",
+        "marked": [{"by": "a.b", "text": " bad"}, {"by": "me", "text": " own"}],
+    }
+    columns = (
+        'dataset.columns={prompt: "{ask.title} ({ask.year}): {ask.turns.-1.text}", chosen: out.0, '
+        'rejected: "marked[by=a.b].text", demonstration: "marked[by=you].text"}'
+    )
+    rows = loaded("json", write(tmp_path / "a.jsonl", [row]), columns)["train"]
+    assert answers(rows[0]) == {"prompt": "T (2020): two", "chosen": " yo", "rejected": " bad"}
+
+
+def test_a_second_file_is_the_test_split_and_may_have_another_form(tmp_path):
+    train = write(tmp_path / "a.jsonl", [FORMS["text"][0]] * 3)
+    test = write(tmp_path / "b.jsonl", [FORMS["OpenAI's"][0]])
+    found = loaded("json", train, f"dataset.test_path={test}")
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 3, "test": 1}
+    assert answers(found["test"][0]) == TEXT
+
+
+def test_nulls_are_told_not_read_as_text(tmp_path):
+    rows = [{"q": "hi", "s": None, **PAIR}, {"q": None, "s": "x", **PAIR}, {"q": "hi", "s": "", "chosen": None}]
+    path = write(tmp_path / "a.jsonl", rows)
+    columns = "dataset.columns={question: q, system: s, chosen: chosen, rejected: rejected}"
+    assert answers(loaded("json", write(tmp_path / "b.jsonl", rows[:1]), columns)["train"][0]) == TEXT
+    with pytest.raises(PipelineError, match="a.jsonl, line 2: question is null, not text"):
+        loaded("json", path, columns)
+    path = write(tmp_path / "c.jsonl", rows[2:])
+    with pytest.raises(PipelineError, match="c.jsonl, line 1: chosen is null, not text"):
+        loaded("json", path, columns)
+
+
+def test_a_label_that_names_neither_answer_is_a_problem_of_its_row(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{**SHP, "labels": 3}, {**SHP, "labels": None}, SHP])
+    reasons = [row.get("problem") for row in loaded("shp", path)["train"]]
+    assert reasons == ["labels is neither 1 nor 0", "labels is neither 1 nor 0", None]
+
+
+GIVEN = "dataset.columns={prompt: q, chosen: a.0.text, rejected: b}"
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "columns", "sentence"),
+    [
+        (
+            "a.csv",
+            [{"prompt": "p", "chosen": "c"}],
+            "",
+            "a.csv, line 2 has the columns prompt, chosen, which are no form",
+        ),
+        ("a.csv", [{"q": "p", "b": "c"}], GIVEN, "a.csv, line 2: columns.chosen=a.0.text: there is no a, found q, b$"),
+        (
+            "a.jsonl",
+            [{"q": "p", "a": [{"content": "x", "role": "y"}], "b": ""}],
+            GIVEN,
+            "line 1: columns.chosen=a.0.text: there is no text in a.0, found content, role$",
+        ),
+        ("a.jsonl", [{"q": "p", "a": [], "b": ""}], GIVEN, "there is no 0 in a, found a list of 0$"),
+        ("a.jsonl", [{"q": "p", "a": "x", "b": ""}], GIVEN, "there is no 0 in a, found text$"),
+        (
+            "a.jsonl",
+            [{"query": "p", "a": [{"text": ""}], "b": ""}],
+            GIVEN.replace("q,", "qury,"),
+            "columns.prompt=qury: there is no qury, found query, a, b: did you mean query",
+        ),
+        (
+            "a.jsonl",
+            [FORMS["text"][0], {"prompt": "p", "chosen": "c"}],
+            "",
+            "line 2: columns.rejected=rejected: there is no rejected, found prompt, chosen$",
+        ),
+        (
+            "a.jsonl",
+            [FORMS["text"][0], {"prompt": "p", "chosen": 3, "rejected": ""}],
+            "",
+            "line 2: chosen is a number, not text or messages",
+        ),
+        ("a.jsonl", [{"question": 3, **PAIR}], "", "prompt, message 1: its content is a number, not text"),
+        ("a.jsonl", [{"text": ["a"]}], "", "line 1: text is a list, not text: correct it"),
+        ("a.jsonl", [{"instruction": {}, **PAIR}], "", "line 1: instruction is an object, not text"),
+        (
+            "a.jsonl",
+            [{"messages": [user("hi"), {"role": "oracle", "content": "x"}]}],
+            "",
+            "demonstration, message 2: its role is 'oracle', none of system, user",
+        ),
+        ("a.jsonl", [{"messages": [user("hi")]}], "", "demonstration ends with user, not with a reply"),
+        ("a.jsonl", [{"asked": "q", **PAIR}], "", "has the columns asked, chosen, rejected, which are no form"),
+        (
+            "a.jsonl",
+            [{"q": {"x": 1}, "b": ""}],
+            "dataset.columns={prompt: '<{q}>'}",
+            "q is an object, not text: name a",
+        ),
+        ("a.jsonl", [{"q": ["by x"]}], "dataset.columns={prompt: 'q[by=me]'}", "there is no by, found text"),
+        ("a.jsonl", [{"q": ""}], "dataset.columns={promt: q}", "columns.promt is no part of a row: .*mean prompt"),
+        ("a.jsonl", [{"q": ""}], "dataset.columns={choice: q}", "needs three for a pair that a label orders"),
+        (
+            "a.jsonl",
+            [{"q": ""}],
+            "dataset.columns=q",
+            "dataset.columns=q is no mapping: type 'dataset.columns={prompt",
+        ),
+        ("a.jsonl", [{"text": "a b"}], "dataset.at_least={text: 2}", "line 1: text is text, not a number"),
+        ("a.jsonl", [{"text": "a b"}], "dataset.at_least={text: x}", "dataset.at_least.text is text, not a number"),
+    ],
+)
+def test_bad_input_is_one_sentence(name, rows, columns, sentence, tmp_path):
+    path = write(tmp_path / name, rows)
+    with pytest.raises(PipelineError, match=sentence) as error:
+        loaded("json", path, *[columns] if columns else [])
+    assert "\n" not in str(error.value)
+
+
+def test_rows_of_a_folder_may_differ_in_form_and_not_in_what_is_no_text(tmp_path):
+    path = write(tmp_path / "train.jsonl", [FORMS["messages"][0], {"prompt": HH, "chosen": " yo", "rejected": " no"}])
+    assert [answers(row) for row in loaded("json", tmp_path)["train"]] == [TEXT, TEXT]
+    write(tmp_path / "train.jsonl", [FORMS["text"][0], {"prompt": "hi", "chosen": 3, "rejected": "no"}])
+    for place in (path, tmp_path):
+        with pytest.raises(PipelineError, match="(line 2|row 1): chosen is a number, not text or messages"):
+            loaded("json", place)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("shp", ("stanfordnlp/SHP", None, None, None)),
+        (
+            "summarize_from_feedback",
+            (
+                "openai/summarize_from_feedback",
+                "comparisons",
+                "refs/convert/parquet",
+                {"train": "train", "test": "validation"},
+            ),
+        ),
+        (
+            "ultrafeedback_binarized",
+            ("HuggingFaceH4/ultrafeedback_binarized", None, None, {"train": "train_prefs", "test": "test_prefs"}),
+        ),
+        ("orca_dpo_pairs", ("Intel/orca_dpo_pairs", None, None, None)),
+        ("truthy_dpo", ("jondurbin/truthy-dpo-v0.1", None, None, None)),
+        ("stack_exchange_paired", ("lvwerra/stack-exchange-paired", "data/rl", None, None)),
+        ("imdb", ("stanfordnlp/imdb", None, None, None)),
+        ("alpaca", ("tatsu-lab/alpaca", None, None, None)),
+    ],
+)
+def test_what_is_asked_of_the_hub(name, asked, monkeypatch):
+    calls = []
+    monkeypatch.setattr(json_file, "read", lambda *given: calls.append(given) or {})
+    node = compose([f"dataset={name}"]).dataset
+    build({key: value for key, value in node.items() if key not in ROW_KEYS}, chat=False, source="it")
+    assert calls == [asked]
