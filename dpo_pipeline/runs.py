@@ -87,6 +87,7 @@ def identity(run: Run, stage: str) -> dict[str, Any]:
     }
     if stage == "sft":
         learnt = {key: value for key, value in (run.sft_dataset or run.dataset).items() if key != "on_bad_row"}
+        parts |= {"pairs": run.dataset} if run.sft_dataset else {}  # whose test prompts it leaves out
         parts |= {"dataset": learnt, "sft_target": run.sft_target, "sft_best": run.sft_best}
     else:
         learnt = {key: value for key, value in run.dataset.items() if key not in ("sft_target", "on_bad_row")}
@@ -102,7 +103,7 @@ def identity(run: Run, stage: str) -> dict[str, Any]:
             parts["micro_size"] = run.batch.micro_size  # TRL takes that term per token of each micro batch
     parts = flat(parts)
     # Of a mixture each set has a path of its own.
-    local = {k: by_content(v) for k, v in parts.items() if k.startswith("dataset.") and k.endswith("path")}
+    local = {k: by_content(v) for k, v in parts.items() if k.startswith(("dataset.", "pairs.")) and k.endswith("path")}
     return dict(sorted({**parts, **local}.items()))
 
 

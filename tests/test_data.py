@@ -528,3 +528,18 @@ def test_a_content_hash_follows_names_and_bytes(tmp_path):
     second = content_hash(tmp_path)
     (tmp_path / "b").write_text("2")
     assert len({first, second, content_hash(tmp_path)}) == 3
+
+
+def test_sft_on_another_set_leaves_out_what_dpo_is_tested_on(tmp_path):
+    from dpo_pipeline.training.start import load_rows
+
+    paths = [write(tmp_path / "pairs.jsonl", pairs(60)), write(tmp_path / "other.jsonl", pairs(90))]
+    sets = [f"dataset.path={paths[0]}", "dataset@sft_dataset=json", f"sft_dataset.path={paths[1]}"]
+    run = compose(["dataset=json", *sets, "dataset.test_rows=20", "sft_dataset.test_rows=5"])
+    sft, account = load_rows(run, "sft", word_tokenizer())
+    dpo, _ = load_rows(run, "dpo", word_tokenizer())
+    tested = {row["prompt"] for row in dpo["test"]}
+    assert len(tested) == 20
+    assert not tested & {row["prompt"] for split in ("train", "validation") for row in sft[split]}
+    assert 15 <= account.dropped["other.jsonl"]["prompt also in test"] <= 20
+    assert adds_up(account)

@@ -31,6 +31,10 @@ def read(
         local.is_absolute() or path.startswith((".", "~")) or local.suffix in ENDINGS or path.count("/") > 1
     ):
         raise PipelineError(f"there is no file or folder {path} (from {Path.cwd()}): check the path")
+    if (local / "config.json").is_file():
+        raise PipelineError(
+            f"{path} is a model, not a data set: give that by model.path=, and the pairs by dataset.path="
+        )
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
@@ -53,6 +57,8 @@ def read(
         reason = first_line(error.__cause__ or error)
         if "corresponds to no data" in reason:
             reason = "it holds no rows"
+        elif reason == "Couldn't cast":
+            reason = "the columns of its files are not the same"
         fix = (
             "; without dataset.subsets or data_dir the files that lie in the folder itself are read"
             if data_dir

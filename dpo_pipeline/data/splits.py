@@ -18,7 +18,12 @@ TESTING = re.compile(r"(^|[^a-z])(test|eval|validation|valid|dev)([^a-z]|$)", re
 
 
 def load_splits(
-    node: dict[str, Any], answers: tuple[str, ...], chat: bool, debug: bool = False, strict: bool = True
+    node: dict[str, Any],
+    answers: tuple[str, ...],
+    chat: bool,
+    debug: bool = False,
+    strict: bool = True,
+    tested_elsewhere: dict[str, Any] | None = None,
 ) -> tuple[dict[str, list[Row]], Account]:
     """Rows `train`, `validation` and `test` of the data set that a config node names, and the account of all read.
 
@@ -27,7 +32,7 @@ def load_splits(
     same. Only then are rows dropped, and counted: those of train whose prompt is in test, and those that teach nothing
     in `answers`, the columns that a stage learns from; more than 5% of these raise PipelineError, unless not `strict`.
     One answer alone is learnt once for each prompt, as in the DPO authors' code. `chat`: prompts are messages, not
-    text. `debug` keeps 100 rows.
+    text. `debug` keeps 100 rows. `tested_elsewhere`: another data set, whose test prompts are not trained on either.
     """
     account = Account(node["on_bad_row"])
     for each in node["sets"].values() if "sets" in node else (node,):
@@ -51,7 +56,8 @@ def load_splits(
                 )
     rng = random.Random(node["split_seed"])
     rng.shuffle(test)  # so that the first n of a file sorted by something stand for all
-    tested = {key(row) for row in test}
+    other = with_test(tested_elsewhere, chat, "")[1] if tested_elsewhere else []
+    tested = {key(row) for row in [*test, *other]}
     train = dropped(train, account, lambda row: "prompt also in test" if key(row) in tested else None)
     train, validation = hold_out(train, min(500, max(1, len(train) // 20)), rng)
     parts = {"train": train, "validation": validation, "test": test}

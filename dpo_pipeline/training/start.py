@@ -44,7 +44,8 @@ def load_rows(
     """
     node = (run.sft_dataset or run.dataset) if stage == "sft" else run.dataset
     chat = bool(tokenizer.chat_template) if node["form"] == "auto" else node["form"] == "messages"
-    return load_splits(node, answers(run, stage), chat, run.debug, strict)
+    pairs = run.dataset if node is run.sft_dataset else None  # what DPO is tested on, its SFT has not seen
+    return load_splits(node, answers(run, stage), chat, run.debug, strict, pairs)
 
 
 def answers(run: Run, stage: str) -> tuple[str, ...]:
