@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 
 .NOTPARALLEL:
-.PHONY: help install check sft dpo sweep test test-real test-slurm test-chaos bench-data bench-sweep lint clean
+.PHONY: help install check inspect sft dpo sweep test test-real test-slurm test-chaos bench-data bench-sweep lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -28,6 +28,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 check: install  ## say what would keep sft and dpo from running; fetch model and data, train nothing
 	@$(PY) -m dpo_pipeline.sft $(ARGS) check=true && $(PY) -m dpo_pipeline.dpo $(ARGS) check=true
+
+inspect: install  ## show what is wrong with the data: prints, and writes report/data.html
+	@$(PY) -m dpo_pipeline.inspect_data $(ARGS)
 
 sft: install deepspeed  ## fine-tune the base model on the answers to imitate; on 4 GPUs with GPUS=4
 	@$(RUN) -m dpo_pipeline.sft $(ARGS)

@@ -56,8 +56,9 @@ def train_and_compare(run: Run, folder: Path) -> dict[str, Any]:
             record.save_manifest(
                 **start.facts(dpo, rows, account, begin.source, loading), handoff=str(begin), reference=told
             )
-            ends, _ = start.ends_and_lengths(run, tokenizer)
-            batch = preflight.check_policy(run, dpo, ends, tokenizer.bos_token_id, rows["train"])
+            ends, lengths = start.ends_and_lengths(run, tokenizer)
+            cut = lengths.answer == "cut"
+            batch = preflight.check_policy(dpo, ends, tokenizer.bos_token_id, rows["train"], cut)
             if begin.adapter and not begin.into:
                 preflight.check_adapter(dpo, begin.source)
             if run.policy == "sft":
@@ -120,7 +121,8 @@ def check_run(run: Run, folder: Path) -> None:
         begin = handoff.sft_to_come(run) if to_come else handoff.dpo_start(run)
         tokenizer = load_tokenizer(run.model) if to_come else handoff.tokenizer_of(run, begin)
         rows, _ = prepared(run, tokenizer)
-        preflight.check_rows(run, rows["train"], start.ends_and_lengths(run, tokenizer)[0], tokenizer.bos_token_id)
+        ends, lengths = start.ends_and_lengths(run, tokenizer)
+        preflight.check_rows(rows["train"], ends, tokenizer.bos_token_id, lengths.answer == "cut")
         needed, free = room.check_room(run, "dpo", folder, begin)
         log.info(
             "check: DPO of %s on %d pairs -> %s (%s); writes up to %s of %s free",

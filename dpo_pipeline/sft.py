@@ -46,8 +46,9 @@ def train(run: Run, folder: Path) -> Path:
             sft = trainer.build_sft(policy, begin.lora, tokenizer, args, rows)
             record.save_manifest(**start.facts(sft, rows, account, run.model.path, loading))
             log.info("SFT of %s on %d answers -> %s", run.model.path, len(rows["train"]), folder)
-            ends, _ = start.ends_and_lengths(run, tokenizer)
-            preflight.check_policy(run, sft, ends, tokenizer.bos_token_id, rows["train"])
+            ends, lengths = start.ends_and_lengths(run, tokenizer)
+            cut = lengths.answer == "cut"
+            preflight.check_policy(sft, ends, tokenizer.bos_token_id, rows["train"], cut)
             probe = preflight.probe(sft)
             preflight.rehearse(sft, run, "sft")
             watch = [callbacks.ValidationPerplexity(sft), callbacks.Metrics(record), guards.Guards(sft)]
@@ -70,7 +71,8 @@ def check_run(run: Run, folder: Path) -> None:
         decision = runs.decide(folder, runs.identity(run, "sft"), run.overwrite)
         tokenizer = load_tokenizer(run.model)
         rows, _ = start.prepared(run, "sft", tokenizer, "train", "validation")
-        preflight.check_rows(run, rows["train"], start.ends_and_lengths(run, tokenizer)[0], tokenizer.bos_token_id)
+        ends, lengths = start.ends_and_lengths(run, tokenizer)
+        preflight.check_rows(rows["train"], ends, tokenizer.bos_token_id, lengths.answer == "cut")
         needed, free = room.check_room(run, "sft", folder, handoff.sft_start(run))
         log.info(
             "check: SFT of %s on %d answers -> %s (%s); writes up to %s of %s free",

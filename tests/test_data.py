@@ -133,7 +133,7 @@ def test_ids_are_those_of_the_whole_text_tokenized_at_once(kind, monkeypatch):
     monkeypatch.setattr(tokens, "ids_of", lambda texts, tokenizer: behind.append(texts) or ids_of(texts, tokenizer))
     opening = tokenizer("a")["input_ids"][: 1 if tokenizer.bos_token else 0]
     rows, seen = rows_of(*TEXTS), []
-    for row, (prompt, answers, merged) in zip(rows, encoded(rows, PAIR, tokenizer, [0]), strict=True):
+    for row, (prompt, answers, merged, _) in zip(rows, encoded(rows, PAIR, tokenizer, [0]), strict=True):
         plain = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
         assert prompt == opening + plain
         whole = [tokenizer(row["prompt"] + row[name], add_special_tokens=False)["input_ids"] for name in PAIR]
@@ -227,12 +227,12 @@ def test_what_is_too_long_is_warned_of_above_5_percent_and_ends_a_run_above_half
 
     assert (account(5).doubts(64), account(5).stops(64)) == ([], [])
     assert account(6).doubts(64) == [
-        "6% of 100 rows are too long: 6 dropped, 0 cut: length.max=12 would keep 99% of them whole"
+        "6% of 100 rows are too long: 6 dropped, 0 cut: `length.max=12` would keep 99% of them whole"
     ]
     assert not account(50).stops(64)
     assert account(51).stops(8) == [
-        "51% of 100 rows are too long: 51 dropped, 0 cut: length.max=12 would keep 99% of them whole, more than the "
-        "model's context of 8 tokens"
+        "51% of 100 rows are too long: 51 dropped, 0 cut: `length.max=12` would keep 99% of them whole, and the "
+        "model reads 8: `length.max=8`, or a model of longer context, keeps most"
     ]
     assert not account(51).doubts(64)
 

@@ -34,7 +34,7 @@ def built(small, sft, tmp_path):
         args, loading = training_arguments(run, stage, tmp_path), handoff.loading(run)
         begin = handoff.sft_start(run) if stage == "sft" else handoff.dpo_start(run)
         tokenizer = load_tokenizer(run.model)
-        rows = start.prepared(run, stage, tokenizer)
+        rows = start.prepared(run, stage, tokenizer, "train", "validation")[0]
         policy = policy or handoff.load_start(run, begin)
         if stage == "sft":
             return run, trainer.build_sft(policy, begin.lora, tokenizer, args, rows)
@@ -310,7 +310,7 @@ run = compose([*typed, "batch.global_size=4096", "batch.micro_size=4096"])
 tokenizer = load_tokenizer(run.model)
 begin = handoff.dpo_start(run)
 made = trainer.build_dpo(handoff.load_start(run, begin), None, begin.lora, tokenizer,
-    training_arguments(run, "dpo", Path(sys.argv[1])), start.prepared(run, "dpo", tokenizer))
+    training_arguments(run, "dpo", Path(sys.argv[1])), start.prepared(run, "dpo", tokenizer, "train", "validation")[0])
 used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000, used + 300_000_000))
 try:

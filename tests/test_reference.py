@@ -23,7 +23,7 @@ def built(small, sft, tmp_path):
         run = small(*typed)
         begin = handoff.dpo_start(run)
         tokenizer = load_tokenizer(run.model)
-        rows = start.prepared(run, "dpo", tokenizer)
+        rows = start.prepared(run, "dpo", tokenizer, "train", "validation")[0]
         args = training_arguments(run, "dpo", tmp_path)
         return trainer.build_dpo(handoff.load_start(run, begin), None, begin.lora, tokenizer, args, rows)
 

@@ -139,8 +139,12 @@ class Account:
     def told_length(self, context: int) -> str:
         """What the limits of length do, and the limit that would keep 99% of the rows whole."""
         lost, cut = self.for_length()
-        beyond = f", more than the model's context of {context} tokens" if self.keeps > context else ""
+        beyond = ""
+        if self.keeps > context:
+            beyond = (
+                f", and the model reads {context}: `length.max={context}`, or a model of longer context, keeps most"
+            )
         return (
             f"{(lost + cut) / self.fitted:.0%} of {self.fitted} rows are too long: {lost} dropped, {cut} cut: "
-            f"length.max={self.keeps} would keep 99% of them whole{beyond}"
+            f"`length.max={self.keeps}` would keep 99% of them whole{beyond}"
         )

@@ -49,10 +49,12 @@ def load_splits(
         for name in answers:
             if rows and not any(name in row for row in rows):
                 found = ", ".join(key for key in rows[0] if key not in ("source", "origin", "problem"))
-                other = "demonstration" if name == "chosen" and len(answers) == 1 else "chosen"
+                fix = "set sft_target=" + ("demonstration" if name == "chosen" else "chosen")
+                if len(answers) > 1:
+                    fix = "it teaches SFT alone, by dataset@sft_dataset=OPTION" if "demonstration" in rows[0] else ""
                 raise PipelineError(
-                    f"this data set has no column {name!r} in {split} (found {found}): set sft_target={other}, or "
-                    "name it by dataset.columns"
+                    f"this data set has no column {name!r} in {split} (found {found}): "
+                    f"{fix}{' or ' * bool(fix)}name it by dataset.columns"
                 )
     rng = random.Random(node["split_seed"])
     rng.shuffle(test)  # so that the first n of a file sorted by something stand for all
@@ -68,7 +70,7 @@ def load_splits(
         if not parts[split]:
             read = sum(account.read.values())
             gone = Counter(reason for reasons in account.dropped.values() for reason in reasons.elements())
-            why = "".join(f", {n} {reason}" for reason, n in gone.items())
+            why = "".join(f", {n} {reason} ({account.examples[reason][0]})" for reason, n in gone.items())
             raise PipelineError(
                 f"no rows are left for {split}, of {read} read: {len(test)} are held out as test{why}: lower "
                 "dataset.test_rows or give more"

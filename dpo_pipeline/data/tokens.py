@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from dpo_pipeline.data.account import Account
@@ -16,6 +17,7 @@ BATCH = 1000
 OVER_A_LINE = re.compile(r"[\n\u010a][^\s\u0120\u0109\u010d\u010a\u2581]")
 
 Encoded = tuple[list[int], list[list[int]], bool]
+Checked = tuple[list[int], list[list[int]], bool, str]
 
 
 @dataclass(frozen=True)
@@ -97,20 +99,18 @@ def tokenize(rows: list[dict], answers: tuple[str, ...], tokenizer: Any, ends: l
 
     account, longest, chunks = Account(), [], []
     names = ["prompt_ids", *(f"{name}_ids" for name in answers)]
-    ending = [tokenizer.convert_ids_to_tokens(end) for end in ends]
-    bos = tokenizer.bos_token_id
     bar = tqdm(total=len(rows), desc="tokenizing", leave=False, disable=len(rows) < 10 * BATCH)
     types = [*[pa.list_(pa.int32())] * len(names), pa.int32()]
-    found = encoded(rows, answers, tokenizer, ends)
+    found = enumerate(encoded(rows, answers, tokenizer, ends))
     for start in range(0, max(1, len(rows)), BATCH):  # one table at least
-        batch = rows[start : start + BATCH]
         columns: list[list[Any]] = [[] for _ in types]
-        for i, (row, (prompt, ids, merged)) in enumerate(zip(batch, found, strict=False), start):
-            if reason := malformed(row, answers, prompt, ids, ending, bos if bos not in ends else None):
+        for i, (prompt, ids, merged, reason) in islice(found, BATCH):
+            row = rows[i]
+            if reason:
                 account.drop(row, reason)
                 continue
             longest.append(len(prompt) + max(map(len, ids)))
-            opening = 1 if prompt[0] == bos else 0
+            opening = 1 if prompt[0] == tokenizer.bos_token_id else 0
             prompt, ids, cut, reason = lengths.fit(prompt, ids, opening, ends[0])
             if not reason and any(not answer or answer[0] in ends for answer in ids):
                 reason = "no answer token left"
@@ -126,7 +126,7 @@ def tokenize(rows: list[dict], answers: tuple[str, ...], tokenizer: Any, ends: l
                 column.append(value)
         arrays = [pa.array(column, type=kind) for column, kind in zip(columns, types, strict=True)]
         chunks.append(pa.table(dict(zip((*names, "row"), arrays, strict=True))))
-        bar.update(len(batch))
+        bar.update(min(BATCH, len(rows) - start))
     bar.close()
     account.fitted = len(longest)
     account.keeps = int(np.quantile(longest, 0.99, method="higher")) if longest else 0
@@ -151,10 +151,11 @@ def malformed(
     return ""
 
 
-def encoded(rows: list[dict], answers: tuple[str, ...], tokenizer: Any, ends: list[int]) -> Iterator[Encoded]:
-    """For each row the ids of its prompt, those of each of its `answers`, whole, and whether they were `merged`.
+def encoded(rows: list[dict], answers: tuple[str, ...], tokenizer: Any, ends: list[int]) -> Iterator[Checked]:
+    """For each row the ids of its prompt, those of each of its `answers`, whole, whether they were merged, its fault.
 
-    That is: the prompt's ids are not a prefix of those of prompt and answer, so the answer was tokenized alone.
+    Merged: the prompt's ids are not a prefix of those of prompt and answer, so the answer was tokenized alone. The
+    fault is empty where there is none.
     """
     if not rows:
         return
@@ -165,16 +166,19 @@ def encoded(rows: list[dict], answers: tuple[str, ...], tokenizer: Any, ends: li
             "dataset.form=text"
         )
     opening = opening_ids(tokenizer) if text else []
+    ending = [tokenizer.convert_ids_to_tokens(end) for end in ends]
+    bos = None if tokenizer.bos_token_id in ends else tokenizer.bos_token_id
     by_line = not any(OVER_A_LINE.search(token) for token in tokenizer.get_vocab())
     with ThreadPoolExecutor(1) as ahead:  # the next batch is tokenized while this one is looked through
         batches = [(rows[at : at + BATCH], answers, tokenizer, text, by_line) for at in range(0, len(rows), BATCH)]
         coming = ahead.submit(encoded_batch, *batches[0])
-        for following in [*batches[1:], None]:
+        for now, following in zip(batches, [*batches[1:], None], strict=True):
             batch = coming.result()
             if following:
                 coming = ahead.submit(encoded_batch, *following)
-            for prompt, own, merged in batch:
-                yield opening + prompt, [end_once(ids, ends) for ids in own], merged
+            for row, (prompt, own, merged) in zip(now[0], batch, strict=True):
+                prompt, own = opening + prompt, [end_once(ids, ends) for ids in own]
+                yield prompt, own, merged, malformed(row, answers, prompt, own, ending, bos)
 
 
 def encoded_batch(

@@ -54,15 +54,16 @@ def check_rate(run: Run, stage: str) -> None:
         )
 
 
-def check_answers(run: Run, pairs: Iterable[tuple[list[int], list[int]]], ends: list[int], bos: int | None) -> None:
+def check_answers(
+    pairs: Iterable[tuple[list[int], list[int]]], ends: list[int], bos: int | None, cut: bool = False
+) -> None:
     """Raise PipelineError unless each answer has one end token, its last, and no BOS, and no prompt opens with two.
 
-    Where `length.answer=cut` an answer may have none.
+    An answer that was `cut` may have none.
     """
     for row, (prompt, answer) in enumerate(pairs):
         found = sum(token in ends for token in answer)
-        cut = run.length.answer == "cut" and not found
-        if not cut and (found != 1 or answer[-1] not in ends):
+        if not (cut and not found) and (found != 1 or answer[-1] not in ends):
             raise PipelineError(
                 f"answer {row} has {found} end tokens, expected one, as the last of its {len(answer)} tokens: a "
                 "policy trained on it would not learn to stop"
@@ -74,11 +75,11 @@ def check_answers(run: Run, pairs: Iterable[tuple[list[int], list[int]]], ends: 
             )
 
 
-def check_rows(run: Run, rows: Any, ends: list[int], bos: int | None) -> None:
+def check_rows(rows: Any, ends: list[int], bos: int | None, cut: bool = False) -> None:
     """`check_answers` of every answer of a table of token ids."""
     for name in rows.column_names:
         if name.endswith("_ids") and name != "prompt_ids":
-            check_answers(run, zip(rows["prompt_ids"], rows[name], strict=True), ends, bos)
+            check_answers(zip(rows["prompt_ids"], rows[name], strict=True), ends, bos, cut)
 
 
 def learnt_pairs(batch: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
@@ -128,14 +129,14 @@ def nats(trainer: Any, prompts: list[list[int]], answers: list[list[int]]) -> li
     return [float(row.sum()) for row in answer_logprobs(trainer.model, prompts, answers, len(prompts))]
 
 
-def check_policy(run: Run, trainer: Any, ends: list[int], bos: int | None, rows: Any) -> dict[str, Any]:
+def check_policy(trainer: Any, ends: list[int], bos: int | None, rows: Any, cut: bool = False) -> dict[str, Any]:
     """The first batch of a run whose policy can learn from it; raises PipelineError where it cannot."""
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     if not trained:
         raise PipelineError("no weight of the policy is trainable: nothing would be learnt; check lora.target_modules")
-    check_rows(run, rows, ends, bos)
+    check_rows(rows, ends, bos, cut)
     batch = first_batch(trainer)
-    check_answers(run, learnt_pairs(batch), ends, bos)
+    check_answers(learnt_pairs(batch), ends, bos, cut)
     total = sum(p.numel() for p in trainer.model.parameters())
     log.info("preflight: %s of %s parameters are trained; every answer ends once", f"{trained:,}", f"{total:,}")
     return batch

@@ -73,7 +73,7 @@ def main() -> None:
             seconds = prepare(given.file, str(given.model), folder)
         print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
         return
-    os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false")
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
         file = Path(folder) / "pairs.jsonl"
         with gzip.open(given.rows, "rt", encoding="utf-8") as stream:

@@ -1,0 +1,444 @@
+"""What inspect_data says of a data set is true and can be acted on, and all that the data holds is shown as text."""
+
+import itertools
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from dpo_pipeline.config import compose
+from dpo_pipeline.data import statistics
+from dpo_pipeline.data.tokens import Lengths
+from dpo_pipeline.evaluation import data_page
+from dpo_pipeline.inspect_data import run_inspect
+from dpo_pipeline.policies import load_tokenizer
+from dpo_pipeline.training.start import load_rows
+
+SCRIPT = "<script>alert(1)</script>"
+NASTY = f'{SCRIPT} \x1b[31mred\x07 \u202eback <img src=x onerror=alert(2)> | [a](javascript:b) ``` &amp; "q"'
+PAIR = ("chosen", "rejected")
+
+
+def draw_sizes(rng: random.Random, rows: int, answers: int = 2) -> tuple[list, statistics.Sizes]:
+    """Random ids of prompts and answers, each ended by 0, and their sizes."""
+    found = [
+        (
+            3 * i,
+            [rng.randrange(1, 9) for _ in range(rng.randrange(1, 40))],
+            [[*(rng.randrange(1, 9) for _ in range(rng.randrange(1, 30))), 0] for _ in range(answers)],
+        )
+        for i in range(rows)
+    ]
+    return found, statistics.sizes(found, answers)
+
+
+def test_sizes_and_spreads_are_those_of_plain_loops():
+    found, sizes = draw_sizes(random.Random(1), 101)
+    assert sizes.row.tolist() == [place for place, _, _ in found]
+    assert sizes.prompt.tolist() == [len(prompt) for _, prompt, _ in found]
+    assert sizes.answers.tolist() == [[len(ids[k]) for _, _, ids in found] for k in (0, 1)]
+    together = sorted(len(prompt) + max(map(len, ids)) for _, prompt, ids in found)
+    assert sorted(sizes.together.tolist()) == together
+    spread = statistics.spread(sizes.together)
+    assert spread["mean"] == pytest.approx(sum(together) / 101)
+    assert [spread[k] for k in ("p5", "median", "p95", "p99", "max")] == [together[i] for i in (5, 50, 95, 99, 100)]
+
+
+def test_overlap_counts_each_common_token_once():
+    for _, _, (one, other) in draw_sizes(random.Random(2), 50)[0]:
+        left, common = list(other[:-1]), 0
+        for token in one[:-1]:
+            if token in left:
+                left.remove(token)
+                common += 1
+        expected = common / ((len(one) - 1 + len(other) - 1) / 2)
+        assert statistics.overlap(one, other) == pytest.approx(expected)
+    assert statistics.overlap([1, 2, 3, 0], [3, 2, 1, 0]) == 1
+    assert statistics.overlap([1, 0], [2, 0]) == 0  # the end token is no common word
+    assert statistics.overlap([0], [0]) == 0
+
+
+def test_length_bias_is_what_a_judge_of_length_reaches():
+    found, sizes = draw_sizes(random.Random(3), 200)
+    points = []
+    for _, _, (chosen, rejected) in found:
+        points.append(1 if len(chosen) > len(rejected) else 0.5 if len(chosen) == len(rejected) else 0)
+    assert 0.5 in points
+    bias = statistics.longer_chosen(sizes)
+    share = sum(points) / 200
+    assert bias["value"] == pytest.approx(share)
+    # Wilson's interval: the shares p whose own standard error reaches the measured one.
+    for end in (bias["low"], bias["high"]):
+        assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / 200), rel=1e-5)
+    assert bias["low"] < share < bias["high"]
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [*itertools.product(("left", "drop"), ("drop", "keep_eos", "cut"))])
+@pytest.mark.parametrize("answers", [1, 2])
+def test_what_a_limit_would_cut_is_what_cutting_the_rows_does(prompt, answer, answers):
+    found, sizes = draw_sizes(random.Random(4), 300, answers)
+    seen = set()
+    for limit, cut_to in ((100, 50), (40, 20), (30, 5), (20, 19), (8, 4)):
+        lengths = Lengths(limit, cut_to, prompt, answer)
+        expected = dict.fromkeys(("kept", "dropped", "prompts_cut", "answers_cut", "tokens"), 0)
+        for _, given, whole in found:
+            ids, ends, _, reason = lengths.fit(given, whole, 0, 0)
+            expected["dropped" if reason else "kept"] += 1
+            if not reason:
+                expected["prompts_cut"] += len(ids) < len(given)
+                expected["answers_cut"] += any(len(a) < len(b) for a, b in zip(ends, whole, strict=True))
+                expected["tokens"] += sum(len(ids) + len(a) for a in ends)
+        assert statistics.under(sizes, lengths) == {"max": limit, **expected}
+        seen |= {name for name, count in expected.items() if count}
+    assert {"kept", "tokens"} < seen  # no policy was only tried where nothing happens
+
+
+def test_candidates_reach_from_half_the_median_row_to_where_nothing_is_cut():
+    answers = np.array([[10, 10, 30], [2, 10, 2]])
+    sizes = statistics.Sizes(np.arange(3), np.array([10, 40, 70]), answers, np.zeros(3))
+    assert sizes.together.tolist() == [20, 50, 100]
+    assert statistics.candidates(sizes, now=48, least=1, context=1000) == [32, 48, 64, 100, 128]
+    assert statistics.candidates(sizes, now=48, least=49, context=1000) == [48, 64, 100, 128]
+    assert statistics.candidates(sizes, now=48, least=1, context=70) == [32, 48, 64, 70, 128]
+    assert statistics.candidates(sizes, now=500, least=1, context=1000) == [32, 64, 128, 500]
+
+
+def test_repeats_and_leakage_look_past_case_and_spaces():
+    rows = [
+        {"prompt": "Say hello", "chosen": "a", "rejected": "b", "origin": "1"},
+        {"prompt": "say  HELLO\n", "chosen": "A", "rejected": " b", "origin": "2"},
+        {"prompt": "say hello", "chosen": "b", "rejected": "a", "origin": "3"},
+        {"prompt": [{"role": "user", "content": "Hi"}], "chosen": "a", "rejected": "b", "origin": "4"},
+    ]
+    assert statistics.repeats(rows, PAIR) == {"prompts": 2, "alike": 1}
+    held = [
+        {"prompt": "SAY hello", "origin": "5"},
+        {"prompt": "say hell o", "origin": "6"},
+        {"prompt": [{"role": "user", "content": "hi "}], "origin": "7"},
+        {"prompt": [{"role": "system", "content": "hi"}], "origin": "8"},
+    ]
+    assert statistics.leaked(rows, held) == ["5", "7"]
+    assert statistics.leaked(held[1:2], rows) == []
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model folder without weights, whose tokens are bytes, and one whole script tag."""
+    folder = tmp_path_factory.mktemp("bytes")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    tokenizer.add_tokens([SCRIPT])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(vocab_size=300, max_position_embeddings=400, bos_token_id=0, eos_token_id=1)
+    config.save_pretrained(folder)
+    return folder
+
+
+def tokens_of(text: str) -> int:
+    """Tokens of a text by that tokenizer."""
+    return len(text.replace(SCRIPT, "x").encode())
+
+
+def pairs(rng: random.Random, rows: int) -> list[dict[str, str]]:
+    """Pairs with a number in the prompt, the chosen answer being longer in four of five; some are é and 🙂."""
+    made = []
+    for i in range(rows):
+        short = "".join(rng.choice("abc dé🙂") for _ in range(rng.randrange(2, 20))) + "."
+        long = short + "".join(rng.choice("efg h") for _ in range(rng.randrange(1, 20))) + "!"
+        chosen, rejected = (long, short) if rng.random() < 0.8 else (short, long)
+        made.append({"prompt": f"Question {i}: " + "why " * rng.randrange(20), "chosen": chosen, "rejected": rejected})
+    return made
+
+
+def command(model, root, rows, *overrides, file="pairs.jsonl", test=()):
+    """The config of the command for a file of pairs, written into `root`."""
+    root.mkdir(exist_ok=True)
+    for name, content in ((file, rows), ("test.jsonl", test)):
+        (root / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+    given = ["model=path", f"model.path={model}", "dataset=json", f"dataset.path='{root / file}'", "name=n"]
+    given += [f"dataset.test_path={root / 'test.jsonl'}"] if test else ["dataset.test_rows=10"]
+    return compose([*given, f"root={root / 'outputs'}", *overrides])
+
+
+def inspected(*given, **options):
+    """The folder that the command writes, and its data.json."""
+    folder = run_inspect(command(*given, **options)).parent
+    return folder, json.loads((folder / "data.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def looked_at(model, tmp_path_factory):
+    """A set with every fault once or more: what the command made of it, and the rows that are train's."""
+    rng = random.Random(6)
+    rows = pairs(rng, 200)
+    rows[7] |= {"prompt": f"Nasty: {NASTY}", "chosen": f"{NASTY} yes", "rejected": f"{NASTY} no"}
+    rows[20] |= {"prompt": "w" * 500}  # cut
+    rows[21] |= {"chosen": "l" * 500}  # too long
+    rows[22] |= {"chosen": "  "}
+    rows[23] |= {"rejected": rows[23]["chosen"]}
+    rows[24] = dict(rows[25])
+    rows[26] = {"prompt": rows[27]["prompt"], "chosen": rows[27]["rejected"], "rejected": rows[27]["chosen"]}
+    rows[28] |= {"chosen": "ends</s>twice"}
+    test = [{**row, "prompt": f"Tested {i}"} for i, row in enumerate(pairs(rng, 30))]
+    test[3]["prompt"] = rows[30]["prompt"]
+    test[4]["prompt"] = f"  {rows[31]['prompt'].upper()}"
+    root = tmp_path_factory.mktemp("looked")
+    run = command(model, root, rows, test=test)
+    folder = run_inspect(run).parent
+    train = load_rows(run, "dpo", load_tokenizer(run.model))[0]["train"]
+    return (
+        folder,
+        json.loads((folder / "data.json").read_text()),
+        [row for row in train if "</s>" not in row["chosen"]],
+    )
+
+
+def test_every_row_is_accounted_for(looked_at):
+    _, summary, train = looked_at
+    (source,) = summary["sources"].values()
+    assert source["read"] == 230 == sum(source["kept"].values()) + sum(source["dropped"].values())
+    assert source["dropped"] == {
+        **{"prompt also in test": 1, "empty answer": 1, "identical answers": 1},
+        **{"contradiction": 2, "exact duplicate": 1, "too long": 1},
+        "answer without its one end token": 1,
+    }
+    assert source["cut"] == {"prompt cut": 1}
+    assert summary["rows"] == source["kept"] == {"train": 183, "validation": 9, "test": 30}
+    assert summary["examples"]["too long"][0].endswith("line 22")
+    assert len(train) == 184  # with the one too long
+
+
+def test_numbers_are_those_of_a_plain_count(looked_at):
+    _, summary, train = looked_at
+    prompt = [tokens_of(row["prompt"]) + 1 for row in train]  # with <s>
+    chosen, rejected = ([tokens_of(row[name]) + 1 for row in train] for name in PAIR)  # with </s>
+    together = [p + max(c, r) for p, c, r in zip(prompt, chosen, rejected, strict=True)]
+    for name, lengths in {"prompt": prompt, "chosen": chosen, "rejected": rejected, "together": together}.items():
+        found = summary["lengths"][name]
+        assert [found[k] for k in ("mean", "max")] == pytest.approx([sum(lengths) / 184, max(lengths)])
+        assert found["median"] == (sorted(lengths)[91] + sorted(lengths)[92]) / 2
+    longer = sum((c > r) + (c == r) / 2 for c, r in zip(chosen, rejected, strict=True))
+    assert summary["longer_chosen"]["value"] == pytest.approx(longer / 184)
+    assert summary["longer_chosen"]["n"] == 184
+    assert summary["repeats"] == {"prompts": 183, "alike": 0}
+    now = next(at for at in summary["limits"] if at["max"] == summary["length"]["max"] == 400)
+    assert now["kept"] == summary["rows"]["train"] == 183
+    tokens = sum(
+        (200 if total > 400 else p) * 2 + c + r
+        for p, c, r, total in zip(prompt, chosen, rejected, together, strict=True)
+        if max(c, r) < 400
+    )
+    assert now["tokens"] == summary["epoch"]["tokens"] == tokens
+    assert (now["dropped"], now["prompts_cut"], now["answers_cut"]) == (1, 1, 0)
+    assert summary["epoch"]["steps"] == 3
+    assert [origin.rsplit("/", 1)[1] for origin in summary["leaked"]["test"]] == ["test.jsonl, line 5"]
+    assert summary["leaked"]["validation"] == []
+
+
+class Seen(HTMLParser):
+    """The tags of a page with their attributes, and the text within each `class` of token rows."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.texts, self.inside, self.special, self.specials = [], [], None, False, []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        classes = (dict(attrs).get("class") or "").split()
+        if tag == "div" and "tokens" in classes:
+            self.inside = len(self.texts)
+            self.texts.append((classes[1], []))
+        self.special = classes == ["special"]
+
+    def handle_endtag(self, tag):
+        self.inside = None if tag == "div" else self.inside
+
+    def handle_data(self, data):
+        if self.inside is not None:
+            self.texts[-1][1].append(data)
+            self.specials += [data] * self.special
+
+
+def nasty_page(model, root):
+    """The page of rows whose every text, and whose file's name, is markup."""
+    rows = [
+        {**row, "prompt": f"{i}\n{NASTY}", "chosen": f"{NASTY} {i} 🙂 é"}
+        for i, row in enumerate(pairs(random.Random(7), 60))
+    ]
+    rows[3]["chosen"] = " "
+    return inspected(model, root, rows, file="<img src=x onerror=alert(3)>|[b](c).jsonl")
+
+
+def test_html_shows_markup_as_text(model, tmp_path):
+    folder, _ = nasty_page(model, tmp_path / "nasty")
+    page = (folder / "data.html").read_text()
+    seen = Seen(page)
+    assert {tag for tag, _ in seen.tags} == {
+        *("html head meta title style body main h1 h2 h3 dl div dt dd ul li p code table tr th td".split()),
+        *("figure figcaption img span br".split()),
+    }
+    sources = [attrs["src"] for tag, attrs in seen.tags if tag == "img"]
+    assert sorted(sources) == sorted(file.name for file in folder.glob("*.png"))
+    assert not any(name.startswith("on") or name == "href" for _, attrs in seen.tags for name in attrs)
+    # What the data holds is all there, each script tag as one token's text.
+    shown = ["".join(text).replace("\ufffd", "") for _, text in seen.texts]
+    assert [name for name, _ in seen.texts] == ["prompt", "chosen", "rejected"] * 3
+    assert all(text.startswith("<s>") and text.endswith(data_page.visible(NASTY)) for text in shown[::3])
+    assert all(re.fullmatch(re.escape(data_page.visible(NASTY)) + r" \d+ .* .*</s>", text) for text in shown[1::3])
+    assert all(SCRIPT in text for name, text in seen.texts if name != "rejected")
+    assert "<img" not in page.replace('<img src="data_', "")
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+
+
+def test_markdown_and_terminal_show_markup_as_text(model, tmp_path, capsys):
+    folder, _ = nasty_page(model, tmp_path / "nasty")
+    printed, text = capsys.readouterr().out, (folder / "data.md").read_text()
+    for code in ("\x1b", "\x07", "\u202e"):
+        assert code not in text
+        assert code not in printed
+    assert "\\x1b[31mred\\x07 \\u202eback <img" in re.sub("[│\ufffd]", "", printed)
+    outside = [line for line in text.splitlines() if not line.startswith("    ")]
+    assert not re.search(r"<(?!$)[a-z/]", "\n".join(outside))
+    assert not re.search(r"(?<!\\)\[b", "\n".join(outside))
+    # Rows stand in indented code, each behind an empty line, so that nothing in them is read as Markdown.
+    lines = text.splitlines()
+    indented = [i for i, line in enumerate(lines) if line.startswith("    ")]
+    assert all(lines[i - 1] == "" or i - 1 in indented for i in indented)
+    assert sum(SCRIPT in lines[i].replace("│", "") for i in indented) == 6
+    tables = [line for line in outside if line.startswith("|")]
+    for group in "\n".join(outside).split("\n\n"):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in group.splitlines() if line in tables}
+        assert len(widths) <= 1
+
+
+def test_colours_only_on_a_terminal_that_wants_them(model, tmp_path, capsys, monkeypatch):
+    def printed() -> str:
+        nasty_page(model, tmp_path / "nasty")
+        return capsys.readouterr().out
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    plain = printed()
+    assert "\x1b" not in plain
+    assert "⟦</s>⟧" in plain
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    coloured = printed()
+    assert set(re.findall("\x1b\\[([0-9;]*)m", coloured)) == {
+        *("0", "30;43"),
+        *(f"97;48;5;{shade}" for name in ("prompt", *PAIR) for shade in data_page.SHADES[name]),
+    }
+    assert re.sub("\x1b\\[[0-9;]*m", "", coloured) == re.sub("[│⟦⟧]", "", plain)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert printed() == plain
+
+
+def test_rows_are_shown_as_they_are_trained_on(looked_at):
+    folder, _, train = looked_at
+    seen = Seen((folder / "data.html").read_text())
+    shown = [texts for _, texts in seen.texts]
+    longest = max((r for r in train if tokens_of(r["chosen"]) < 400), key=lambda r: tokens_of(r["prompt"]))
+    assert len(longest["prompt"]) == 500
+    assert shown[6] == ["<s>", *"w" * 199]  # its left is cut, its <s> stays
+    assert shown[7] == [*letters(longest["chosen"]), "</s>"]
+    assert seen.specials == ["<s>", "</s>", "</s>"] * 3
+    assert "301 tokens cut" in (folder / "data.html").read_text()
+    by_prompt = {row["prompt"]: row for row in train}
+    for prompt, chosen, rejected in (shown[:3], shown[3:6]):
+        row = by_prompt["".join(prompt[1:])]
+        assert [chosen, rejected] == [[*letters(row[name]), "</s>"] for name in PAIR]
+    assert any("\ufffd" in texts for texts in shown)
+
+
+def letters(text: str) -> list[str]:
+    """The bytes of a text as pieces: of a character of several the last has it, the others stand for a part."""
+    return [piece for c in text for piece in ["\ufffd"] * (len(c.encode()) - 1) + [c]]
+
+
+OVERRIDE = re.compile("`([^`]+)`")
+
+
+def warned(**changes) -> list[str]:
+    """The warnings of a set with nothing wrong but `changes`."""
+    good = {
+        "sources": {"a": {"dropped": {"empty answer": 2}}, "b": {"dropped": {}}},
+        "rows": {"train": 5000, "validation": 250, "test": 500},
+        "longer_chosen": {"value": 0.55, "low": 0.54, "high": 0.56, "n": 5000},
+        "overlap": {"median": 0.3},
+        "epoch": {"steps": 79, "batch": 64, "tokens": 1},
+        "leaked": {"validation": [], "test": []},
+    }
+    return data_page.warnings({**good, **changes})
+
+
+def bias(value: float, low: float, high: float) -> dict[str, dict[str, float]]:
+    return {"longer_chosen": {"value": value, "low": low, "high": high, "n": 100}}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fine", "said"),
+    [
+        ({"rows": {"train": 1999}}, {"rows": {"train": 2000}}, "1,999 pairs are few"),
+        ({"rows": {"train": 10}}, {"rows": {"train": 10}, "longer_chosen": None, "overlap": None}, "10 pairs"),
+        ({"epoch": {"steps": 49, "batch": 64}}, {"epoch": {"steps": 50, "batch": 64}}, "49 steps of 64"),
+        ({"epoch": {"steps": 9, "batch": 9}}, {"epoch": {"steps": 9, "batch": 8}}, "batch.global_size=8"),
+        (bias(0.681, 0.61, 0.75), bias(0.681, 0.60, 0.76), "the longer answer is chosen in 68.1% of pairs"),
+        (bias(0.32, 0.25, 0.39), bias(0.32, 0.23, 0.41), "the shorter answer is chosen in 68.0% of pairs"),
+        ({"overlap": {"median": 0.81}}, {"overlap": {"median": 0.8}}, "81% of their tokens"),
+        ({"sources": {"a": {"dropped": {"contradiction": 4}}}}, {"sources": {"a": {"dropped": {}}}}, "4 rows"),
+        ({"leaked": {"test": ["t, line 3", "u"]}}, {"leaked": {"test": []}}, "2 of the test rows"),
+    ],
+)
+def test_warnings_come_at_their_bounds_with_an_override_that_composes(wrong, fine, said):
+    assert warned() == warned(**fine) == []
+    (sentence,) = warned(**wrong)
+    assert said in sentence
+    (override,) = OVERRIDE.findall(sentence)
+    run = compose(["dataset=json", "dataset.path=x.jsonl", *override.split()])
+    assert run != compose(["dataset=json", "dataset.path=x.jsonl"])
+
+
+def test_what_would_stop_training_is_shown_all_the_same(model, tmp_path, capsys):
+    rows = pairs(random.Random(8), 80)
+    for row in rows[:40]:
+        row["rejected"] = row["chosen"]
+    folder, summary = inspected(model, tmp_path / "faulty", rows)
+    assert summary["warnings"][0].startswith("training would stop: 40 of 80 rows of pairs.jsonl teach nothing")
+    assert "training would stop" in capsys.readouterr().out
+    assert "training would stop" in (folder / "data.html").read_text()
+    assert "training would stop" in (folder / "data.md").read_text()
+
+
+def test_a_set_of_which_nothing_fits_is_shown_all_the_same(model, tmp_path):
+    folder, summary = inspected(model, tmp_path / "long", pairs(random.Random(9), 80), "length.max=8")
+    assert summary["rows"] == {"train": 0, "validation": 0, "test": 0}
+    assert summary["warnings"][0].startswith("training would stop: 100% of 80 rows are too long")
+    assert summary["limits"][0]["dropped"] == summary["limits"][-1]["kept"] > 0
+    assert (folder / "data.html").stat().st_size > 0
+
+
+def test_a_set_for_sft_alone_has_lengths_and_no_bias(model, tmp_path):
+    texts = [{"text": f"{i} one two three four five six seven eight {'nine ' * (i % 9)}"} for i in range(60)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    given = (f"sft_dataset.path={tmp_path / 'texts.jsonl'}", "sft_dataset.test_rows=10")
+    folder, summary = inspected(model, tmp_path, pairs(random.Random(10), 60), "dataset@sft_dataset=imdb", *given)
+    assert list(summary["lengths"]) == ["prompt", "chosen", "rejected", "together"]
+    summary = json.loads((folder / "sft" / "data.json").read_text())
+    assert list(summary["lengths"]) == ["prompt", "demonstration", "together"]
+    assert summary["longer_chosen"] is summary["overlap"] is None
+    assert {file.name for file in (folder / "sft").iterdir()} == {
+        *("data.json", "data.md", "data.html", "data_prompt.png", "data_demonstration.png"),
+    }
+    page = (folder / "sft" / "data.html").read_text()
+    assert "The two answers" not in page
+    assert [name for name, _ in Seen(page).texts] == ["prompt", "demonstration"] * 3
