@@ -13,7 +13,9 @@ from dpo_pipeline.data.account import Account
 from dpo_pipeline.data.splits import hold_out, load_splits
 from dpo_pipeline.data.tokens import Lengths, encoded, end_tokens, tokenize
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.policies import load_tokenizer
 from dpo_pipeline.runs import content_hash
+from dpo_pipeline.training import start
 from dpo_pipeline.training.tiny import word_tokenizer
 
 WIDE = Lengths(512, 256)
@@ -543,3 +545,34 @@ def test_sft_on_another_set_leaves_out_what_dpo_is_tested_on(tmp_path):
     assert not tested & {row["prompt"] for split in ("train", "validation") for row in sft[split]}
     assert 15 <= account.dropped["other.jsonl"]["prompt also in test"] <= 20
     assert adds_up(account)
+
+
+def test_rows_are_tokenized_once_and_accounted_for_each_time(small, tmp_path, monkeypatch):
+    path = write(
+        tmp_path / "pairs.jsonl", [*BAD, *({**row, "chosen": " i" * (3 + i % 30)} for i, row in enumerate(pairs(94)))]
+    )
+    given = ["dataset=json", f"dataset.path={path}", "dataset.test_rows=9", "length.max=24", f"root={tmp_path}"]
+    run = small(*given)
+    start.prepare_base(run)
+    seen = []
+    monkeypatch.setattr(start, "tokenize", lambda *args: seen.append(1) or tokenize(*args))
+    tokenizer = load_tokenizer(run.model)
+    (tables, account), (again, same) = (start.prepared(run, "dpo", tokenizer, "train", "test") for _ in range(2))
+    assert len(seen) == 2
+    assert again["train"].to_dict() == tables["train"].to_dict()
+    assert (same.as_json(), dict(same.examples)) == (account.as_json(), dict(account.examples))
+    assert account.dropped["pairs.jsonl"]["too long"] > 5
+    assert adds_up(account)
+    start.prepared(small(*given, "length.answer=keep_eos"), "dpo", tokenizer, "train", "test")
+    assert len(seen) == 4
+
+
+def test_answers_cut_without_their_end_are_trained_on_where_asked(small, tmp_path):
+    """As the DPO authors did; preflight, which wants one end token of every answer, lets these pass and no others."""
+    from dpo_pipeline.sft import run_sft
+
+    run = small("length.answer=cut", "length.max=35", "length.max_prompt=16", "++sft.max_steps=2", f"root={tmp_path}")
+    folder = run_sft(run)
+    cut = json.loads((folder / "manifest.json").read_text())["sources"]["reviews"]["cut"]
+    assert cut["answer cut"] > 20
+    assert json.loads((folder / "status.json").read_text())["state"] == "done"
