@@ -571,7 +571,7 @@ def test_answers_cut_without_their_end_are_trained_on_where_asked(small, tmp_pat
     """As the DPO authors did; preflight, which wants one end token of every answer, lets these pass and no others."""
     from dpo_pipeline.sft import run_sft
 
-    run = small("length.answer=cut", "length.max=35", "length.max_prompt=16", "++sft.max_steps=2", f"root={tmp_path}")
+    run = small("length.answer=cut", "length.max=39", "length.max_prompt=16", "++sft.max_steps=2", f"root={tmp_path}")
     folder = run_sft(run)
     cut = json.loads((folder / "manifest.json").read_text())["sources"]["reviews"]["cut"]
     assert cut["answer cut"] > 20
