@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ def run_inspect(run: Run) -> Path:
     Where SFT learns from a set of its own, that is looked at too, in `report/sft/`. No weights are loaded.
     """
     from dpo_pipeline.policies import load_tokenizer
-    from dpo_pipeline.training.start import prepare_base
+    from dpo_pipeline.training.fetch import base_at_hand
 
-    with runs.logged(None):
-        prepare_base(run)  # the embedded model brings its own tokenizer
+    # Of the embedded model all that is needed is its tokenizer, so it is made untrained.
+    with runs.logged(None), base_at_hand(run) if run.model.builder else nullcontext(run) as run:
         tokenizer = load_tokenizer(run.model)
         page = inspect(run, "dpo", tokenizer, run.home / "report")
         if run.sft_dataset:
@@ -57,7 +58,7 @@ def inspect(run: Run, stage: str, tokenizer: Any, folder: Path) -> Path:
     left = {split: [rows[split][i] for i in table["row"]] for split, table in tables.items()}
     steps, batch = math.ceil(len(left["train"]) / run.batch.global_size), run.batch.global_size
     summary = {
-        "tokenizer": run.model.path,
+        "tokenizer": "the embedded model" if run.model.builder else run.model.path,
         **account.as_json(),
         "examples": dict(account.examples),
         "rows": {split: len(of) for split, of in left.items()},

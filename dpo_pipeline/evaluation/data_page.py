@@ -95,7 +95,7 @@ def dropped(summary: dict[str, Any], reason: str) -> int:
 
 def title(summary: dict[str, Any]) -> str:
     """What the page is about."""
-    return f"{', '.join(summary['sources'])}, as the tokenizer of {summary['tokenizer']} reads it"
+    return f"{', '.join(summary['sources'])}, as {summary['tokenizer']} reads it"
 
 
 def tiles(summary: dict[str, Any]) -> list[tuple[str, str, bool]]:
