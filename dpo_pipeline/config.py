@@ -301,11 +301,13 @@ def check_dataset(key: str, node: dict[str, Any]) -> None:
     if "path" in node and not node["path"]:
         raise PipelineError(f"{key}.path has no value: type {key}.path=...")
     check_arguments(key, {k: v for k, v in node.items() if k not in ROW_KEYS})
-    if "columns" in node:
-        from dpo_pipeline.data import columns
-
-        columns.check(node["columns"])
-    for name, each in node["sets"].items() if "sets" in node else ():
+    if "sets" not in node:
+        return
+    if not isinstance(node["sets"], dict):
+        raise PipelineError(
+            f"{key}.sets={node['sets']} is no mapping: type +dataset@{key}.sets.NAME=OPTION for each set"
+        )
+    for name, each in node["sets"].items():
         if not isinstance(each, dict) or "_target_" not in each:
             raise PipelineError(f"{key}.sets.{name}={each} is no data set: type +dataset@{key}.sets.{name}=OPTION")
         check_dataset(f"{key}.sets.{name}", each)

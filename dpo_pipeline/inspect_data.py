@@ -12,6 +12,7 @@ from typing import Any
 from dpo_pipeline import runs
 from dpo_pipeline.config import Run, main
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.machine import processes
 
 SHOWN = {"A short row": 0.1, "A row of median length": 0.5, "The longest row": 1.0}  # at these quantiles of length
 
@@ -24,6 +25,8 @@ def run_inspect(run: Run) -> Path:
     from dpo_pipeline.policies import load_tokenizer
     from dpo_pipeline.training.fetch import base_at_hand
 
+    if processes() > 1:
+        raise PipelineError("one process is enough to look at data: type the command without the launcher")
     # Of the embedded model all that is needed is its tokenizer, so it is made untrained.
     with runs.logged(None), base_at_hand(run) if run.model.builder else nullcontext(run) as run:
         tokenizer = load_tokenizer(run.model)

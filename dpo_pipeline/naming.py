@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 # Training arguments that cannot change `final/`: they may differ when a run is continued, and no folder tells them.
 NOT_IDENTITY = frozenset(
     "logging_steps logging_first_step logging_strategy eval_steps eval_strategy eval_on_start save_steps "
-    "save_strategy save_total_limit activation_checkpointing dataloader_num_workers run_name".split()
+    "save_strategy save_total_limit on_bad_row activation_checkpointing dataloader_num_workers run_name".split()
 )
 
 
@@ -55,9 +55,8 @@ def loss_names(run: "Run") -> list[str]:
 def typed_differences(typed: list[str]) -> list[str]:
     """`key_value` for each typed key that is of DPO's identity and that no other part of the name tells."""
     told = r"(model|dataset|experiment|lora|quantization|loss|beta|seed|policy|dpo\.loss_type|.*path)$"
-    ours = (
-        r"(model\.|dataset\.|lora\.|quantization\.|precision|reference|batch\.global_size|length\.|sft_variant|dpo\.)"
-    )
+    ours = r"(model\.|dataset\.|dataset@dataset\.sets|lora\.|quantization\.|precision|reference|batch\.global_size|"
+    ours += r"length\.|sft_variant|dpo\.)"
     pairs = sorted(item.lstrip("+~").partition("=")[::2] for item in typed)
     parts = [(key, value) for key, value in pairs if re.match(ours, key) and not re.match(told, key)]
     return [f"{key}_{plain(value)}" for key, value in parts if key.split(".")[-1] not in NOT_IDENTITY]

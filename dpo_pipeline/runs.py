@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import socket
 import sys
@@ -29,6 +30,7 @@ from dpo_pipeline.policies import base_of, is_adapter
 log = logging.getLogger(__name__)
 
 WEIGHTS = (".safetensors", ".bin")
+NOT_OF_ROWS = r"(dataset|pairs)\.(.*\.)?(on_bad_row|sft_target)$"  # keys of a data set that decide no row of a stage
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -86,12 +88,10 @@ def identity(run: Run, stage: str) -> dict[str, Any]:
         stage: kept,
     }
     if stage == "sft":
-        learnt = {key: value for key, value in (run.sft_dataset or run.dataset).items() if key != "on_bad_row"}
-        parts |= {"pairs": run.dataset} if run.sft_dataset else {}  # whose test prompts it leaves out
-        parts |= {"dataset": learnt, "sft_target": run.sft_target, "sft_best": run.sft_best}
+        parts |= {"pairs": run.dataset} if run.sft_dataset else {}  # whose held-out prompts it leaves out
+        parts |= {"dataset": run.sft_dataset or run.dataset, "sft_target": run.sft_target, "sft_best": run.sft_best}
     else:
-        learnt = {key: value for key, value in run.dataset.items() if key not in ("sft_target", "on_bad_row")}
-        parts |= {"dataset": learnt, "beta": run.beta, "reference": run.reference.mode, "policy": run.policy}
+        parts |= {"dataset": run.dataset, "beta": run.beta, "reference": run.reference.mode, "policy": run.policy}
         parts["reference_path"] = by_content(run.reference.path, WEIGHTS)
         if run.policy == "sft" and state(run.sft_folder) == "done":
             parts["starting_policy"] = finished_sft(run)["final"]["sha256"]
@@ -101,10 +101,11 @@ def identity(run: Run, stage: str) -> dict[str, Any]:
             parts |= {"policy": "folder", "starting_policy": policy, "starting_base": base}
         if "sft" in loss_names(run):
             parts["micro_size"] = run.batch.micro_size  # TRL takes that term per token of each micro batch
-    parts = flat(parts)
-    # Of a mixture each set has a path of its own.
-    local = {k: by_content(v) for k, v in parts.items() if k.startswith(("dataset.", "pairs.")) and k.endswith("path")}
-    return dict(sorted({**parts, **local}.items()))
+    return {key: value for key, value in sorted(flat(parts).items()) if not re.match(NOT_OF_ROWS, key)} | {
+        key: by_content(value)  # of a mixture each set has a path of its own
+        for key, value in flat(parts).items()
+        if re.match(r"(dataset|pairs)\.(sets\.[^.]+\.)?(test_)?path$", key)
+    }
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

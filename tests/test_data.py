@@ -326,7 +326,7 @@ def test_hh_subsets_are_folders_of_the_set_and_sources(tmp_path):
             [{"chosen": f"{talk} {i}", "rejected": f"{talk} no"} for i in range(rows)],
         )
     both = hh_rlhf.load(str(tmp_path), ["harmless-base", "helpful-base"], False, "hh")["train"]
-    assert [row["source"] for row in both] == ["harmless-base"] * 2 + ["helpful-base"] * 3
+    assert [row["source"] for row in both] == ["hh/harmless-base"] * 2 + ["hh/helpful-base"] * 3
     assert len(hh_rlhf.load(str(tmp_path), ["harmless-base"], False, "hh")["train"]) == 2
 
 
@@ -477,10 +477,11 @@ def test_a_mixture_keeps_its_sources_apart_and_shares_no_prompt(tmp_path):
 
 
 def test_a_mixture_draws_by_weight_and_at_most_so_many_rows(tmp_path):
-    # Of train 50 and 80 rows are left; 3 to 1 in weight is 50 and 17.
+    # Of train 50 and 80 rows are left; 3 to 1 in weight is 50 and 17. All of test is kept.
     splits, account = mixed(tmp_path, "dataset.weights={a: 3, b: 1}")
     assert adds_up(account)
-    assert account.dropped["b"]["not drawn"] == (80 - 17) + (20 - 3)
+    assert account.dropped["b"]["not drawn"] == 80 - 17
+    assert len(splits["test"]) == 30
     assert "not drawn" not in account.dropped["a"]
     other, _ = mixed(tmp_path, "dataset.weights={a: 3, b: 1}", "dataset.seed=1")
     assert other["train"] != splits["train"]
@@ -543,7 +544,8 @@ def test_sft_on_another_set_leaves_out_what_dpo_is_tested_on(tmp_path):
     tested = {row["prompt"] for row in dpo["test"]}
     assert len(tested) == 20
     assert not tested & {row["prompt"] for split in ("train", "validation") for row in sft[split]}
-    assert 15 <= account.dropped["other.jsonl"]["prompt also in test"] <= 20
+    assert not {row["prompt"] for row in dpo["validation"]} & {row["prompt"] for row in sft["train"]}
+    assert account.dropped["other.jsonl"]["prompt held out for DPO"] >= 15
     assert adds_up(account)
 
 
@@ -576,3 +578,78 @@ def test_answers_cut_without_their_end_are_trained_on_where_asked(small, tmp_pat
     cut = json.loads((folder / "manifest.json").read_text())["sources"]["reviews"]["cut"]
     assert cut["answer cut"] > 20
     assert json.loads((folder / "status.json").read_text())["state"] == "done"
+
+
+def test_answers_that_nothing_cut_are_not_said_to_be_cut():
+    tokenizer = characters(bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = CHATML.replace("m.content", "m.content | trim")
+    prompt = [{"role": "user", "content": "hi"}]
+    table = tokenize(rows_of({"prompt": prompt, "chosen": "ok", "rejected": "ok\n"}), PAIR, tokenizer, [1], WIDE)
+    assert told(table).dropped["s"] == {"identical answers": 1}
+
+
+def test_faults_are_weighed_against_the_rows_in_which_they_were_looked_for(tmp_path):
+    """Neither debug, which draws 100 of the rows, nor SFT's one answer for each prompt makes 2% of faults 50%."""
+    rows = [{**row, "chosen": " "} if i % 50 == 0 else row for i, row in enumerate(pairs(1000, prompts=60))]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    assert splits_of(path, debug=True)[1].dropped["pairs.jsonl"]["debug=true"] > 700
+    _, account = splits_of(path, answers=("chosen",))
+    assert account.dropped["pairs.jsonl"]["another answer of its prompt"] > 800
+    assert adds_up(account)
+
+
+def test_a_set_without_test_rows_costs_a_mixture_none(tmp_path):
+    splits, _ = mixed(tmp_path, "dataset.weights={a: 1, b: 1}", "dataset.sets.b.test_rows=0")
+    assert len(splits["test"]) == 10
+
+
+@pytest.mark.parametrize("typed", [[], ["dataset.splits={train: test, test: validation}"]])
+def test_a_test_split_trained_on_by_another_road_is_told(typed, tmp_path):
+    for name in ("test", "validation"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "0000.jsonl", pairs(100)[:50] if name == "test" else pairs(100)[50:])
+    path = tmp_path if typed else tmp_path / "validation" / "0000.jsonl"
+    _, account = splits_of(path, *typed)
+    assert len(account.notes) == 1
+
+
+def test_rows_left_out_by_the_half_are_told(tmp_path):
+    rows = [{**row, "votes": i % 4} for i, row in enumerate(pairs(80))]
+    _, account = splits_of(write(tmp_path / "a.jsonl", rows), "dataset.at_least={votes: 3}")
+    assert account.doubts(512) == [
+        f"60 of 80 rows of a.jsonl are left out: votes below 3 (such as {tmp_path}/a.jsonl, line 1)"
+    ]
+
+
+def test_what_is_done_with_bad_rows_is_no_part_of_what_a_run_is(tmp_path):
+    from dpo_pipeline.runs import identity
+
+    path = write(tmp_path / "pairs.jsonl", pairs(9))
+    given = ["dataset=json", f"dataset.path={path}", "dataset@sft_dataset=json", f"sft_dataset.path={path}"]
+    runs = [compose([*given, *more]) for more in ([], ["dataset.on_bad_row=error"])]
+    for stage in ("sft", "dpo"):
+        assert identity(runs[0], stage) == identity(runs[1], stage)
+    assert runs[0].variant == runs[1].variant
+    write(tmp_path / "pairs.jsonl", pairs(8))
+    assert identity(runs[0], "sft") != (before := identity(runs[1], "sft")) or before["pairs.path"].startswith(
+        "sha256:"
+    )
+
+
+def test_two_mixtures_have_two_folders(tmp_path):
+    one, two = (
+        compose(["dataset=mixture", f"+dataset@dataset.sets.a={name}", f"dataset.sets.a.path={tmp_path}"])
+        for name in ("json", "shp")
+    )
+    assert one.variant != two.variant
+
+
+def test_token_tables_of_other_code_are_not_taken(small, tmp_path, monkeypatch):
+    run = small("dataset.rows=32", f"root={tmp_path}")
+    start.prepare_base(run)
+    seen = []
+    monkeypatch.setattr(start, "tokenize", lambda *args: seen.append(1) or tokenize(*args))
+    for release in ("1", "1", "2"):
+        monkeypatch.setattr(start, "version", lambda name, release=release: release)
+        start.prepared(run, "dpo", load_tokenizer(run.model), "train")
+    assert len(seen) == 2

@@ -442,3 +442,19 @@ def test_a_set_for_sft_alone_has_lengths_and_no_bias(model, tmp_path):
     page = (folder / "sft" / "data.html").read_text()
     assert "The two answers" not in page
     assert [name for name, _ in Seen(page).texts] == ["prompt", "demonstration"] * 3
+
+
+def test_to_look_at_data_takes_one_process_and_no_sweep(monkeypatch, tmp_path, capsys):
+    import sys
+
+    from dpo_pipeline.config import main
+    from dpo_pipeline.errors import PipelineError
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PipelineError, match="one process is enough"):
+        run_inspect(compose([f"root={tmp_path}"]))
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(sys, "argv", ["inspect_data", "-m", "beta=0.1,0.2", f"root={tmp_path}"])
+    with pytest.raises(SystemExit) as end:
+        main(run_inspect)
+    assert "-m is for sft and dpo, which train" in str(end.value)

@@ -10,22 +10,26 @@ from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.judges.truth import truth
 
 ROWS, SLOPE = 8000, 3.0
+AS = (False, "reviews")  # as text; what the rows are called
 ANSWERS = ("chosen", "rejected", "demonstration")
 
 
 @pytest.fixture(scope="module")
 def splits():
-    return load(ROWS, SLOPE, seed=0)
+    return load(ROWS, SLOPE, 0, *AS)
 
 
 def test_rows_are_a_function_of_the_seed():
-    assert load(300, SLOPE, seed=1) == load(300, SLOPE, seed=1)
-    assert load(300, SLOPE, seed=1) != load(300, SLOPE, seed=2)
+    assert load(300, SLOPE, 1, *AS) == load(300, SLOPE, 1, *AS)
+    assert load(300, SLOPE, 1, *AS) != load(300, SLOPE, 2, *AS)
 
 
 @pytest.mark.parametrize(("rows", "test"), [(400, 50), (8800, 1000)])
 def test_an_eighth_is_test_and_at_most_1000(rows, test):
-    assert {name: len(split) for name, split in load(rows, SLOPE, 0).items()} == {"test": test, "train": rows - test}
+    assert {name: len(split) for name, split in load(rows, SLOPE, 0, *AS).items()} == {
+        "test": test,
+        "train": rows - test,
+    }
 
 
 def test_every_prompt_is_distinct_within_and_between_splits(splits):
@@ -64,7 +68,7 @@ def test_a_few_percent_of_train_labels_are_wrong(splits):
 
 @pytest.mark.parametrize(("slope", "low", "high"), [(0.0, 0.45, 0.55), (1000.0, 0.0, 0.0)])
 def test_slope_0_labels_at_random_and_a_steep_one_without_error(slope, low, high):
-    rows = load(3000, slope, 0)["train"]
+    rows = load(3000, slope, 0, *AS)["train"]
     assert low <= mean(reward(row["chosen"]) < reward(row["rejected"]) for row in rows) <= high
 
 
@@ -126,4 +130,4 @@ def test_the_judge_is_the_reward(splits):
 
 def test_more_rows_than_films_are_refused():
     with pytest.raises(PipelineError, match="dataset.rows=120961: there are 120,960 films"):
-        load(120_961, SLOPE, 0)
+        load(120_961, SLOPE, 0, *AS)

@@ -519,3 +519,87 @@ def test_what_is_asked_of_the_hub(name, asked, monkeypatch):
     node = compose([f"dataset={name}"]).dataset
     build({key: value for key, value in node.items() if key not in ROW_KEYS}, chat=False, source="it")
     assert calls == [asked]
+
+
+# What a reader could lose, or trip over, without a word.
+PAIRED = '{"prompt": "p", "chosen": "c", "rejected": "r"}\n'
+RAW = {
+    "unclosed.csv": ('prompt,chosen,rejected\np,c,r\np,c,"r\np,c,r\n', "no comma-separated values"),
+    "twice.csv": ("prompt,chosen,chosen\np,c,r\n", r"two of its columns have one name \(prompt, chosen, chosen\)"),
+    "half.jsonl": (PAIRED + PAIRED.replace('"c"', '"\\ud800"'), "line 2 is no JSON .half of a character"),
+    "long.jsonl": (PAIRED + PAIRED.replace('"c"', "1" * 5000), "line 2 is no JSON .Exceeds the limit"),
+    "deep.jsonl": (PAIRED + PAIRED.replace('"c"', "[" * 99999), "line 2 is no JSON"),
+    "role.jsonl": (PAIRED.replace('"c"', '[{"role": ["user"], "content": "c"}]'), r"its role is \['user'\], none of"),
+}
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_a_file_that_is_not_what_it_seems_is_one_sentence(name, tmp_path):
+    text, sentence = RAW[name]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(PipelineError, match=sentence) as error:
+        loaded("json", tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "sentence"),
+    [
+        ("dataset.rows=-5", "dataset.rows=-5 is no whole number from 0 on"),
+        ("dataset.rows=50.5", "dataset.rows=50.5 is no whole number"),
+        ("dataset.per_prompt=-1", "dataset.per_prompt=-1 is no whole number"),
+        ("dataset.prompt_words=0", "dataset.prompt_words=0 is no whole number"),
+        ("dataset.splits={train: [train]}", r"has no split \['train'\]|does not say"),
+        ("dataset.splits={validation: train}", "does not say which of the set's own splits are train and test"),
+        ("dataset.splits=train", "dataset.splits=train does not say"),
+        (
+            "dataset.columns={prompt: prompt, answers: [0, 1], choice: x, choices: [0, 1]}",
+            "there is no x, found prompt",
+        ),
+    ],
+)
+def test_an_option_that_cannot_be_is_one_sentence(typed, sentence, tmp_path):
+    write(tmp_path / "train.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "r"}] * 3)
+    with pytest.raises(PipelineError, match=sentence):
+        loaded("json", tmp_path, typed)
+
+
+def test_what_may_stand_beside_a_form_is_looked_for_in_each_row(tmp_path):
+    """Not in the first alone: the inputs and systems of all others would be gone without a word."""
+    rows = [{"instruction": "a", "output": "x"}, {"instruction": "b", "input": "in", "output": "y"}]
+    first, second = loaded("json", write(tmp_path / "a.jsonl", rows), chat=True)["train"]
+    assert (first["prompt"], second["prompt"]) == ([user("a")], [user("b\n\nin")])
+    rows = [{"question": "q", "chosen": "c", "rejected": "r"}, {"question": "q", "chosen": "c", "rejected": "r"}]
+    rows[1]["system"] = "s"
+    for order in (rows, rows[::-1]):
+        found = loaded("json", write(tmp_path / "b.jsonl", order), chat=True)["train"]
+        assert [len(row["prompt"]) for row in found] == [1 + ("system" in row) for row in order]
+
+
+def test_a_prompt_is_empty_whatever_frame_is_put_around_it(tmp_path):
+    for i, row in enumerate(({"question": " "}, {"instruction": "", "input": "x"}, {"prompt": "\n"}, {"text": " "})):
+        full = row | ({"chosen": "c", "rejected": "r"} if "text" not in row else {})
+        for chat in (False, True):
+            (found,) = loaded("json", write(tmp_path / f"{i}.jsonl", [full]), chat=chat)["train"]
+            assert found["problem"] == "empty prompt"
+
+
+def test_content_in_parts_is_joined(tmp_path):
+    content = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    rows = [{"prompt": [{"role": "user", "content": content}], "chosen": "c", "rejected": "r"}]
+    assert loaded("json", write(tmp_path / "a.jsonl", rows), chat=True)["train"][0]["prompt"] == [user("hi")]
+
+
+def test_a_test_path_that_is_a_folder_gives_its_own_test_rows(tmp_path):
+    pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    write(tmp_path / "all" / "train.jsonl", [pair] * 9)
+    write(tmp_path / "all" / "test.jsonl", [pair] * 2)
+    train = write(tmp_path / "a.jsonl", [pair] * 3)
+    assert len(loaded("json", train, f"dataset.test_path={tmp_path / 'all'}")["test"]) == 2
+
+
+def test_a_folder_with_a_script_is_one_sentence(tmp_path):
+    (tmp_path / "pydir").mkdir()
+    (tmp_path / "pydir" / "pydir.py").write_text("import datasets\n")
+    with pytest.raises(PipelineError, match="pydir cannot be read as a data set: .*script"):
+        loaded("json", tmp_path / "pydir")

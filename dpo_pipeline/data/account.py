@@ -11,7 +11,8 @@ EXAMPLES = 3  # origins kept of each reason
 SPLITS = ("train", "validation", "test")
 # Reasons to leave a row out on purpose, those of length, and faults that cost one row but damn no data set. All others
 # are faults after which one asks whether this is a preference data set at all.
-ON_PURPOSE = ("prompt also in test", "another answer of its prompt", "not drawn", "no demonstration")
+BEFORE = ("prompt also in test", "prompt held out for DPO", "not drawn")  # known before faults are looked for
+ON_PURPOSE = (*BEFORE, "another answer of its prompt", "no demonstration", "debug=true")
 LENGTH = ("too long", "identical after cutting", "no answer token left")
 SINGLE = ("exact duplicate", "more than one BOS", "answer without its one end token", "prompt without a token")
 FAULTY = 0.05  # share of rows that teach nothing, above which a set is not what it is taken for
@@ -92,12 +93,15 @@ class Account:
         }
 
     def table(self) -> str:
-        """The account as Markdown, a line for each source."""
+        """The account as Markdown, a line for each source, and where the first bad row of each kind is."""
         lines = [["source", "read", *SPLITS, "dropped", "cut"]]
         for source, part in self.as_json()["sources"].items():
             reasons = (", ".join(f"{n:,} {reason}" for reason, n in part[key].items()) for key in ("dropped", "cut"))
             lines.append([source, f"{part['read']:,}", *(f"{part['kept'][s]:,}" for s in SPLITS), *reasons])
-        return grid(lines)
+        bad = [
+            reason for reason in self.examples if reason not in (*self.on_purpose, *LENGTH, "prompt cut", "answer cut")
+        ]
+        return "\n".join([grid(lines), *(f"{reason}: {self.examples[reason][0]}" for reason in bad)])
 
     def faults(self) -> list[str]:
         """A sentence for each source of whose rows more than 5% teach nothing."""
@@ -105,7 +109,8 @@ class Account:
         for source, read in self.read.items():
             gone = self.dropped[source]
             faults = {r: n for r, n in gone.items() if r not in (*self.on_purpose, *LENGTH, *SINGLE)}
-            meant = read - sum(n for reason, n in gone.items() if reason in self.on_purpose)
+            # Of the rows in which faults were looked for.
+            meant = read - sum(n for r, n in gone.items() if r in BEFORE or r in self.on_purpose - set(ON_PURPOSE))
             if (bad := sum(faults.values())) > FAULTY * meant:
                 listed = "; ".join(f"{n} {reason} ({self.examples[reason][0]})" for reason, n in faults.items())
                 sentences.append(
@@ -127,6 +132,11 @@ class Account:
     def doubts(self, context: int) -> list[str]:
         """What a run warns of: a sentence each."""
         sentences = list(self.notes)
+        for source, read in self.read.items():
+            for reason in self.on_purpose - set(ON_PURPOSE):
+                if (n := self.dropped[source][reason]) > read / 2:
+                    first = self.examples[reason][0]
+                    sentences.append(f"{n} of {read} rows of {source} are left out: {reason} (such as {first})")
         if TOUCHED * self.fitted < sum(self.for_length()) <= LOST * self.fitted:
             sentences.append(self.told_length(context))
         if self.merged > MERGED * self.fitted:

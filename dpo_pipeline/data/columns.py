@@ -24,6 +24,8 @@ def check(columns: dict[str, Any] | None) -> dict[str, Any]:
     if not isinstance(columns, dict):
         raise PipelineError(f"dataset.columns={columns} is no mapping: type 'dataset.columns={{prompt: NAME, ...}}'")
     named = {part: where if part in CHOICE else str(where) for part, where in columns.items() if where is not None}
+    if isinstance(named.get("answers"), list):
+        named["answers"] = [str(where) for where in named["answers"]]
     for part in named:
         if part not in (*PARTS, *CHOICE):
             listed = ", ".join((*PARTS, *CHOICE))

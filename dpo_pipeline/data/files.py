@@ -25,6 +25,11 @@ def read(
     can be read there; for a broken row, when it is come to.
     """
     local = Path(path).expanduser()
+    if splits is not None and not (isinstance(splits, dict) and {"train"} <= set(splits) <= {"train", "test"}):
+        raise PipelineError(
+            f"dataset.splits={splits} does not say which of the set's own splits are train and test: type "
+            "'dataset.splits={train: NAME, test: NAME}'"
+        )
     if local.is_file():
         return {"train": read_file(local, path)}
     if not local.is_dir() and (
@@ -48,7 +53,7 @@ def read(
             f"the data set {path} is neither a local path nor to be had from the hub ({first_line(error)}): "
             "check the name and the network, `hf auth login` for a gated one, or give a local copy by dataset.path=..."
         ) from error
-    except (DatasetsError, OSError, EOFError, ValueError) as error:
+    except (DatasetsError, OSError, EOFError, ValueError, RuntimeError) as error:
         if sentence := explain_disk(error):
             raise PipelineError(sentence) from error
         for file in sorted((local / (data_dir or "")).glob("*.json*")):
@@ -68,7 +73,7 @@ def read(
             f"{where} cannot be read as a data set: {reason}: {FORM}, in a .jsonl file{fix}"
         ) from error
     names = splits or {name: name for name in ("train", "test") if name in found}
-    for name in names.values():
+    for name in map(str, names.values()):
         if name not in found:
             raise PipelineError(
                 f"{where} has no split {name} (found {', '.join(found)}): name its own by dataset.splits"
@@ -125,9 +130,12 @@ def json_rows(stream: IO[bytes], path: str) -> Rows:
 def csv_rows(stream: IO[bytes], path: str) -> Rows:
     """The rows of comma-separated values below a line of column names."""
     csv.field_size_limit(2**31 - 1)  # of characters in a field, 131,072 unless said
-    reader = csv.reader(decoded(line, path, i) for i, line in enumerate(stream, 1))
+    # Strict: a quote that is never closed would take all lines behind it into one field.
+    reader = csv.reader((decoded(line, path, i) for i, line in enumerate(stream, 1)), strict=True)
     try:
         header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise PipelineError(f"{path}: two of its columns have one name ({', '.join(header)}): rename one")
         for fields in reader:
             if not fields:
                 continue
@@ -167,11 +175,17 @@ def decoded(line: bytes, path: str, number: int) -> str:
 def parsed(text: str, path: str, first: int) -> Any:
     """What JSON text of a file holds, whose first line is the file's line `first`."""
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        at = f"{error.msg}, at character {error.colno}" if isinstance(error, ValueError) else "nested too deep"
-        line = first + (error.lineno - 1 if isinstance(error, ValueError) else 0)
-        raise PipelineError(f"{path} cannot be read as a data set: line {line} is no JSON ({at}): {FORM}") from error
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # half of a character is none, and no file could hold it
+        return value
+    except json.JSONDecodeError as error:
+        line, why = first + error.lineno - 1, f"{error.msg}, at character {error.colno}"
+    except UnicodeEncodeError:
+        line, why = first, "half of a character, \\ud800 or the like"
+    except (ValueError, RecursionError) as error:
+        line, why = first, first_line(error)
+    raise PipelineError(f"{path} cannot be read as a data set: line {line} is no JSON ({why}): {FORM}")
 
 
 def require(row: dict[str, Any], columns: tuple[str, ...], origin: str) -> dict[str, str]:

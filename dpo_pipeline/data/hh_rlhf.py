@@ -20,7 +20,13 @@ def load(path: str, subsets: list[str] | None, chat: bool, source: str) -> dict[
     for subset in subsets or [None]:
         for split, rows in read(path, data_dir=subset).items():
             splits.setdefault(split, []).extend(
-                shape(origin, subset or source, chat, None, require(row, ("chosen", "rejected"), origin))
+                shape(
+                    origin,
+                    f"{source}/{subset}" if subset else source,
+                    chat,
+                    None,
+                    require(row, ("chosen", "rejected"), origin),
+                )
                 for origin, row in rows
             )
     return splits

@@ -26,7 +26,8 @@ FORMS: tuple[dict[str, Any], ...] = (  # known by their columns: the first that 
     {"prompt": "prompt", "demonstration": "completion"},
     {"text": "text"},
 )
-NEEDED = ("prompt", "question", "instruction", "text", "chosen", "rejected")
+ASKS = ("prompt", "question", "instruction", "text")
+NEEDED = (*ASKS, "chosen", "rejected")
 BESIDE = {"instruction": "input", "question": "system"}  # taken along where a row has it
 
 
@@ -49,19 +50,26 @@ def load(
     A row that an option takes out has the reason as `left_out`, one that cannot be learnt from as `problem`. Raises
     PipelineError where a row has no such columns, or of another type.
     """
-    for option, given in (("at_least", at_least), ("splits", splits)):
-        if not isinstance(given, dict | None):
-            raise PipelineError(f"dataset.{option}={given} is no mapping: type 'dataset.{option}={{NAME: VALUE}}'")
+    if not isinstance(at_least, dict | None):
+        raise PipelineError(f"dataset.at_least={at_least} is no mapping: type 'dataset.at_least={{NAME: VALUE}}'")
+    for option, given in (("rows", rows), ("per_prompt", per_prompt), ("prompt_words", prompt_words)):
+        if not isinstance(given, int) or given < (option == "prompt_words"):
+            raise PipelineError(f"dataset.{option}={given} is no whole number from 0 on: type dataset.{option}=5")
     named = check(columns)
     bounds = {where: number(least, f"dataset.at_least.{where}") for where, least in (at_least or {}).items()}
     found = read(path, data_dir, revision, splits)
     if test_path:
-        found["test"] = read(test_path)["train"]
+        other = read(test_path)
+        found["test"] = other["test" if "test" in other else "train"]
 
     def made(raws: Rows) -> list[dict[str, Any]]:
-        parts, kept, pairs = named, [], Counter()
+        form, kept, pairs = {}, [], Counter()
         for origin, raw in islice(raws, rows or None):
-            parts = parts or recognised(origin, raw)  # by the first row
+            parts = named
+            if not named:
+                form = form or recognised(origin, raw)  # by the first row; what may stand beside it, by each
+                beside = (BESIDE[part] for part in form if part in BESIDE)
+                parts = {**{name: name for name in (*ANSWERS, *beside) if name in raw}, **form}
             row = made_of(origin, raw, parts, prompt_words, chat, source)
             for where, least in bounds.items():
                 if number(find(raw, where, f"{origin}: at_least.{where}"), f"{origin}: {where}") < least:
@@ -88,8 +96,7 @@ def recognised(origin: str, raw: dict[str, Any]) -> dict[str, Any]:
             continue
         if form is PAIR and isinstance(raw["chosen"], str) and REPLY not in raw["chosen"]:
             continue  # answers alone
-        more = [*ANSWERS, *(BESIDE[part] for part in form if part in BESIDE)]
-        return {**{name: name for name in more if name in raw}, **form}
+        return form
     raise PipelineError(
         f"{origin} has the columns {', '.join(raw)}, which are no form known here: say what they hold, such as "
         "'dataset.columns={prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}'"
@@ -114,6 +121,8 @@ def made_of(
         if part[name] is None and is_template(named[name]):
             # It is for rows of a kind, as that of TL;DR has no place for a news article.
             reason, part[name] = {"left_out": f"no {name}"}, ""
+        elif name in ASKS and isinstance(part[name], str) and not part[name].strip():
+            reason = {"problem": "empty prompt"}  # before a frame is put around it
         elif part[name] is None and name in NEEDED:
             raise PipelineError(f"{origin}: {name} is null, not text or messages: correct it or take it out")
     for name in ("system", "instruction", "input", "text"):

@@ -79,10 +79,12 @@ def plain(value: Any, name: str, origin: str) -> str | list[dict[str, str]]:
             if "role" in message
             else (message.get("from"), message.get("value"))
         )
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise PipelineError(
                 f"{origin}: {name}, message {number}: its role is {role!r}, none of {', '.join(ROLES)}: correct it"
             )
+        if isinstance(content, list) and all(isinstance(each, dict) and "text" in each for each in content):
+            content = "".join(each["text"] for each in content)  # in parts, as OpenAI's
         if not isinstance(content, str):
             raise PipelineError(f"{origin}: {name}, message {number}: its content is {kind(content)}, not text")
         messages.append({"role": ROLES[role], "content": content})

@@ -1,9 +1,11 @@
 """Train, validation and test of a data set: what each stage may read."""
 
+import hashlib
 import json
 import random
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from dpo_pipeline.errors import PipelineError
 Row = dict[str, Any]
 
 DEBUG_ROWS = 100
+HELD = ("test", "validation", "valid", "eval", "dev")
 TESTING = re.compile(r"(^|[^a-z])(test|eval|validation|valid|dev)([^a-z]|$)", re.IGNORECASE)
 
 
@@ -23,24 +26,52 @@ def load_splits(
     chat: bool,
     debug: bool = False,
     strict: bool = True,
-    tested_elsewhere: dict[str, Any] | None = None,
+    held_for: dict[str, Any] | None = None,
 ) -> tuple[dict[str, list[Row]], Account]:
     """Rows `train`, `validation` and `test` of the data set that a config node names, and the account of all read.
 
-    No prompt is in two of them. Test is the set's own, else `test_rows` held out by prompt; validation is 5% of the
-    rest, at most 500 rows, by prompt too; both are drawn with `split_seed`, from all rows, so that every stage has the
-    same. Only then are rows dropped, and counted: those of train whose prompt is in test, and those that teach nothing
-    in `answers`, the columns that a stage learns from; more than 5% of these raise PipelineError, unless not `strict`.
-    One answer alone is learnt once for each prompt, as in the DPO authors' code. `chat`: prompts are messages, not
-    text. `debug` keeps 100 rows. `tested_elsewhere`: another data set, whose test prompts are not trained on either.
+    They are drawn from all rows, so that every stage has the same; only then are rows dropped, and counted: those that
+    teach nothing in `answers`, the columns that a stage learns from; more than 5% of these raise PipelineError, unless
+    not `strict`. One answer alone is learnt once for each prompt, as in the DPO authors' code. `chat`: prompts are
+    messages, not text. `debug` keeps 100 rows. `held_for`: another data set, whose validation and test prompts are
+    not trained on either.
     """
-    account = Account(node["on_bad_row"])
-    for each in node["sets"].values() if "sets" in node else (node,):
-        if "path" in each and Path(each["path"]).is_file() and TESTING.search(Path(each["path"]).name):
-            account.notes.append(
-                f"{each['path']} is named like a published test split and is trained on: report no result on that "
-                "split, or name the set's train file by dataset.path="
+    account = Account(node["on_bad_row"], notes=pointed_at_test(node))
+    parts = drawn(node, answers, chat, account)
+    tested = len(parts["test"])
+    if held_for is not None:
+        pairs = drawn(held_for, (), chat, Account())
+        held = {key(row) for split in ("validation", "test") for row in pairs[split]}
+        for split in ("train", "validation"):
+            parts[split] = dropped(parts[split], account, lambda row: key(row) in held and "prompt held out for DPO")
+    parts = {split: sound(rows, answers, account) for split, rows in parts.items()}
+    if strict and (faults := account.faults()):
+        raise PipelineError(faults[0])
+    for split in ("train", "validation"):
+        if not parts[split]:
+            gone = Counter(reason for reasons in account.dropped.values() for reason in reasons.elements())
+            why = "".join(f", {n} {reason} ({account.examples[reason][0]})" for reason, n in gone.items())
+            raise PipelineError(
+                f"no rows are left for {split}, of {account.read.total()} read: {tested} are held out as test{why}: "
+                "lower dataset.test_rows or give more"
             )
+    if debug:
+        rng = random.Random(node["split_seed"])
+        for split, rows in parts.items():
+            # Drawn, not the first: of a set in several files those would be of one.
+            few = {id(row) for row in rng.sample(rows, min(DEBUG_ROWS, len(rows)))}
+            parts[split] = dropped(rows, account, lambda row, few=few: id(row) not in few and "debug=true")
+    for split, rows in parts.items():
+        account.keep(split, rows)
+    return parts, account
+
+
+def drawn(node: dict[str, Any], answers: tuple[str, ...], chat: bool, account: Account) -> dict[str, list[Row]]:
+    """All rows of a data set by split, no prompt in two of them; counted are those read, left out, and also in test.
+
+    Test is the set's own, else `test_rows` held out by prompt; validation is 5% of the rest, at most 500 rows, by
+    prompt too; both are drawn with `split_seed`. Raises PipelineError where no row has one of the `answers`.
+    """
     train, test = with_test(node, chat, source_of(node))
     for row in [*train, *test]:
         account.read[row["source"]] += 1
@@ -58,34 +89,27 @@ def load_splits(
                 )
     rng = random.Random(node["split_seed"])
     rng.shuffle(test)  # so that the first n of a file sorted by something stand for all
-    other = with_test(tested_elsewhere, chat, "")[1] if tested_elsewhere else []
-    tested = {key(row) for row in [*test, *other]}
-    train = dropped(train, account, lambda row: "prompt also in test" if key(row) in tested else None)
+    tested = {key(row) for row in test}
+    train = dropped(train, account, lambda row: key(row) in tested and "prompt also in test")
     train, validation = hold_out(train, min(500, max(1, len(train) // 20)), rng)
-    parts = {"train": train, "validation": validation, "test": test}
-    parts = {split: sound(rows, answers, account) for split, rows in parts.items()}
-    if strict and (faults := account.faults()):
-        raise PipelineError(faults[0])
-    for split in ("train", "validation"):
-        if not parts[split]:
-            read = sum(account.read.values())
-            gone = Counter(reason for reasons in account.dropped.values() for reason in reasons.elements())
-            why = "".join(f", {n} {reason} ({account.examples[reason][0]})" for reason, n in gone.items())
-            raise PipelineError(
-                f"no rows are left for {split}, of {read} read: {len(test)} are held out as test{why}: lower "
-                "dataset.test_rows or give more"
+    return {"train": train, "validation": validation, "test": test}
+
+
+def pointed_at_test(node: dict[str, Any]) -> list[str]:
+    """A sentence for each set that trains on what is named like a published test split."""
+    sentences = []
+    for each in node["sets"].values() if "sets" in node else (node,):
+        file = Path(each["path"]) if "path" in each else Path()
+        names = [str(each["splits"]["train"])] if each.get("splits") else []
+        names += [file.name] if file.is_file() else []
+        names = [name for name in names if TESTING.search(name)]
+        names += [f"{file.parent.name}/{file.name}"] if file.is_file() and file.parent.name in HELD else []
+        if names:
+            sentences.append(
+                f"{names[0]} is named like a published test split and is trained on: report no result on that split, "
+                "or name the set's train file by dataset.path="
             )
-    if debug:
-        # Drawn, not the first: of a set in several files those would be of one.
-        for split, rows in parts.items():
-            kept = set(rng.sample(range(len(rows)), min(DEBUG_ROWS, len(rows))))
-            for i, row in enumerate(rows):
-                if i not in kept:
-                    account.drop(row, "not drawn")
-            parts[split] = [rows[i] for i in sorted(kept)]
-    for split, rows in parts.items():
-        account.keep(split, rows)
-    return parts, account
+    return sentences
 
 
 def source_of(node: dict[str, Any]) -> str:
@@ -107,7 +131,7 @@ def with_test(node: dict[str, Any], chat: bool, source: str) -> tuple[list[Row],
     return train + [row for row in rows if "left_out" in row], test
 
 
-def dropped(rows: list[Row], account: Account, reason_of: Any) -> list[Row]:
+def dropped(rows: list[Row], account: Account, reason_of: Callable[[Row], Any]) -> list[Row]:
     """The rows for which `reason_of` gives no reason to drop them; the others are counted."""
     kept = []
     for row in rows:
@@ -164,8 +188,10 @@ def fault(row: Row, answers: tuple[str, ...]) -> str | None:
 
 
 def key(row: Row) -> str:
-    """What tells prompts apart, of text or messages."""
-    return row["prompt"] if isinstance(row["prompt"], str) else json.dumps(row["prompt"])
+    """What tells prompts apart: text itself, of messages a hash."""
+    if isinstance(row["prompt"], str):
+        return row["prompt"]
+    return hashlib.sha256(json.dumps(row["prompt"]).encode()).hexdigest()
 
 
 def pair(row: Row) -> tuple[str, str, str]:

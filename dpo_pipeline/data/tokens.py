@@ -113,9 +113,9 @@ def tokenize(rows: list[dict], answers: tuple[str, ...], tokenizer: Any, ends: l
             opening = 1 if prompt[0] == tokenizer.bos_token_id else 0
             prompt, ids, cut, reason = lengths.fit(prompt, ids, opening, ends[0])
             if not reason and any(not answer or answer[0] in ends for answer in ids):
-                reason = "no answer token left"
+                reason = "no answer token left" if cut else "empty answer"
             elif not reason and len(ids) > 1 and ids[0] == ids[1]:
-                reason = "identical after cutting"
+                reason = "identical after cutting" if cut else "identical answers"
             if reason:
                 account.drop(row, reason)
                 continue

@@ -8,6 +8,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from datasets import load_from_disk
 from pyarrow import compute
 
 from dpo_pipeline.config import Run, build
+from dpo_pipeline.data import tokens
 from dpo_pipeline.data.account import Account
 from dpo_pipeline.data.splits import key, load_splits
 from dpo_pipeline.data.tokens import Lengths, end_tokens, tokenize
@@ -88,7 +90,8 @@ def tokenized(
     """
     ends, lengths = ends_and_lengths(run, tokenizer)
     names = answers(run, stage)
-    how = [tokenizer_hash(tokenizer), ends, dataclasses.astuple(lengths), stage, names]
+    code = [content_hash(Path(tokens.__file__)), *map(version, ("tokenizers", "transformers"))]
+    how = [tokenizer_hash(tokenizer), ends, dataclasses.astuple(lengths), stage, names, code]
     ids = {}
     for split in splits:
 
@@ -98,7 +101,7 @@ def tokenized(
 
         digest = hashlib.sha256(json.dumps(how).encode())
         for row in rows[split]:
-            digest.update("\0".join((key(row), *(row[name] for name in (*names, "source", "origin")))).encode())
+            digest.update("\0".join((key(row), *(row[name] for name in (*names, "source", "origin")), "")).encode())
         place = Path(run.root) / ".cache" / "data" / digest.hexdigest()
         if run.check:  # which leaves nothing
             ids[split] = make()
@@ -199,6 +202,7 @@ def facts(
     return {
         "rows": {split: len(table) for split, table in rows.items()},
         **account.as_json(),
+        "examples": dict(account.examples),
         "data_fingerprint": {split: fingerprint(table) for split, table in rows.items()},
         "starting_policy": str(starting),
         "parameters": sum(n for n, _ in parameters),

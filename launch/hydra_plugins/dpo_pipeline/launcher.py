@@ -59,6 +59,10 @@ class ProcessLauncher(Launcher):
         """
         if processes() > 1:
             raise PipelineError(sweep_in_ranks())
+        if self.stage not in ("sft", "dpo"):
+            raise PipelineError(
+                f"-m is for sft and dpo, which train: type `python -m dpo_pipeline.{self.stage}` without it"
+            )
         self.common = set.intersection(*map(set, job_overrides))
         self.jobs = [self.job(list(typed)) for typed in job_overrides]
         self.check()
