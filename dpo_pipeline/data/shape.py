@@ -46,16 +46,13 @@ def shape(origin: str, source: str, chat: bool, prompt: Any, answers: dict[str, 
             row[name] = found[at:] if at else found
         else:
             row[name] = found
-    problem = None
+    problem = ""
     if prefixes:  # a prompt beside whole dialogues repeats a part of them
-        row["prompt"] = prefixes[0] if prefixes[0] is not None else ""
-        problem = (
-            "no reply"
-            if None in prefixes
-            else "prompt differs"
-            if prefixes.count(prefixes[0]) < len(prefixes)
-            else None
-        )
+        row["prompt"] = prefixes[0] or ""
+        if None in prefixes:
+            problem = "no reply"
+        elif any(prefix != prefixes[0] for prefix in prefixes):
+            problem = "prompt differs"
     if row["prompt"] is None:
         raise PipelineError(f"{origin} has no prompt, and its answers are no whole dialogues")
     row = as_messages(row) if chat else as_text(row)
