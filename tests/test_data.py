@@ -368,7 +368,8 @@ def test_splits_share_no_prompt_and_hold_out_by_prompt(tmp_path):
     assert 8 <= len(splits["validation"]) <= 11
     assert sum(map(len, splits.values())) == 200
     assert splits_of(path, "dataset.test_rows=30")[0] == splits
-    assert splits_of(path, "dataset.test_rows=30", "dataset.split_seed=1")[0]["test"] != splits["test"]
+    other = splits_of(path, "dataset.test_rows=30", "dataset.split_seed=1")[0]["test"]
+    assert {row["prompt"] for row in other} != prompts[2]
 
 
 def test_hold_out_of_more_than_there_is_takes_all():
@@ -653,3 +654,61 @@ def test_token_tables_of_other_code_are_not_taken(small, tmp_path, monkeypatch):
         monkeypatch.setattr(start, "version", lambda name, release=release: release)
         start.prepared(run, "dpo", load_tokenizer(run.model), "train")
     assert len(seen) == 2
+
+
+def test_a_dialogue_cut_at_a_bos_has_one_and_a_prompt_at_its_limit_is_not_cut():
+    answers = [[8] * 6]
+    assert Lengths(9, 4).fit([1, 5, 1, 6, 7], answers, 1, 2) == ([1, 6, 7], answers, "prompt cut", "")
+    assert Lengths(10, 4).fit([1, 5, 9, 6, 7], answers, 1, 2) == ([1, 9, 6, 7], answers, "prompt cut", "")
+    assert Lengths(9, 4).fit([1, 5, 6, 7], [[8] * 6], 1, 2)[2:] == ("", "too long")
+    assert Lengths(9, 4, answer="keep_eos").fit([1, 5, 6, 7], answers, 1, 2) == (
+        [1, 5, 6, 7],
+        [[8] * 4 + [2]],
+        "answer cut",
+        "",
+    )
+    assert Lengths(9, 5, prompt="drop").fit([1, 5, 6, 7, 9], [[8] * 6], 1, 2)[3] == "too long"
+    assert Lengths(9, 5, "drop", "cut").fit([1, 5, 6, 7, 9], [[8] * 6], 1, 2)[1] == [[8] * 4]
+
+
+def test_an_answer_ends_at_the_first_of_all_end_tokens():
+    assert tokens.end_once([5, 7, 3, 1], [1, 7]) == [5, 7]
+    assert tokens.end_once([5, 1, 3, 7], [1, 7]) == [5, 1]
+    assert tokens.end_once([5, 3], [7, 1]) == [5, 3, 7]
+
+
+@pytest.mark.parametrize("count", [1, 7, 99, 100, 101, 250])
+def test_the_limit_named_is_the_smallest_that_keeps_99_percent(count):
+    lengths = [3 + (7 * i) % 19 for i in range(count)]
+    rows = rows_of(*({"prompt": "x", "chosen": " i" * n} for n in lengths))
+    account = told(tokenize(rows, ("chosen",), word_tokenizer(), [2], WIDE))
+    total = [2 + n + 1 for n in lengths]  # BOS and x, the answer, its end
+    assert account.keeps == min(n for n in total if sum(m <= n for m in total) >= 0.99 * count)
+    more = told(tokenize(rows_of({"prompt": "x", "chosen": " i"}), ("chosen",), word_tokenizer(), [2], WIDE))
+    account.hear(more.told())
+    assert account.keeps == min(n for n in total if sum(m <= n for m in total) >= 0.99 * count)
+
+
+def test_faults_are_not_weighed_against_what_a_filter_left_out(tmp_path):
+    rows = [{**row, "votes": 3 * (i % 4 == 0)} for i, row in enumerate(pairs(80))]
+    for i in (4, 8):  # 2 of the 20 that are meant
+        rows[i]["chosen"] = " "
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(PipelineError, match="2 of 20 rows of a.jsonl teach nothing"):
+        splits_of(path, "dataset.at_least={votes: 3}")
+
+
+def test_a_mixture_keeps_the_reasons_of_its_sets(tmp_path):
+    path = write(tmp_path / "votes.jsonl", [{**row, "votes": i % 2} for i, row in enumerate(pairs(80))])
+    more = ["+dataset@dataset.sets.c=json", f"dataset.sets.c.path={path}", "dataset.sets.c.at_least={votes: 1}"]
+    _, account = mixed(tmp_path, *more, "dataset.sets.c.test_rows=0", "dataset.rows={c: 10}")
+    assert account.dropped["c"]["votes below 1"] == 40
+    assert account.dropped["c"]["not drawn"] == 30
+    assert adds_up(account)
+
+
+def test_turns_of_one_speaker_are_one_message(tmp_path):
+    talk = "\n\nHuman: a\n\nHuman: b\n\nAssistant:"
+    path = write(tmp_path / "a.jsonl", [{"chosen": f"{talk} yes", "rejected": f"{talk} no"}])
+    (row,) = hh_rlhf.load(path, None, True, "hh")["train"]
+    assert row["prompt"] == [{"role": "user", "content": "a\n\nb"}]

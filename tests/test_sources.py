@@ -525,6 +525,7 @@ def test_what_is_asked_of_the_hub(name, asked, monkeypatch):
 PAIRED = '{"prompt": "p", "chosen": "c", "rejected": "r"}\n'
 RAW = {
     "unclosed.csv": ('prompt,chosen,rejected\np,c,r\np,c,"r\np,c,r\n', "no comma-separated values"),
+    "fields.csv": ("prompt,chosen,rejected\np,c\n", "fields.csv, line 2: 2 fields below 3 column names"),
     "twice.csv": ("prompt,chosen,chosen\np,c,r\n", r"two of its columns have one name \(prompt, chosen, chosen\)"),
     "half.jsonl": (PAIRED + PAIRED.replace('"c"', '"\\ud800"'), "line 2 is no JSON .half of a character"),
     "long.jsonl": (PAIRED + PAIRED.replace('"c"', "1" * 5000), "line 2 is no JSON .Exceeds the limit"),
@@ -603,3 +604,13 @@ def test_a_folder_with_a_script_is_one_sentence(tmp_path):
     (tmp_path / "pydir" / "pydir.py").write_text("import datasets\n")
     with pytest.raises(PipelineError, match="pydir cannot be read as a data set: .*script"):
         loaded("json", tmp_path / "pydir")
+
+
+def test_a_file_may_begin_with_a_byte_order_mark_and_hold_long_fields(tmp_path):
+    """As Excel writes it; csv takes 131,072 characters unless told."""
+    long = "word " * 50_000
+    (tmp_path / "a.csv").write_text(f"prompt,chosen,rejected\np,{long},r\n", encoding="utf-8-sig")
+    (row,) = loaded("json", tmp_path / "a.csv")["train"]
+    assert (row["prompt"], row["chosen"]) == ("p", long)
+    (tmp_path / "a.jsonl").write_text(PAIRED, encoding="utf-8-sig")
+    assert loaded("json", tmp_path / "a.jsonl")["train"][0]["prompt"] == "p"

@@ -129,7 +129,7 @@ def tokenize(rows: list[dict], answers: tuple[str, ...], tokenizer: Any, ends: l
         bar.update(min(BATCH, len(rows) - start))
     bar.close()
     account.fitted = len(longest)
-    account.keeps = int(np.quantile(longest, 0.99, method="higher")) if longest else 0
+    account.keeps = int(np.quantile(longest, 0.99, method="inverted_cdf")) if longest else 0
     return Dataset(pa.concat_tables(chunks), info=DatasetInfo(description=json.dumps(account.told())))
 
 
