@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from dpo_pipeline.config import Length, build, compose
 from dpo_pipeline.data import hh_rlhf, tokens
 from dpo_pipeline.data.account import Account
+from dpo_pipeline.data.lengths import Lengths
 from dpo_pipeline.data.splits import hold_out, load_splits
-from dpo_pipeline.data.tokens import Lengths, encoded, end_tokens, tokenize
+from dpo_pipeline.data.tokens import encoded, end_tokens, tokenize
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.policies import load_tokenizer
 from dpo_pipeline.runs import content_hash

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from dpo_pipeline.config import compose
 from dpo_pipeline.data import statistics
-from dpo_pipeline.data.tokens import Lengths
+from dpo_pipeline.data.lengths import Lengths
 from dpo_pipeline.evaluation import data_page
 from dpo_pipeline.inspect_data import run_inspect
 from dpo_pipeline.policies import load_tokenizer

@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpo_pipeline.config import compose
+from dpo_pipeline.data.lengths import Lengths
 from dpo_pipeline.data.reviews import VOCABULARY
 from dpo_pipeline.data.splits import load_splits
-from dpo_pipeline.data.tokens import Lengths, tokenize
+from dpo_pipeline.data.tokens import tokenize
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.training.tiny import word_tokenizer
 

@@ -7,9 +7,11 @@ import pytest
 from dpo_pipeline import runs
 from dpo_pipeline.config import CONF, compose
 from dpo_pipeline.data import hh_rlhf
+from dpo_pipeline.data.lengths import Lengths
 from dpo_pipeline.data.splits import load_splits
-from dpo_pipeline.data.tokens import Lengths, tokenize
+from dpo_pipeline.data.tokens import tokenize
 from dpo_pipeline.dpo import run_dpo
+from dpo_pipeline.inspect_data import run_inspect
 from dpo_pipeline.policies import load_tokenizer
 from dpo_pipeline.sft import run_sft
 
@@ -29,12 +31,13 @@ def real(model: str, *typed: str):
 @pytest.mark.parametrize("lora", ["none", "r8"])
 @pytest.mark.parametrize(
     "data",
-    [f"dataset=instruction_preference dataset.path={POLITE}",
-     f"dataset=hh_rlhf dataset.path={SHARED}/data/hh_harmless dataset.subsets=null"],
+    [f"dataset=instruction_preference dataset.path={POLITE} length.max=256",
+     # Whose tokens are short: at 256 of them more than half of the dialogues would be cut, which ends a run.
+     f"dataset=hh_rlhf dataset.path={SHARED}/data/hh_harmless dataset.subsets=null length.max=512"],
 )  # fmt: skip
 def test_sft_then_dpo_on_real_pairs(lora, data, tmp_path):
     typed = [
-        *(f"root={tmp_path}", f"lora={lora}", "batch.global_size=8", "length.max=256", "variant=it"),
+        *(f"root={tmp_path}", f"lora={lora}", "batch.global_size=8", "variant=it"),
         *(
             "evaluation.pairs=40",
             "evaluation.prompts=4",
@@ -51,7 +54,7 @@ def test_sft_then_dpo_on_real_pairs(lora, data, tmp_path):
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert results["dpo/it"]["against"]["reference"]["margin_nats"]["n"] == 40
     rows = runs.read_json(run.dpo_folder / "manifest.json")["rows"]
-    assert rows == ({"train": 933, "validation": 50} if "instruction" in data else {"train": 1042, "validation": 58})
+    assert rows == ({"train": 934, "validation": 49} if "instruction" in data else {"train": 1501, "validation": 82})
 
 
 def test_the_polite_rows_split_by_prompt_and_every_answer_ends_once():
@@ -79,3 +82,19 @@ def test_every_row_of_hh_harmless_is_split_at_its_last_reply():
     for row in splits["train"]:
         assert row["prompt"].endswith("\n\nAssistant:")
         assert "\n\nAssistant:" not in row["chosen"]
+
+
+def test_every_row_of_a_mixture_is_accounted_for_and_shown(tmp_path):
+    sets = [
+        "dataset=mixture",
+        *("+dataset@dataset.sets.hh=hh_rlhf", f"dataset.sets.hh.path={SHARED}/data/hh_harmless"),
+        *("dataset.sets.hh.subsets=null", "+dataset@dataset.sets.polite=instruction_preference"),
+        *(f"dataset.sets.polite.path={POLITE}", "dataset.rows={hh: 400, polite: 600}", f"root={tmp_path}"),
+    ]
+    page = run_inspect(real("stories15M", *sets))
+    sources = json.loads((page.parent / "data.json").read_text())["sources"]
+    assert {name: part["read"] for name, part in sources.items()} == {"hh": 2048, "polite": 1100}
+    for part in sources.values():
+        assert part["read"] == sum(part["kept"].values()) + sum(part["dropped"].values())
+    assert sources["polite"]["dropped"]["identical answers"] == 4
+    assert "<script" not in page.read_text()

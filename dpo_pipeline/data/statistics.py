@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from dpo_pipeline.data.lengths import Lengths
 from dpo_pipeline.data.shape import words
-from dpo_pipeline.data.tokens import Lengths
 from dpo_pipeline.estimates import Estimate, accuracy
 
 

@@ -19,8 +19,9 @@ from pyarrow import compute
 from dpo_pipeline.config import Run, build
 from dpo_pipeline.data import tokens
 from dpo_pipeline.data.account import Account
+from dpo_pipeline.data.lengths import Lengths
 from dpo_pipeline.data.splits import key, load_splits
-from dpo_pipeline.data.tokens import Lengths, end_tokens, tokenize
+from dpo_pipeline.data.tokens import end_tokens, tokenize
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.locks import alone
 from dpo_pipeline.machine import processes, together
@@ -95,7 +96,7 @@ def tokenized(
     """
     ends, lengths = ends_and_lengths(run, tokenizer)
     names = answers(run, stage)
-    code = [content_hash(Path(tokens.__file__)), *map(version, ("tokenizers", "transformers"))]
+    code = [content_hash(Path(tokens.__file__).parent, (".py",)), *map(version, ("tokenizers", "transformers"))]
     how = [tokenizer_hash(tokenizer), ends, dataclasses.astuple(lengths), stage, names, code]
     ids = {}
     for split in splits:
