@@ -133,7 +133,7 @@ class Account:
         """What a run warns of: a sentence each."""
         sentences = list(self.notes)
         for source, read in self.read.items():
-            for reason in self.on_purpose - set(ON_PURPOSE):
+            for reason in sorted(self.on_purpose - set(ON_PURPOSE)):
                 if (n := self.dropped[source][reason]) > read / 2:
                     first = self.examples[reason][0]
                     sentences.append(f"{n} of {read} rows of {source} are left out: {reason} (such as {first})")
