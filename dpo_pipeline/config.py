@@ -31,6 +31,8 @@ CHOICES = {
     "sft_target": (None, "chosen", "demonstration"),
     "length.prompt": ("left", "drop"),
     "length.answer": ("drop", "keep_eos", "cut"),
+    "guard.action": ("warn", "stop", "off"),
+    "evaluation.opponent": ("chosen", "demonstration"),
     "report_to": ("none", "wandb", "tensorboard", "trackio", "mlflow"),
 }
 # Of each data set, from conf/dataset/common/; its other keys are its loader's arguments.
@@ -90,7 +92,27 @@ class Evaluation:
     pairs: int = MISSING
     prompts: int = MISSING
     max_new_tokens: int = MISSING
+    temperatures: list[float] = MISSING
+    opponent: str = MISSING
     kl_budget: float = MISSING
+    tracker_prompts: int = MISSING
+    policy: str | None = None
+    reference: str | None = None
+    prompts_file: str | None = None
+    safety_file: str | None = None
+    bias_file: str | None = None
+
+
+@dataclass
+class BestOf:
+    n: int | None = None
+    judge: str | None = None
+
+
+@dataclass
+class Guard:
+    action: str = MISSING
+    kl_max: float = MISSING
 
 
 @dataclass
@@ -120,6 +142,7 @@ class Run:
     beta: float = MISSING
     policy: str = MISSING
     sft_best: str = MISSING
+    dpo_best: str = MISSING
     sft_target: str | None = None
     report_to: str = MISSING
     debug: bool = MISSING
@@ -128,6 +151,8 @@ class Run:
     batch: Batch = field(default_factory=Batch)
     length: Length = field(default_factory=Length)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    best_of: BestOf = field(default_factory=BestOf)
+    guard: Guard = field(default_factory=Guard)
     wandb: Wandb = field(default_factory=Wandb)
     sft: dict[str, Any] = field(default_factory=dict)
     dpo: dict[str, Any] = field(default_factory=dict)
@@ -319,10 +344,11 @@ def check_numbers(merged: DictConfig) -> None:
     positive = (
         *("beta", "batch.global_size", "batch.micro_size", "length.max", "length.max_prompt"),
         *("evaluation.pairs", "evaluation.prompts", "evaluation.max_new_tokens", "evaluation.kl_budget"),
+        *("best_of.n", "guard.kl_max"),
         *(".".join(key) for key in itertools.product(*stages)),
     )
     stages = [("sft", "dpo"), ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")]
-    for key in (*positive, "seed", *(".".join(key) for key in itertools.product(*stages))):
+    for key in (*positive, "seed", "evaluation.tracker_prompts", *(".".join(key) for key in itertools.product(*stages))):
         value = OmegaConf.select(merged, key)
         if value is None:
             continue

@@ -54,6 +54,24 @@ def together(decision: Callable[[], Any]) -> Any:
     return box[0]
 
 
+def spread(work: Callable[[list[int]], list[Any]], count: int) -> list[Any]:
+    """What `work` gives for the rows of these numbers, for all of `count` rows in order; each process does its share.
+
+    `work` may not wait for the other processes: their shares differ.
+    """
+    mine = list(range(count))[int(os.environ.get("RANK", 0)) :: processes()]
+    if processes() == 1:
+        return work(mine)
+    import torch
+
+    shares: list[Any] = [None] * processes()
+    torch.distributed.all_gather_object(shares, work(mine))
+    done: list[Any] = [None] * count
+    for rank, share in enumerate(shares):
+        done[rank :: processes()] = share
+    return done
+
+
 def device() -> str:
     """`cuda`, `mps` or `cpu`: where this machine trains, measures and samples."""
     import torch

@@ -1,5 +1,7 @@
-"""Batched answers from a policy."""
+"""Batched answers from a policy, each the same whatever is sampled beside it."""
 
+import hashlib
+import json
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -14,43 +16,86 @@ def sample(
     batch_size: int,
     seed: int,
     temperature: float = 1.0,
+    draws: int = 1,
     label: str | None = None,
+    synced: bool = False,
 ) -> list[list[int]]:
-    """One answer for each prompt, as token ids; the last is one of `ends` unless `max_new_tokens` came first.
+    """`draws` answers for each prompt, one prompt after the other, as token ids.
 
-    Drawn from the policy's own distribution at `temperature`, with no top-k, top-p or penalty, whatever the model's
-    generation config says: so an answer's log-prob is that of its draw. The random state of the caller is kept.
+    The last token is one of `ends` unless `max_new_tokens` came first. Drawn from the policy's own distribution at
+    `temperature` (0: its likeliest token), with no top-k, top-p or penalty, whatever the model's generation config
+    says: so at 1 an answer's log-prob is that of its draw. The random numbers of an answer follow from `seed`, its
+    prompt and its number alone, so it is the same in any batch, in any process and beside any others, and two
+    policies answer with the same numbers; no other random state is touched. `synced`: the weights lie in parts, and
+    all processes sample the same prompts together. `label` names a progress bar.
     """
     import torch
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
 
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: list[list[int]] = [[] for _ in prompts]
+    rows = sorted(
+        ((i * draws + draw, prompt, draw) for i, prompt in enumerate(prompts) for draw in range(draws)),
+        key=lambda row: len(row[1]),
+    )
+    answers: list[list[int]] = [[] for _ in rows]
     plain = GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
-        eos_token_id=ends, pad_token_id=pad,
-    )  # fmt: skip
-    bar = tqdm(total=len(prompts), desc=label, leave=False, disable=label is None)
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, use_cache=True
+    )
+    bar = tqdm(total=len(rows), desc=label, leave=False, disable=label is None)
     was_training, own = model.training, model.generation_config
     model.eval()
-    devices = [model.device] if model.device.type == "cuda" else []
     try:
         # `generate` fills what a config leaves open from the model's own, penalties included.
         model.generation_config = plain
-        with torch.random.fork_rng(devices), torch.inference_mode():
-            torch.manual_seed(seed)
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                width = max(len(prompts[i]) for i in rows)
-                ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in rows])
-                mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
-                out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
-                for i, answer in zip(rows, out[:, width:].tolist(), strict=True):
+        with torch.inference_mode():
+            for start in range(0, len(rows), batch_size):
+                batch = rows[start : start + batch_size]
+                width = max(len(prompt) for _, prompt, _ in batch)
+                ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for _, prompt, _ in batch])
+                mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for _, prompt, _ in batch])
+                draw = Draws([numbers(seed, p, d, max_new_tokens) for _, p, d in batch], width, temperature)
+                out = model.generate(
+                    input_ids=ids.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    logits_processor=LogitsProcessorList([draw] if temperature else []),
+                    synced_gpus=synced,
+                )
+                for (place, _, _), answer in zip(batch, out[:, width:].tolist(), strict=True):
                     stop = next((at + 1 for at, token in enumerate(answer) if token in ends), len(answer))
-                    answers[i] = answer[:stop]
-                bar.update(len(rows))
+                    answers[place] = answer[:stop]
+                bar.update(len(batch))
     finally:
         model.generation_config = own
         model.train(was_training)
         bar.close()
     return answers
+
+
+def numbers(seed: int, prompt: list[int], draw: int, count: int) -> Any:
+    """The random numbers in [0, 1) that an answer is drawn with, float64: one for each of its tokens."""
+    import torch
+
+    digest = hashlib.sha256(json.dumps([seed, draw, prompt]).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+    return torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+class Draws:
+    """A logits processor that leaves one token a row: where the row's number falls in its cumulated probabilities.
+
+    `generate` draws with one random state for a whole batch, so that an answer would hang on those beside it.
+    """
+
+    def __init__(self, rows: list[Any], width: int, temperature: float):
+        import torch
+
+        self.numbers, self.width, self.temperature = torch.stack(rows), width, temperature
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        import torch
+
+        precise = torch.float32 if scores.device.type == "mps" else torch.float64  # which has no other
+        below = (scores.to(precise) / self.temperature).softmax(-1).cumsum(-1)
+        number = self.numbers[:, input_ids.shape[1] - self.width, None].to(scores.device, precise)
+        # Their sum may miss 1 by rounding; the last token of all is not to be had so.
+        token = torch.searchsorted(below, number * below[:, -1:], right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)

@@ -79,9 +79,10 @@ def test_kl_over_all_answers_is_the_exact_one(prompt):
 
 @pytest.mark.parametrize(("batch_size", "temperature"), [(2 * DRAWS, 1.0), (500, 1.0), (2 * DRAWS, 0.5)])
 def test_answers_are_drawn_with_their_exact_probabilities(batch_size, temperature):
-    answers = sample(POLICY, PROMPTS * DRAWS, [END], PAD, HORIZON, batch_size, seed=5, temperature=temperature)
+    answers = sample(POLICY, PROMPTS, [END], PAD, HORIZON, batch_size, 5, temperature, DRAWS)
     for which, prompt in enumerate(PROMPTS):
-        counts, observed, expected = Counter(map(tuple, answers[which::2])), [0], [0.0]
+        drawn = answers[which * DRAWS : (which + 1) * DRAWS]
+        counts, observed, expected = Counter(map(tuple, drawn)), [0], [0.0]
         exact = tree(POLICY, prompt, temperature)
         assert set(counts) <= set(exact)
         for answer, p in sorted(exact.items(), key=lambda item: item[1]):
@@ -97,7 +98,7 @@ def test_answers_are_drawn_with_their_exact_probabilities(batch_size, temperatur
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["long", "short"])
 def test_the_sampled_estimate_of_kl_holds_the_exact_one(prompt):
-    answers = sample(POLICY, [prompt] * DRAWS, [END], PAD, HORIZON, 1000, seed=6)
+    answers = sample(POLICY, [prompt], [END], PAD, HORIZON, 1000, seed=6, draws=DRAWS)
     ours, theirs = (summed(model, [prompt] * DRAWS, answers) for model in (POLICY, REFERENCE))
     found, kl = estimates.mean((ours - theirs).tolist()), chain_rule_kl(POLICY, REFERENCE, prompt)
     assert abs(found["value"] - kl) < 1.3 * (found["high"] - found["value"])
@@ -105,25 +106,45 @@ def test_the_sampled_estimate_of_kl_holds_the_exact_one(prompt):
 
 
 def test_answers_end_at_the_first_end_token_or_at_the_horizon():
-    for answer in sample(POLICY, PROMPTS * 200, [END, 2], PAD, HORIZON, 64, seed=7):
+    for answer in sample(POLICY, PROMPTS, [END, 2], PAD, HORIZON, 64, seed=7, draws=200):
         assert (answer[-1] in (END, 2)) or len(answer) == HORIZON
         assert not {END, 2} & set(answer[:-1])
 
 
 def test_the_same_seed_draws_the_same_answers_and_another_seed_others():
-    one, again, other = (sample(POLICY, PROMPTS * 50, [END], PAD, HORIZON, 64, seed=seed) for seed in (8, 8, 9))
+    one, again, other = (
+        sample(POLICY, PROMPTS, [END], PAD, HORIZON, 64, seed=seed, draws=50) for seed in (8, 8, 9)
+    )
     assert one == again
     assert one != other
+
+
+def test_an_answer_is_the_same_alone_in_any_batch_and_beside_any_others():
+    together = sample(POLICY, PROMPTS, [END], PAD, HORIZON, 1000, seed=8, draws=100)
+    in_sevens = sample(POLICY, PROMPTS[::-1], [END], PAD, HORIZON, 7, seed=8, draws=100)
+    assert together == in_sevens[100:] + in_sevens[:100]
+    for place, prompt in ((0, PROMPTS[0]), (100, PROMPTS[1])):
+        (alone,) = sample(POLICY, [prompt], [END], PAD, HORIZON, 1, seed=8)
+        assert alone == together[place]
+    assert len(set(map(tuple, together))) > 20
+
+
+def test_at_temperature_0_an_answer_is_the_likeliest_token_each_time():
+    answers = sample(POLICY, PROMPTS, [END], PAD, HORIZON, 2, seed=8, temperature=0.0)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        for at, token in enumerate(answer):
+            logits = POLICY(torch.tensor([prompt + answer[:at]])).logits[0, -1]
+            assert token == int(logits.argmax())
 
 
 def test_the_model_s_own_generation_settings_have_no_effect_and_stay():
     model = tiny_llama(0)
     own, state = model.generation_config, torch.get_rng_state()
-    neutral = sample(model, PROMPTS * 50, [END], PAD, HORIZON, 64, seed=8)
+    neutral = sample(model, PROMPTS, [END], PAD, HORIZON, 64, seed=8, draws=50)
     own.update(top_k=1, repetition_penalty=5.0, do_sample=False, temperature=0.1, max_length=2, min_new_tokens=3)
     before = copy.deepcopy(own.to_dict())
     model.train()
-    assert sample(model, PROMPTS * 50, [END], PAD, HORIZON, 64, seed=8) == neutral
+    assert sample(model, PROMPTS, [END], PAD, HORIZON, 64, seed=8, draws=50) == neutral
     assert model.generation_config is own
     assert own.to_dict() == before
     assert torch.equal(torch.get_rng_state(), state)
@@ -133,5 +154,5 @@ def test_the_model_s_own_generation_settings_have_no_effect_and_stay():
 def test_no_token_of_a_large_vocabulary_is_cut_off():
     model, vocab = tiny_llama(0, vocab=200), 200
     model.lm_head.weight.data *= 0.1
-    drawn = {answer[0] for answer in sample(model, [[1]] * DRAWS, [END], PAD, 1, DRAWS, seed=9)}
+    drawn = {answer[0] for answer in sample(model, [[1]], [END], PAD, 1, DRAWS, seed=9, draws=DRAWS)}
     assert drawn == set(range(vocab))

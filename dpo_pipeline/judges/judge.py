@@ -1,0 +1,36 @@
+"""What a judge is: something that scores an answer, or chooses between two."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to be judged: the prompt as its row has it (text or messages), the text, and the ids it was made of."""
+
+    prompt: Any
+    text: str
+    ended: bool  # it closed with an end token
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]  # the end token included
+
+
+# Index and result, in any order, each as soon as it is there; None where the judge has given none that could be read.
+Scores = Iterator[tuple[int, float | None]]
+Choices = Iterator[tuple[int, float | None]]  # 1: the first is better, 0.5: a tie, 0: the second
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How answers are scored, how the better of two is chosen, or both; a judge that only scores chooses by that.
+
+    `version` tells its results from those of any other model, wording or setting: they are kept on disk under it;
+    None where they are had again for nothing. `late`: it asks somebody, or needs a policy that is done: it is left to
+    `evaluate`.
+    """
+
+    score: Callable[[list[Answer]], Scores] | None = None
+    choose: Callable[[list[tuple[Answer, Answer]]], Choices] | None = None
+    version: str | None = None
+    late: bool = False
