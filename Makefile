@@ -12,7 +12,8 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 
 .NOTPARALLEL:
-.PHONY: help install check inspect sft dpo sweep test test-real test-slurm test-chaos bench-data bench-sweep lint clean
+.PHONY: help install check inspect sft dpo sweep evaluate test test-real test-slurm test-chaos bench-data bench-eval \
+	bench-sweep lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -41,6 +42,9 @@ dpo: install deepspeed  ## align the SFT policy with the pairs; ends with the ta
 sweep: sft  ## sft, then dpo for each of BETAS=0.05,0.1,0.3, a GPU each; ends with table, plots and a recommended beta
 	@$(PY) -m dpo_pipeline.dpo -m $(ARGS) beta=$(BETAS)
 
+evaluate: install deepspeed  ## measure whether it is better: all policies of a name, KL, win rates, safety; prints the tables
+	@$(RUN) -m dpo_pipeline.evaluate $(ARGS)
+
 deepspeed: install
 	@case $(LAUNCH) in zero*) $(PY) -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("deepspeed"))' || \
 		{ echo 'error: LAUNCH=$(LAUNCH) needs DeepSpeed, which is not installed: $(PY) -m pip install -e ".[deepspeed]"'; exit 1; };; esac
@@ -59,6 +63,9 @@ test-chaos: install  ## kill runs at random moments, resume them and compare; pr
 
 bench-data: install  ## time the preparation of 160,000 pairs against DPOTrainer's own; prints peak memory
 	@$(PY) tests/bench/data.py
+
+bench-eval: install  ## time batched sampling against a `generate` loop of batch 1
+	@$(PY) tests/bench/evaluation.py
 
 bench-sweep: install  ## time a five-beta sweep against five runs of `trl dpo`
 	@$(PY) tests/bench/sweep.py

@@ -94,6 +94,7 @@ class Evaluation:
     max_new_tokens: int = MISSING
     temperatures: list[float] = MISSING
     opponent: str = MISSING
+    all_pairs: bool = MISSING
     kl_budget: float = MISSING
     tracker_prompts: int = MISSING
     policy: str | None = None
@@ -166,6 +167,11 @@ class Run:
     def dataset_name(self) -> str:
         """What the pairs are called in results: the last part of their path, or their loader."""
         return Path(self.dataset["path"]).name if "path" in self.dataset else self.dataset["_target_"].split(".")[-2]
+
+    @property
+    def verdicts(self) -> Path:
+        """Where what judges have said is kept."""
+        return Path(self.root) / ".cache" / "verdicts"
 
     @property
     def sft_folder(self) -> Path:
@@ -348,7 +354,12 @@ def check_numbers(merged: DictConfig) -> None:
         *(".".join(key) for key in itertools.product(*stages)),
     )
     stages = [("sft", "dpo"), ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")]
-    for key in (*positive, "seed", "evaluation.tracker_prompts", *(".".join(key) for key in itertools.product(*stages))):
+    for key in (
+        *positive,
+        "seed",
+        "evaluation.tracker_prompts",
+        *(".".join(key) for key in itertools.product(*stages)),
+    ):
         value = OmegaConf.select(merged, key)
         if value is None:
             continue
@@ -358,6 +369,11 @@ def check_numbers(merged: DictConfig) -> None:
             raise PipelineError(f"{key}={value}: it must be larger than 0")
         if not value >= 0:
             raise PipelineError(f"{key}={value}: it must not be below 0")
+    for value in merged.evaluation.temperatures:
+        if not value >= 0:
+            raise PipelineError(
+                f"evaluation.temperatures: {value:g} is below 0: give numbers from 0 (the likeliest token) on"
+            )
 
 
 def check_places(run: Run) -> None:

@@ -1,15 +1,13 @@
 """Align a policy with preference pairs and show what changed: `python -m dpo_pipeline.dpo key=value ...`."""
 
-import contextlib
 import logging
 from pathlib import Path
 from typing import Any
 
 from dpo_pipeline import locks, runs
-from dpo_pipeline.config import Run, build, main
+from dpo_pipeline.config import Run, main
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.machine import check_device, gigabytes, peak_memory, together
-from dpo_pipeline.naming import policy_name
 from dpo_pipeline.tracking import tracked
 
 log = logging.getLogger("dpo_pipeline.dpo")  # __name__ is __main__ when run as a command
@@ -34,7 +32,7 @@ def train_and_compare(run: Run, folder: Path) -> dict[str, Any]:
         with runs.logged(folder / "train.log"):
             log.info("already done: %s", folder)
             tokenizer = load_tokenizer(run.model)
-            return together(lambda: compare_policies(run, prepared(run, tokenizer)[1][1]))
+            return compare_policies(run, together(lambda: prepared(run, tokenizer)[1][1]))
     with runs.recording(run, "dpo", folder, mine) as record:
         from dpo_pipeline.training import callbacks, guards, handoff, preflight, reference, room, start, trainer
         from dpo_pipeline.training.arguments import training_arguments
@@ -44,7 +42,7 @@ def train_and_compare(run: Run, folder: Path) -> dict[str, Any]:
         preflight.check_rate(run, "dpo")
         start.prepare_base(run)
         begin = handoff.dpo_start(run)
-        tokenizer = handoff.tokenizer_of(run, begin)
+        tokenizer = handoff.tokenizer_of(run, begin.source)
         rows, (account, on) = start.made_once(run, lambda: prepared(run, tokenizer))
         start.limit_steps(run, args, len(rows["train"]))
         room.check_room(run, "dpo", folder, begin)
@@ -82,7 +80,7 @@ def train_and_compare(run: Run, folder: Path) -> dict[str, Any]:
             record.save_manifest(peak_memory_bytes=peak_memory())
             record.save_manifest(final=trainer.save_final(dpo, tokenizer, folder, loading, probe))
         del dpo
-        return together(lambda: compare_policies(run, on))
+        return compare_policies(run, on)
 
 
 def claim(run: Run) -> tuple[dict[str, Any], str]:
@@ -93,11 +91,21 @@ def claim(run: Run) -> tuple[dict[str, Any], str]:
 
 
 def prepared(run: Run, tokenizer: Any) -> tuple[dict[str, Any], Any]:
-    """Train and validation pairs as token ids, with their account and what the policies will be measured on."""
+    """Train and validation pairs as token ids, with their account and what the policies will be measured on.
+
+    That is a Material for each file of results: the tables are of test rows; what chooses between runs, or watches
+    over one, reads validation. Raises PipelineError where there are no test rows.
+    """
+    from dpo_pipeline.evaluation.material import material
     from dpo_pipeline.training import start
 
-    tables, account = start.prepared(run, "dpo", tokenizer, "train", "validation", "test")
-    on = measured_on(run, tokenizer, tables.pop("test"), tables["validation"])
+    how = start.measuring(run, tokenizer)
+    tables, account, rows = start.prepared_with_rows(run, "dpo", tokenizer, "train", "validation", "test")
+    if not len(tables["test"]):
+        raise PipelineError("there are no test rows to measure on: raise dataset.test_rows")
+    files = {"eval.json": "test", "validation.json": "validation"}
+    on = {file: material(tables[split], rows[split], **how) for file, split in files.items()}
+    del tables["test"]
     return tables, (account, on)
 
 
@@ -119,7 +127,7 @@ def check_run(run: Run, folder: Path) -> None:
         mine = runs.identity(run, "dpo")
         decision = runs.decide(folder, mine, run.overwrite) if not to_come else "its SFT is still to come"
         begin = handoff.sft_to_come(run) if to_come else handoff.dpo_start(run)
-        tokenizer = load_tokenizer(run.model) if to_come else handoff.tokenizer_of(run, begin)
+        tokenizer = load_tokenizer(run.model) if to_come else handoff.tokenizer_of(run, begin.source)
         rows, _ = prepared(run, tokenizer)
         ends, lengths = start.ends_and_lengths(run, tokenizer)
         preflight.check_rows(rows["train"], ends, tokenizer.bos_token_id, lengths.answer == "cut")
@@ -143,85 +151,37 @@ def check_sft(run: Run) -> None:
         print(f"note: the SFT in {run.sft_folder} was made with other settings: {listed}")
 
 
-def measured_on(run: Run, tokenizer: Any, test: Any, validation: Any) -> Any:
-    """What base, SFT and DPO are measured on, by the file that will hold the result; before any training.
-
-    The tables are of test rows, and what chooses between runs reads validation. Raises PipelineError where there are
-    no test rows, or no room for a prompt beside an answer.
-    """
-    from dpo_pipeline.evaluation import compare
-    from dpo_pipeline.training import handoff, start
-
-    settings, context = run.evaluation, start.context(run)
-    if settings.max_new_tokens > context - 2:
-        raise PipelineError(
-            f"evaluation.max_new_tokens={settings.max_new_tokens} leaves no room for a prompt in the model's context "
-            f"of {context} tokens: lower it"
-        )
-    if not len(test):
-        raise PipelineError("there are no test rows to measure on: raise dataset.test_rows")
-    how: dict[str, Any] = {
-        "pairs": min(settings.pairs, 100) if run.debug else settings.pairs,
-        "prompts": min(settings.prompts, 8) if run.debug else settings.prompts,
-        "context": context,
-        "max_new_tokens": settings.max_new_tokens,
-        "dataset": run.dataset_name,
-        "tokenizer": tokenizer,
-        "ends": start.ends_and_lengths(run, tokenizer)[0],
-        "beta": run.beta,
-        "seed": run.dataset["split_seed"],
-        "loading": handoff.loading(run),
-        "batch_size": run.batch.micro_size,
-        "judges": {name: build(node) for name, node in run.judge.items()},
-    }
-    return {
-        "eval.json": compare.material(test, **how),
-        "validation.json": compare.material(validation, **how),
-    }
-
-
 def compare_policies(run: Run, on: Any) -> dict[str, Any]:
     """Measure what is not measured yet of base, SFT and this DPO, print the tables, and give the name's results."""
-    from dpo_pipeline.evaluation import compare, tables
+    from dpo_pipeline.evaluation import compare, line_up, tables
+    from dpo_pipeline.judges.built import built
+    from dpo_pipeline.training import handoff
 
-    base = compare.Policy("base", run.model.path, run.home / "base")
-    if run.policy == "sft":
-        start = compare.Policy(f"sft/{run.sft_variant}", run.sft_folder / "final", run.sft_folder)
-    else:
-        start = compare.Policy(f"policy/{policy_name(run.policy)}", run.policy, run.dpo_folder / "starting_policy")
-    before = [base] if run.policy == "base" else [start, base]
-    dpo = compare.Policy(f"dpo/{run.variant}", run.dpo_folder / "final", run.dpo_folder, before[0].name)
-    measure_shared([dpo, *before], base.name, on["eval.json"], "eval.json")
-    measure_shared([dpo, before[0]], None, on["validation.json"], "validation.json")
-    with locks.alone(run.home / "results.json"):
-        results = compare.gather(run.home)
-    names = [policy.name for policy in reversed([dpo, *before])]
-    measured = results["policies"][dpo.name]
-    for block in (
-        tables.caption(measured, "the base model"),
-        tables.comparison(results, names, "base"),
-        tables.caption(measured, f"DPO's own reference, {dpo.reference}"),
-        tables.comparison(results, [dpo.name], "reference"),
-        tables.side_by_side(runs.read_json(run.home / "generation_samples.json"), names),
-        f"Results: {run.home}/results.json, generation_samples.json\nPolicy:  {dpo.path}",
-    ):
-        log.info("\n%s", block)
-    return results
+    mine = line_up.of_dpo(run.dpo_folder, run)
+    policies = line_up.unique([*mine, line_up.base_policy(run, None)])
+    judges = {
+        name: judge for name, judge in built(run, handoff.loading(run)).items() if judge.score and not judge.late
+    }
+    compare.measure(policies, "base", on["eval.json"], "eval.json", judges, run.verdicts)
+    compare.measure(mine, None, on["validation.json"], "validation.json", judges, run.verdicts)
 
+    def told() -> dict[str, Any]:
+        with locks.alone(run.home / "results.json"):
+            results = compare.gather(run.home)
+        names = [policy.name for policy in reversed(policies) if policy.shown]
+        measured = results["policies"][policies[0].name]
+        for block in (
+            tables.caption(measured, "the base model"),
+            tables.comparison(results["policies"], names, "base"),
+            tables.caption(measured, f"DPO's own reference, {policies[0].reference}"),
+            tables.comparison(results["policies"], [policies[0].name], "reference"),
+            tables.side_by_side(runs.read_json(run.home / "generation_samples.json"), names),
+            f"Results: {run.home}/results.json, generation_samples.json\nPolicy:  {policies[0].path}",
+        ):
+            log.info("\n%s", block)
+        return results
 
-def measure_shared(policies: list[Any], base: str | None, on: Any, file: str) -> None:
-    """Measure the first of these policies, and of the others, which runs share, what no run has measured yet."""
-    from dpo_pipeline.evaluation import compare
-
-    def missing() -> bool:
-        return not all((policy.folder / file).is_file() for policy in policies[1:])
-
-    with contextlib.ExitStack() as held:
-        if missing():
-            held.enter_context(locks.alone(policies[-1].folder / file))
-            if not missing():  # another job was faster
-                held.close()
-        compare.measure(policies, base, on, file)
+    return together(told)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Means with their 95% intervals: `{"value", "low", "high", "n"}`, never a bare mean."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 Estimate = dict[str, float | int | None]
@@ -70,3 +71,40 @@ def scaled(estimate: Estimate, factor: float) -> Estimate:
 def accuracy(margins: Sequence[float]) -> Estimate:
     """Share of pairs whose margin is above 0; a tie counts half. Of a margin that is no number, so is the share."""
     return share([m if math.isnan(m) else 1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins])
+
+
+def ngrams(answer: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    """The n-grams of an answer, in their order; an answer shorter than n has none."""
+    return list(zip(*(answer[start:] for start in range(n)), strict=False))
+
+
+def distinct(answers: Sequence[Sequence[int]], n: int) -> Estimate:
+    """distinct-n (arXiv:1510.03055): different n-grams over all n-grams, of all answers together.
+
+    With a delete-one jackknife interval over answers: a bootstrap would draw answers twice, and find fewer different
+    ones. Where a single answer has all n-grams there is no interval. Raises ValueError where there is no n-gram.
+    """
+    from scipy.stats import t
+
+    counts = [Counter(ngrams(answer, n)) for answer in answers]
+    together = Counter(gram for own in counts for gram in own.elements())
+    total, size = together.total(), len(answers)
+    if not total:
+        raise ValueError(f"no answer has {n} tokens")
+    value = len(together) / total
+    if any(own.total() == total for own in counts):
+        return {"value": value, "low": None, "high": None, "n": size}
+    without = [
+        (len(together) - sum(together[gram] == times for gram, times in own.items())) / (total - own.total())
+        for own in counts
+    ]
+    centre = math.fsum(without) / size
+    error = math.sqrt(math.fsum((each - centre) ** 2 for each in without) * (size - 1) / size)
+    half = float(t.ppf(0.975, size - 1)) * error
+    return {"value": value, "low": max(0.0, value - half), "high": min(1.0, value + half), "n": size}
+
+
+def repetition(answer: Sequence[int], n: int = 3) -> float:
+    """The share of an answer's n-grams that it has had before; 0 for an answer shorter than n."""
+    grams = ngrams(answer, n)
+    return 1 - len({*grams}) / len(grams) if grams else 0.0

@@ -1,39 +1,43 @@
 """A comparison measures each policy once, against one reference, and again only when something it rests on changed."""
 
 import json
+import math
 import shutil
 
 import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
-from dpo_pipeline import runs
-from dpo_pipeline.dpo import run_dpo
-from dpo_pipeline.evaluation import compare, tables
+from dpo_pipeline import printing, runs
+from dpo_pipeline.dpo import prepared, run_dpo
+from dpo_pipeline.evaluation import compare, material, records, tables
+from dpo_pipeline.policies import load_tokenizer
 
 STEPS = ("++dpo.max_steps=2", "dpo.learning_rate=1e-3", "lora=none")
 
 
 @pytest.fixture
-def measured_names(monkeypatch):
+def sampled(monkeypatch):
     """The names of the policies that are sampled from while a test runs."""
-    names, sample = [], compare.sample
+    labels, sample = [], records.sample
 
-    def counted(*args, label, **kwargs):
-        names.append(label.removeprefix("sampling "))
-        return sample(*args, label=label, **kwargs)
+    def counted(*args):
+        labels.append(args[-1].removeprefix("sampling ").split(",")[0])
+        return sample(*args)
 
-    monkeypatch.setattr(compare, "sample", counted)
-    return names
+    monkeypatch.setattr(records, "sample", counted)
+    return labels
 
 
-def test_base_and_sft_are_measured_once_for_a_name_and_scaled_to_another_beta(small, sft, tmp_path, measured_names):
-    unmeasured = shutil.ignore_patterns("eval.json", "validation.json", "dpo")
+def test_base_and_sft_are_measured_once_for_a_name_each_dpo_with_its_own_beta(small, sft, tmp_path, sampled):
+    unmeasured = shutil.ignore_patterns("eval.json", "validation.json", "dpo", "records")
     shutil.copytree(small().home, tmp_path / "small", ignore=unmeasured)
-    on_test, on_validation = ["sft/full", "base"], ["sft/full"]  # beside the DPO itself
     root = f"root={tmp_path}"
     first = run_dpo(small(root, "variant=one", "beta=0.1", *STEPS))["policies"]
-    assert measured_names == ["dpo/one", *on_test, "dpo/one", *on_validation]
+    assert sampled == ["dpo/one", "sft/full", "base", "dpo/one", "sft/full"]  # the last two: on validation
     second = run_dpo(small(root, "variant=two", "beta=0.5", *STEPS))["policies"]
-    assert measured_names[5:] == ["dpo/two", "dpo/two"]
+    assert sampled[5:] == ["dpo/two", "dpo/two"]
     assert list(second) == ["base", "sft/full", "dpo/one", "dpo/two"]
     before, after = (found["sft/full"]["against"]["base"] for found in (first, second))
     assert after["margin_nats"] == before["margin_nats"]
@@ -42,10 +46,9 @@ def test_base_and_sft_are_measured_once_for_a_name_and_scaled_to_another_beta(sm
         assert after["margin"][bound] == pytest.approx(0.5 * after["margin_nats"][bound])
     assert second["dpo/one"]["settings"]["beta"] == 0.1
 
-    run_dpo(
-        small(root, "variant=two", "beta=0.5", "evaluation.prompts=3", *STEPS)
-    )  # done, but asked for other prompts
-    assert measured_names[7:] == ["dpo/two", *on_test, "dpo/two", *on_validation]
+    other = small(root, "variant=two", "beta=0.5", "evaluation.prompts=3", *STEPS)
+    run_dpo(other)  # done, but asked for other prompts
+    assert sampled[7:] == ["dpo/two", "sft/full", "base", "dpo/two", "sft/full"]
     assert len(json.loads((tmp_path / "small" / "sft" / "full" / "samples.json").read_text())) == 3
 
 
@@ -53,11 +56,12 @@ def test_the_base_against_itself_and_the_shape_of_eval_json(small, sft):
     run = small("variant=shape", *STEPS)
     run_dpo(run)
     base, dpo = (runs.read_json(folder / "eval.json") for folder in (run.home / "base", run.dpo_folder))
-    assert base["against"]["base"]["preference_accuracy"]["value"] == 0.5
-    assert [base["against"]["base"][key]["value"] for key in ("margin", "margin_nats", "kl", "kl_per_token")] == [
-        0
-    ] * 4
-    estimates = {
+    itself = base["against"]["base"]
+    assert itself["preference_accuracy"]["value"] == itself["length_normalised_accuracy"]["value"] == 0.5
+    assert [itself[key]["value"] for key in ("margin", "margin_nats", "kl", "kl_per_token")] == [0] * 4
+    assert set(dpo["against"]) == {"base", "reference"}
+    assert set(base["against"]) == {"base"}
+    estimates = [
         "preference_accuracy",
         "margin",
         "margin_nats",
@@ -65,34 +69,128 @@ def test_the_base_against_itself_and_the_shape_of_eval_json(small, sft):
         "reward_rejected",
         "kl",
         "kl_per_token",
-    }
-    assert set(dpo["against"]) == {"base", "reference"}
-    assert set(base["against"]) == {"base"}
+    ]
     for block in dpo["against"].values():
-        assert set(block) == estimates
-        assert all(set(estimate) == {"value", "low", "high", "n"} for estimate in block.values())
-    assert set(dpo["own"]) == {"perplexity_chosen", "stop_rate", "answer_tokens", "score.truth"}
+        assert all(set(block[key]) == {"value", "low", "high", "n"} for key in estimates)
+        assert set(block["accuracy_by_source"]) == {"reviews"}
+        assert sum(part["accuracy"]["n"] for part in block["accuracy_by_length_difference"]) == 20
+    assert {"perplexity_chosen", "stop_rate", "answer_tokens", "repetition", "score.truth"} <= set(dpo["own"])
     assert (dpo["policy"], dpo["dataset"]) == ("dpo/shape", "reviews")
 
 
-def test_prompts_leave_room_for_the_answer_in_the_context():
-    from datasets import Dataset
+def loop(model, prompt, answer):
+    """The summed log-prob of an answer, token by token, in float64."""
+    total = 0.0
+    for at, token in enumerate(answer):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer[:at]])).logits[0, -1].double()
+        total += float(logits.log_softmax(-1)[token])
+    return total
 
-    rows = Dataset.from_dict(
-        {"prompt_ids": [[1, *range(10, 20)], [1, 5]], "chosen_ids": [[2]] * 2, "rejected_ids": [[3]] * 2}
-    )
-    rest = dict.fromkeys(("dataset", "tokenizer", "ends", "beta", "seed", "loading", "batch_size"))
-    made = compare.material(rows, pairs=9, prompts=9, context=12, max_new_tokens=8, **rest)
-    assert made.questions == [[1, 17, 18, 19], [1, 5]]
-    assert made.prompts[0] == [1, *range(10, 20)]
+
+def test_every_estimate_of_pairs_and_samples_is_that_of_a_plain_loop(small, sft):
+    run = small("variant=loop", *STEPS)
+    run_dpo(run)
+    result = runs.read_json(run.dpo_folder / "eval.json")
+    tokenizer = load_tokenizer(run.model)
+    _, (_, on) = prepared(run, tokenizer)
+    on = on["eval.json"]
+    models = {
+        name: AutoModelForCausalLM.from_pretrained(path)
+        for name, path in (
+            ("dpo", run.dpo_folder / "final"),
+            ("sft", run.sft_folder / "final"),
+            ("base", run.model.path),
+        )
+    }
+    pairs = list(zip(on.prompts, on.chosen, on.rejected, strict=True))
+    sums = {name: [(loop(model, p, c), loop(model, p, r)) for p, c, r in pairs] for name, model in models.items()}
+    for block, other in (("base", "base"), ("reference", "sft")):
+        found = {key: e["value"] for key, e in result["against"][block].items() if "value" in e}
+        chosen, rejected = ([a[i] - b[i] for a, b in zip(sums["dpo"], sums[other], strict=True)] for i in (0, 1))
+        margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
+        tokens = [(len(c), len(r)) for _, c, r in pairs]
+        assert found["margin_nats"] == pytest.approx(sum(margins) / 20, abs=1e-4)
+        assert found["margin"] == pytest.approx(0.1 * sum(margins) / 20, abs=1e-5)
+        assert found["preference_accuracy"] == sum(m > 0 for m in margins) / 20
+        assert found["reward_chosen"] == pytest.approx(0.1 * sum(chosen) / 20, abs=1e-5)
+        assert found["reward_rejected"] == pytest.approx(0.1 * sum(rejected) / 20, abs=1e-5)
+        per_token = [c / n > r / m for c, r, (n, m) in zip(chosen, rejected, tokens, strict=True)]
+        assert found["length_normalised_accuracy"] == sum(per_token) / 20
+        change = sum(chosen) / sum(n for n, _ in tokens)
+        assert found["logprob_change_chosen_per_token"] == pytest.approx(change, abs=1e-5)
+        asked = list(zip(on.questions.ids, samples_of(run, on), strict=True))
+        gaps = [loop(models["dpo"], p, a) - loop(models[other], p, a) for p, a in asked]
+        assert found["kl"] == pytest.approx(sum(gaps) / 4, abs=1e-4)
+        assert found["kl_per_token"] == pytest.approx(sum(gaps) / sum(len(a) for _, a in asked), abs=1e-5)
+        by_margin = sorted((b[0] - b[1], m) for b, m in zip(sums[other], margins, strict=True))
+        bins = result["against"][block]["accuracy_by_reference_margin"]
+        assert [part["accuracy"]["n"] for part in bins] == [5] * 4
+        for i, part in enumerate(bins):
+            own = [m for _, m in by_margin[5 * i : 5 * i + 5]]
+            assert part["accuracy"]["value"] == sum(m > 0 for m in own) / 5
+            predicted = sum(1 / (1 + math.exp(-0.1 * abs(m))) for m in own) / 5
+            assert part["predicted"]["value"] == pytest.approx(predicted, abs=1e-5)
+            assert part["from"] == pytest.approx(by_margin[5 * i][0], abs=1e-3)
+    perplexity = math.exp(-sum(c for c, _ in sums["dpo"]) / sum(len(c) for _, c, _ in pairs))
+    assert result["own"]["perplexity_chosen"]["value"] == pytest.approx(perplexity, rel=1e-5)
+    rows = runs.read_json(run.dpo_folder / "pairs.json")
+    assert rows[3]["logprobs"]["policy"]["rejected"] == pytest.approx(sums["dpo"][3][1], abs=1e-4)
+    assert (rows[3]["source"], rows[3]["chosen_tokens"]) == ("reviews", len(on.chosen[3]))
+
+
+def samples_of(run, on):
+    """The ids of the answers that a policy's numbers are of."""
+    (file,) = (f for f in (run.dpo_folder / "records").glob("answers-*.json") if len(runs.read_json(f)) == 4
+               and runs.read_json(run.dpo_folder / "samples.json")[0]["answer"] == on.tokenizer.decode(runs.read_json(f)[0], skip_special_tokens=True))  # fmt: skip
+    return runs.read_json(file)
+
+
+def test_bins_keep_equal_values_together_and_hold_every_pair():
+    by, margins = [0.0] * 5 + [1.0, 2.0, 3.0], [1.0, -1.0, 1.0, 1.0, 0.0, 1.0, -1.0, -1.0]
+    bins = compare.by_bin(by, margins, 2.0)
+    assert [(part["from"], part["to"], part["accuracy"]["n"]) for part in bins] == [(0, 1, 6), (2, 3, 2)]
+    assert bins[0]["accuracy"]["value"] == 4.5 / 6
+    assert bins[1]["predicted"]["value"] == pytest.approx(1 / (1 + math.exp(-2)))
+    assert compare.by_source(["b", "a", "b", "a", "a", "a", "a", "a"], margins)["b"]["value"] == 1.0
+
+
+def test_prompts_leave_room_for_the_answer_in_the_context():
+    rows = [{"prompt": text, "chosen": "x", "rejected": "y", "source": "s"} for text in "ab"]
+    ids = {"prompt_ids": [[1, 5], [1, *range(10, 20)]], "chosen_ids": [[2]] * 2, "rejected_ids": [[3]] * 2}
+    rest = dict.fromkeys(("dataset", "tokenizer", "ends", "max_new_tokens", "seed", "loading", "batch_size"))
+    made = material.material(Dataset.from_dict({**ids, "row": [1, 0]}), rows, pairs=9, prompts=9, room=4, **rest)
+    assert made.questions.ids == [[1, 5], [1, 17, 18, 19]]
+    assert made.prompts[1] == [1, *range(10, 20)]
+    assert (made.questions.prompts, made.questions.human[1].prompt) == (["b", "a"], "a")
 
 
 def test_tables_are_markdown_with_aligned_columns():
-    table = tables.grid(
-        [["", "base"], ["accuracy", tables.shown({"value": 0.5, "low": None, "high": 1234.5, "n": 1})]]
+    table = printing.grid(
+        [["", "base"], ["accuracy", printing.shown({"value": 0.5, "low": None, "high": 1234.5, "n": 1})]]
     )
     assert table.splitlines() == [
         "|          | base               |",
         "| -------- | ------------------ |",
         "| accuracy | 0.500 [?, 1,234.5] |",
     ]
+
+
+def test_of_many_policies_each_has_a_line_and_what_has_no_numbers_a_reason():
+    one = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    own = {"stop_rate": one, "score.truth": one, "win_rate.truth.sft": one, "win_rate.truth.sft.t0.5": one}
+    policy = {"own": own, "against": {"base": {"kl": one, "margin": one}, "reference": {"kl": one}}}
+    few = tables.comparison({"a": policy, "b": policy}, ["a", "b"], "base").splitlines()
+    assert few[0].split("|")[2].strip() == "a"
+    assert [row.split("|")[1].strip() for row in few[2:]] == [
+        "margin (with beta)", "KL from samples, nats", "stop rate", "score by truth", "wins over sft by truth",
+        "wins over sft by truth, temperature 0.5",
+    ]  # fmt: skip
+    assert "stop rate" not in tables.comparison({"a": policy}, ["a"], "reference")
+    names = list("abcde")
+    many = tables.comparison(dict.fromkeys(names, policy), names, "base").splitlines()
+    assert [row.split("|")[1].strip() for row in many[2:]] == names
+    assert "temperature" not in many[0]
+    assert "wins over sft by truth" in many[0]
+    gaps = tables.comparison({}, [], "base", gaps={"x": "failed"}).splitlines()
+    assert [cell.strip() for cell in gaps[-1].split("|")[1:-1]] == ["x", "failed"]

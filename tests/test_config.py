@@ -9,6 +9,7 @@ import pytest
 
 from dpo_pipeline.config import CONF, ROW_KEYS, build, check_arguments, compose
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.judges.judge import Answer
 
 OPTIONS = sorted(
     (folder.name, file.stem) for folder in CONF.iterdir() if folder.is_dir() for file in folder.glob("*.yaml")
@@ -138,7 +139,8 @@ def test_a_known_truth_judges_the_embedded_task_alone():
 
 def test_the_judge_and_the_builder_of_the_tiny_model_take_what_their_options_list():
     run = compose([])
-    assert build(run.judge["truth"])([""], ["the cast was superb ."], [True])[0] > 0.9
+    ((_, score),) = build(run.judge["truth"]).score([Answer("", "the cast was superb .", True, (1,), (2,))])
+    assert score > 0.9
     check_arguments("builder", {**run.model.builder, "folder": "x"})
     with pytest.raises(PipelineError, match="builder.layer is no option of .*did you mean layers"):
         check_arguments("builder", {**run.model.builder, "layer": 3})

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, ttest_1samp
+from scipy.stats import binomtest, t, ttest_1samp
 
 from dpo_pipeline import estimates
 
@@ -141,3 +141,51 @@ def test_a_ratio_of_lists_that_do_not_match_is_refused_and_of_one_row_has_no_int
 
 def test_a_margin_that_is_no_number_is_not_a_loss():
     assert math.isnan(estimates.accuracy([1.0, math.nan])["value"])
+
+
+def answers_of(rng, count, vocabulary=12):
+    return [rng.integers(0, vocabulary, rng.integers(1, 9)).tolist() for _ in range(count)]
+
+
+def counted_distinct(answers, n):
+    seen = [tuple(answer[at : at + n]) for answer in answers for at in range(len(answer) - n + 1)]
+    return len(set(seen)) / len(seen)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("count", [4, 40])
+def test_distinct_has_the_interval_of_leaving_each_answer_out(n, count):
+    answers = [[5, 5, 5, 5, 5], [5, 5, 5], [77] * 6, *answers_of(np.random.default_rng(n), count)]
+    without = [counted_distinct(answers[:i] + answers[i + 1 :], n) for i in range(len(answers))]
+    value, half = counted_distinct(answers, n), np.std(without) * math.sqrt(len(answers) - 1)
+    low, high = t.interval(0.95, len(answers) - 1, value, half)
+    found = estimates.distinct(answers, n)
+    expected = {"value": value, "low": max(0.0, low), "high": min(1.0, high), "n": len(answers)}
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_interval_of_distinct_holds_what_as_many_answers_have_on_average():
+    rng = np.random.default_rng(0)
+    found = [estimates.distinct(answers_of(rng, 40), 2) for _ in range(200)]
+    average = np.mean([each["value"] for each in found])
+    assert 0.92 <= np.mean([each["low"] < average < each["high"] for each in found]) <= 0.995
+
+
+def test_distinct_of_equal_answers_of_different_ones_and_of_a_single_one():
+    assert estimates.distinct([[1, 2, 3]] * 4, 2) == {"value": 0.25, "low": 0.25, "high": 0.25, "n": 4}
+    assert estimates.distinct([[1, 2], [3, 4], [5, 6]], 2) == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 3}
+    assert estimates.distinct([[1, 2, 1, 2], [7]], 2) == {"value": 2 / 3, "low": None, "high": None, "n": 2}
+
+
+def test_distinct_of_answers_without_an_n_gram_is_refused():
+    for answers in ([], [[1], [2, 3], []]):
+        with pytest.raises(ValueError, match="no answer has 3 tokens"):
+            estimates.distinct(answers, 3)
+
+
+def test_repetition_is_the_share_of_n_grams_had_before():
+    assert estimates.repetition([1, 2, 3, 1, 2, 3, 1, 2]) == 0.5  # 123 231 312 | 123 231 312
+    assert estimates.repetition([4, 4, 4, 5], n=1) == 0.5
+    assert estimates.repetition([9] * 12) == 0.9
+    assert estimates.repetition([9] * 4) == 0.5
+    assert estimates.repetition([1, 2, 3, 4]) == estimates.repetition([1, 2]) == estimates.repetition([]) == 0.0

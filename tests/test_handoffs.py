@@ -157,7 +157,7 @@ def test_an_adapter_trains_in_float32_and_starts_as_it_was_saved_whatever_it_lie
 
     run = small("lora=r8", *typed.split(), f"policy={policy.format(**sft)}")
     begin = handoff.dpo_start(run)
-    tokenizer = handoff.tokenizer_of(run, begin)
+    tokenizer = handoff.tokenizer_of(run, begin.source)
     rows = start.prepared(run, "dpo", tokenizer, "train", "validation")[0]
     args = training_arguments(run, "dpo", tmp_path)
     dpo = build_dpo(handoff.load_start(run, begin), None, begin.lora, tokenizer, args, rows)

@@ -7,6 +7,7 @@ import pytest
 
 from dpo_pipeline.data.reviews import VOCABULARY, load, reward
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.judges.judge import Answer
 from dpo_pipeline.judges.truth import truth
 
 ROWS, SLOPE = 8000, 3.0
@@ -124,7 +125,8 @@ def test_the_judge_is_the_reward(splits):
     answers = [row[key] for row in splits["test"][:100] for key in ANSWERS]
     ended = [i % 3 > 0 for i in range(len(answers))]
     expected = [reward(answer, end) for answer, end in zip(answers, ended, strict=True)]
-    assert truth(["film :"] * len(answers), answers, ended) == expected
+    given = [Answer("film :", text, end, (1,), (2,)) for text, end in zip(answers, ended, strict=True)]
+    assert list(truth().score(given)) == list(enumerate(expected))
     assert expected != [reward(answer) for answer in answers]
 
 

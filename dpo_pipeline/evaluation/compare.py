@@ -1,203 +1,219 @@
-"""Measures policies against each other on the same test pairs and prompts: eval.json, results.json, samples."""
+"""From what was recorded of each policy to estimates: eval.json, results.json, and the rows behind them."""
 
-import gc
-import hashlib
-import json
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
 from pathlib import Path
 from typing import Any
 
 from dpo_pipeline import estimates
-from dpo_pipeline.logprobs import answer_logprobs
-from dpo_pipeline.machine import device
-from dpo_pipeline.policies import Loading, load_policy
-from dpo_pipeline.runs import read_json, weights_of, write_json
-from dpo_pipeline.sampling import sample
+from dpo_pipeline.evaluation.material import Material
+from dpo_pipeline.evaluation.records import SAMPLES, Ask, Policy, Records, others, record
+from dpo_pipeline.judges.judge import Judge, readable
+from dpo_pipeline.judges.verdicts import scores
+from dpo_pipeline.machine import together
+from dpo_pipeline.runs import read_json, write_json
 
-log = logging.getLogger(__name__)
-
-Judge = Callable[[list[str], list[str], list[bool]], list[float]]
-
-
-@dataclass
-class Policy:
-    """A saved policy to measure: its name in tables, its weights, where its eval.json goes, DPO's own reference."""
-
-    name: str
-    path: str | Path
-    folder: Path
-    reference: str | None = None
+Verdicts = list[float | None]
+BINS = 4  # of pairs, with as many in each
 
 
-@dataclass
-class Material:
-    """What every policy of a comparison is measured on, as token ids, and how."""
+def measure(
+    policies: list[Policy], base: str | None, on: Material, file: str, judges: dict[str, Judge], cache: Path
+) -> None:
+    """Record what is not recorded yet of policies, and write the `file` of each; called by every process.
 
-    dataset: str
-    prompts: list[list[int]]
-    chosen: list[list[int]]
-    rejected: list[list[int]]
-    questions: list[list[int]]  # prompts to answer
-    tokenizer: Any
-    ends: list[int]
-    max_new_tokens: int
-    beta: float
-    seed: int
-    loading: Loading
-    batch_size: int
-    judges: dict[str, Judge] = field(default_factory=dict)
-
-    def settings(self, weights: dict[str, str]) -> dict[str, Any]:
-        """All that a policy's numbers depend on: `weights` of itself and of what it is measured against, and these."""
-        data = json.dumps([self.prompts, self.chosen, self.rejected, self.questions])
-        return {
-            "pairs": len(self.prompts),
-            "prompts": len(self.questions),
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": 1.0,
-            "beta": self.beta,
-            "seed": self.seed,
-            "dtype": str(self.loading.dtype).removeprefix("torch."),
-            "quantization": self.loading.quantization,
-            "judges": sorted(self.judges),
-            "data": hashlib.sha256(data.encode()).hexdigest(),
-            "weights": weights,
-        }
-
-
-def material(rows: Any, pairs: int, prompts: int, context: int, max_new_tokens: int, **rest: Any) -> Material:
-    """The first `pairs` rows and the first `prompts` different prompts of tokenized test rows.
-
-    A prompt that leaves less than `max_new_tokens` of the model's context is cut from its left, but for its first
-    token, before it is answered.
+    `judges` score the sampled answers; their verdicts are kept in `cache`.
     """
-    rows = rows.select(range(min(pairs, len(rows))))
-    room = context - max_new_tokens
-    cut = (ids if len(ids) <= room else ids[:1] + ids[1 - room :] for ids in rows["prompt_ids"])
-    questions = list(dict.fromkeys(tuple(ids) for ids in cut))[:prompts]
-    return Material(
-        prompts=list(rows["prompt_ids"]), chosen=list(rows["chosen_ids"]), rejected=list(rows["rejected_ids"]),
-        questions=[list(ids) for ids in questions], max_new_tokens=max_new_tokens, **rest,
-    )  # fmt: skip
+    shown = [policy for policy in policies if policy.shown]
+    records = record(policies, base, on, [Ask(SAMPLES, on.questions, to=tuple(policy.name for policy in shown))])
 
-
-def measure(policies: list[Policy], base: str | None, on: Material, file: str = "eval.json") -> None:
-    """Write the `file` of each policy whose present one was not made with these settings, and its samples.json.
-
-    Every policy is measured against the one named `base`, if any, and against its own reference. `policies` come in an
-    order in which each stands before what it is measured against; each is then loaded once, one at a time.
-    """
-    hashes = {p.name: weights_of(p.path, on.loading.model.revision) for p in policies}
-    needed = {p.name: (p.name, *others(p, base).values()) for p in policies}
-    settings = {name: on.settings({each: hashes[each] for each in names}) for name, names in needed.items()}
-    todo = [p for p in policies if not measured(p.folder / file, settings[p.name])]
-    wanted = {name for p in todo for name in needed[p.name]}
-    pair_logprobs: dict[str, Any] = {}
-    answers: dict[str, list[list[int]]] = {}
-    answer_sums: dict[tuple[str, str], list[float]] = {}  # (sampled from, scored by)
-    for policy in (p for p in policies if p.name in wanted):
-        model = load_policy(policy.path, on.loading, on=device())
-        label = f"measuring {policy.name}"
-        pair_logprobs[policy.name] = [
-            [float(row.sum()) for row in answer_logprobs(model, on.prompts, side, on.batch_size, label)]
-            for side in (on.chosen, on.rejected)
-        ]
-        if policy in todo:
-            answers[policy.name] = sample(
-                model, on.questions, on.ends, on.tokenizer.pad_token_id, on.max_new_tokens, 4 * on.batch_size, on.seed,
-                label=f"sampling {policy.name}",
-            )  # fmt: skip
-        for other in todo:
-            if other.name in answers and policy.name in needed[other.name]:
-                rows = answer_logprobs(model, on.questions, answers[other.name], on.batch_size, label)
-                answer_sums[other.name, policy.name] = [float(row.sum()) for row in rows]
-        del model
-        gc.collect()
-    for policy in todo:
-        tokens = [len(answer) for answer in answers[policy.name]]
-        own_sums = answer_sums[policy.name, policy.name]
-
-        def against(name: str, policy=policy, tokens=tokens, own_sums=own_sums) -> dict[str, Any]:
-            gaps = [a - b for a, b in zip(own_sums, answer_sums[policy.name, name], strict=True)]
-            return compared(pair_logprobs[policy.name], pair_logprobs[name], gaps, tokens, on.beta)
-
-        texts, ended = texts_of(answers[policy.name], on)
-        questions = on.tokenizer.batch_decode(on.questions, skip_special_tokens=True)
+    def write() -> None:
+        by_judge = {}
+        for policy in shown:
+            answers = on.answers(on.questions, records.answers[policy.name, SAMPLES])
+            by_judge[policy.name] = {
+                name: scores(judge, answers, cache, f"scores by {name}") for name, judge in judges.items()
+            }
         own = {
-            "perplexity_chosen": estimates.perplexity(pair_logprobs[policy.name][0], [len(a) for a in on.chosen]),
-            "stop_rate": estimates.share([float(end) for end in ended]),
-            "answer_tokens": estimates.mean([float(n) for n in tokens]),
-            **{f"score.{name}": estimates.mean(judge(questions, texts, ended)) for name, judge in on.judges.items()},
+            policy: {f"score.{name}": estimates.mean(readable(values)) for name, values in found.items()}
+            for policy, found in by_judge.items()
         }
-        samples = [{"prompt": q, "answer": t, "ended": e} for q, t, e in zip(questions, texts, ended, strict=True)]
-        if file == "eval.json":
-            write_json(policy.folder / "samples.json", samples)
-        result = {"policy": policy.name, "dataset": on.dataset, "settings": settings[policy.name]}
-        result["against"] = {block: against(name) for block, name in others(policy, base).items()}
-        write_json(policy.folder / file, {**result, "own": own})
+        write_results(shown, base, on, records, own, by_judge, file)
+
+    together(write)
 
 
-def compared(policy: Any, reference: Any, gaps: list[float], tokens: list[int], beta: float) -> dict[str, Any]:
-    """Estimates of one policy against one reference.
+def write_results(
+    policies: list[Policy],
+    base: str | None,
+    on: Material,
+    records: Records,
+    judged: dict[str, dict[str, Any]],
+    scored: dict[str, dict[str, Verdicts]],
+    file: str,
+) -> None:
+    """Write the `file` of each policy, and beside an eval.json its pairs and its samples, with every number of each.
 
-    `policy` and `reference` are (chosen, rejected) lists of summed log-probs of the test answers, in nats; `gaps` are
-    log pi - log pi_ref of answers sampled from the policy, `tokens` their lengths.
+    `judged` are further estimates of each policy's own answers, `scored` each answer's score by judge. What an
+    eval.json says already stays, where it was made of the same weights and data.
     """
-    chosen, rejected = ([a - b for a, b in zip(*side, strict=True)] for side in zip(policy, reference, strict=True))
-    margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
+    for policy in policies:
+        answers, name = records.answers[policy.name, SAMPLES], policy.name
+        blocks = others(policy, base)
+        weights = {each: records.weights[each] for each in dict.fromkeys((name, *blocks.values()))}
+        settings, before = on.settings(weights, policy.beta), read_json(policy.folder / file)
+        against = {block: compared(policy, other, on, records) for block, other in blocks.items()}
+        own = {**own_estimates(on, records.pairs[name]["chosen"], answers), **judged.get(name, {})}
+        if before and {**before["settings"], "beta": policy.beta} == settings:
+            own = {**before["own"], **own}
+        result = {"policy": name, "dataset": on.dataset, "settings": settings, "against": against, "own": own}
+        if file == "eval.json":
+            write_rows(policy, blocks, on, records, scored.get(name, {}))
+        write_json(policy.folder / file, result)
+
+
+def compared(policy: Policy, other: str, on: Material, records: Records) -> dict[str, Any]:
+    """Estimates of one policy against another, in nats but for the rewards and the margin, which have its beta."""
+    sides = {
+        side: [a - b for a, b in zip(records.pairs[policy.name][side], records.pairs[other][side], strict=True)]
+        for side in ("chosen", "rejected")
+    }
+    tokens = {"chosen": list(map(len, on.chosen)), "rejected": list(map(len, on.rejected))}
+    margins = [c - r for c, r in zip(sides["chosen"], sides["rejected"], strict=True)]
+    per_token = {side: [v / n for v, n in zip(sides[side], tokens[side], strict=True)] for side in sides}
+    gaps = kl_gaps(policy, other, records)
     margin_nats = estimates.mean(margins)
-    return {
+    found = {
         "preference_accuracy": estimates.accuracy(margins),
-        "margin": estimates.scaled(margin_nats, beta),
+        "length_normalised_accuracy": estimates.accuracy(
+            [c - r for c, r in zip(per_token["chosen"], per_token["rejected"], strict=True)]
+        ),
+        "margin": estimates.scaled(margin_nats, policy.beta),
         "margin_nats": margin_nats,
-        "reward_chosen": estimates.scaled(estimates.mean(chosen), beta),
-        "reward_rejected": estimates.scaled(estimates.mean(rejected), beta),
-        "kl": estimates.mean(gaps),
-        "kl_per_token": estimates.ratio(gaps, tokens),
+    }
+    for side in sides:
+        found[f"reward_{side}"] = estimates.scaled(estimates.mean(sides[side]), policy.beta)
+        found[f"logprob_change_{side}_per_token"] = estimates.ratio(sides[side], tokens[side])
+    found["kl"] = estimates.mean(gaps)
+    found["kl_per_token"] = estimates.ratio(gaps, [len(ids) for ids in records.answers[policy.name, SAMPLES]])
+    longer = [float(c - r) for c, r in zip(tokens["chosen"], tokens["rejected"], strict=True)]
+    leaning = [c - r for c, r in zip(*records.pairs[other].values(), strict=True)]
+    return {
+        **found,
+        "accuracy_by_source": by_source([row["source"] for row in on.rows], margins),
+        "accuracy_by_length_difference": by_bin(longer, margins, policy.beta),
+        "accuracy_by_reference_margin": by_bin(leaning, margins, policy.beta),
     }
 
 
-def others(policy: Policy, base: str | None) -> dict[str, str]:
-    """What a policy is measured against: `base`, and its own `reference`, each where there is one."""
-    return {block: name for block, name in (("base", base), ("reference", policy.reference)) if name}
-
-
-def measured(file: Path, settings: dict[str, Any]) -> bool:
-    """Whether an eval.json was made with these settings; one that differs in beta alone is scaled to it."""
-    found = read_json(file)
-    if found is None or {**found["settings"], "beta": settings["beta"]} != settings:
-        return False
-    factor = settings["beta"] / found["settings"]["beta"]
-    if factor != 1:
-        for block in found["against"].values():
-            for key in ("margin", "reward_chosen", "reward_rejected"):
-                block[key] = estimates.scaled(block[key], factor)
-        write_json(file, {**found, "settings": settings})
-    return True
-
-
-def texts_of(answers: list[list[int]], on: Material) -> tuple[list[str], list[bool]]:
-    """Sampled answers as text, and whether each closed with an end token."""
-    ended = [bool(answer) and answer[-1] in on.ends for answer in answers]
-    return on.tokenizer.batch_decode(answers, skip_special_tokens=True), ended
-
-
-def gather(home: Path) -> dict[str, Any]:
-    """results.json and generation_samples.json of a name, made anew from the files of its policies."""
-    files = [
-        home / "base" / "eval.json",
-        *sorted(home.glob("sft/*/eval.json")),
-        *sorted(home.glob("dpo/**/eval.json")),
+def kl_gaps(policy: Policy, other: str, records: Records) -> list[float]:
+    """log pi - log pi_ref of each answer sampled from the policy, in nats: their mean is the KL."""
+    return [
+        a - b for a, b in zip(records.sums[policy.name, policy.name], records.sums[policy.name, other], strict=True)
     ]
-    found = [(file.parent, read_json(file)) for file in files if file.is_file()]
-    results = {"policies": {result["policy"]: result for _, result in found}}
+
+
+def by_source(sources: list[str], margins: list[float]) -> dict[str, Any]:
+    """Accuracy on the pairs of each source."""
+    return {
+        source: estimates.accuracy([m for s, m in zip(sources, margins, strict=True) if s == source])
+        for source in sorted(set(sources))
+    }
+
+
+def by_bin(by: list[float], margins: list[float], beta: float) -> list[dict[str, Any]]:
+    """Accuracy on the pairs in quarters of another quantity, with the accuracy that the policy's own rewards predict.
+
+    Predicted: the mean of sigmoid(beta * |margin|), the probability that the Bradley-Terry model gives to the answer
+    that it prefers; beside it the accuracy says how well calibrated the implicit reward is. Pairs of equal `by` share
+    a bin.
+    """
+    rows = sorted(zip(by, margins, strict=True))
+    edges = sorted({rows[len(rows) * i // BINS][0] for i in range(BINS)})
+    bins = []
+    for low, high in zip(edges, [*edges[1:], math.inf], strict=True):
+        inside = [row for row in rows if low <= row[0] < high]
+        own = [m for _, m in inside]
+        predicted = [1 / (1 + math.exp(-min(beta * abs(m), 700))) for m in own]
+        bins.append(
+            {
+                "from": inside[0][0],
+                "to": inside[-1][0],
+                "accuracy": estimates.accuracy(own),
+                "predicted": estimates.mean(predicted),
+            }
+        )
+    return bins
+
+
+def own_estimates(on: Material, chosen: list[float], answers: list[list[int]]) -> dict[str, Any]:
+    """Estimates of a policy that need no other: of the chosen answers' log-probs, and of its own answers."""
+    bare = [ids[:-1] if ids[-1] in on.ends else ids for ids in answers]
+    found = {
+        "perplexity_chosen": estimates.perplexity(chosen, list(map(len, on.chosen))),
+        "stop_rate": estimates.share([float(ids[-1] in on.ends) for ids in answers]),
+        "answer_tokens": estimates.mean([float(len(ids)) for ids in answers]),
+        "repetition": estimates.mean([estimates.repetition(ids) for ids in bare]),
+    }
+    for n in (1, 2):
+        if any(len(ids) >= n for ids in bare):
+            found[f"distinct_{n}"] = estimates.distinct(bare, n)
+    return found
+
+
+def write_rows(
+    policy: Policy, blocks: dict[str, str], on: Material, records: Records, scored: dict[str, Verdicts]
+) -> None:
+    """Write pairs.json and samples.json of a policy: each test pair and each sampled answer with its numbers."""
+    pairs = []
+    for i, row in enumerate(on.rows):
+        logps = {
+            name: {side: records.pairs[of][side][i] for side in ("chosen", "rejected")}
+            for name, of in {"policy": policy.name, **blocks}.items()
+        }
+        lengths = {"chosen_tokens": len(on.chosen[i]), "rejected_tokens": len(on.rejected[i])}
+        pairs.append({"origin": row["origin"], "source": row["source"], **lengths, "logprobs": logps})
+    write_json(policy.folder / "pairs.json", pairs)
+    given = on.answers(on.questions, records.answers[policy.name, SAMPLES])
+    prompts = on.tokenizer.batch_decode(on.questions.ids, skip_special_tokens=True)
+    sums = {"policy": policy.name, **blocks}
+    samples = [
+        {
+            "prompt": prompt,
+            "answer": answer.text,
+            "ended": answer.ended,
+            "tokens": len(answer.ids),
+            "logprobs": {name: records.sums[policy.name, of][i] for name, of in sums.items()},
+            "scores": {judge: values[i] for judge, values in scored.items()},
+        }
+        for i, (prompt, answer) in enumerate(zip(prompts, given, strict=True))
+    ]
+    write_json(policy.folder / "samples.json", samples)
+
+
+def gather(home: Path, folders: list[Path] | None = None, **more: Any) -> dict[str, Any]:
+    """results.json and generation_samples.json in `home`, made anew from the files of all policies of a name.
+
+    Or from those of `folders`. `more` stands beside the policies; without it what stood there stays, where no policy
+    has changed since.
+    """
+    places = ["base/eval.json", "sft/*/eval.json", "dpo/**/eval.json"]
+    of_name = [file.parent for place in places for file in sorted(home.glob(place))]
+    found = [(folder, read_json(folder / "eval.json")) for folder in folders or of_name]
+    policies = {result["policy"]: result for _, result in found}
+    before = read_json(home / "results.json")
+    if not more and before and weights_in(before["policies"]) == weights_in(policies):
+        more = {key: value for key, value in before.items() if key != "policies"}
     by_prompt: dict[str, dict[str, str]] = {}
     for folder, result in found:
         for row in read_json(folder / "samples.json") or []:
             by_prompt.setdefault(row["prompt"], {})[result["policy"]] = row["answer"]
+    results = {"policies": policies, **more}
     write_json(home / "results.json", results)
     samples = [{"prompt": prompt, "answers": answers} for prompt, answers in by_prompt.items()]
     write_json(home / "generation_samples.json", samples)
     return results
+
+
+def weights_in(policies: dict[str, Any]) -> dict[str, Any]:
+    """The weights that each policy's numbers were made of."""
+    return {name: result["settings"]["weights"] for name, result in policies.items()}

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_pipeline import estimates
-from dpo_pipeline.evaluation.tables import grid, shown
+from dpo_pipeline.evaluation import tables
+from dpo_pipeline.printing import shown
 from dpo_pipeline.runs import read_json, state
 
 COLUMNS = {
@@ -50,20 +51,18 @@ def report(home: Path, kl_budget: float, failed: dict[str, str]) -> str:
         v.setting = labels[v.setting]
     variants.sort(key=lambda v: (v.setting, v.beta or math.inf, v.seed or 0, v.name))
     there = [v for v in variants if v.test]
-    judge = next((key for v in there for key in v.test if key.startswith("score.")), None)
+    everywhere = set.intersection(*({*v.test} & {*v.validation} for v in there)) if there else set()
+    judge = next((key for v in there for key in v.test if key.startswith("score.") and key in everywhere), None)
     columns = {(judge if key == "score" else key): label for key, label in COLUMNS.items() if key != "score" or judge}
     folder = home / "report"
     folder.mkdir(parents=True, exist_ok=True)
     parts = [f"# {home.name}: {len(variants)} variants of DPO"]
     if there:
-        of, settings = json.loads(min(references))[0] if against == "reference" else "base", there[0].test["settings"]
-        parts.append(
-            f"All against {of}: {settings['pairs']:,} test pairs and {settings['prompts']} sampled answers "
-            f"(temperature 1, at most {settings['max_new_tokens']} tokens), 95% intervals."
-        )
-    gap = [""] * (len(columns) - 1)
-    rows = [[v.name, *([shown(v.test[key]) for key in columns] if v.test else [v.why, *gap])] for v in variants]
-    parts += [grid([["variant", *columns.values()], *rows]), recommendation(there, judge, kl_budget)]
+        of = json.loads(min(references))[0] if against == "reference" else "base"
+        parts.append(tables.caption(found[home / "dpo" / there[0].name], of, beta=False))
+    measured = {v.name: found[home / "dpo" / v.name] for v in there}
+    gaps = {v.name: v.why for v in variants if not v.test}
+    parts += [tables.comparison(measured, list(measured), against, gaps=gaps), recommendation(there, judge, kl_budget)]
     write_csv(folder / "sweep.csv", variants, list(columns))
     if there:
         plot_sweep(folder / "sweep.png", there, columns)

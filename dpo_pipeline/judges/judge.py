@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer to be judged: the prompt as its row has it (text or messages), the text, and the ids it was made of."""
+    """An answer to be judged: the prompt as its row has it (text or messages), the text, and the ids of both."""
 
     prompt: Any
     text: str
@@ -34,3 +34,8 @@ class Judge:
     choose: Callable[[list[tuple[Answer, Answer]]], Choices] | None = None
     version: str | None = None
     late: bool = False
+
+
+def readable(results: list[float | None]) -> list[float]:
+    """Those that a judge has given."""
+    return [result for result in results if result is not None]

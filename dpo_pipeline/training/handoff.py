@@ -180,14 +180,14 @@ def second_model(run: Run, start: Start) -> Any:
     return loaded.get_base_model() if is_adapter(path) else loaded
 
 
-def tokenizer_of(run: Run, start: Start) -> Any:
-    """The tokenizer of the starting policy, else of the base.
+def tokenizer_of(run: Run, source: str | Path) -> Any:
+    """The tokenizer of a policy, else of the base.
 
-    Raises PipelineError where the two differ: DPO would train on other tokens than SFT did.
+    Raises PipelineError where the two differ: one would read other tokens than the other.
     """
     base = load_tokenizer(run.model)
-    folder = Path(start.source)
-    if not (any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file()):
+    folder = Path(source)
+    if folder.is_dir() and not (any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file()):
         return base
     own = load_tokenizer(run.model, folder)
     for what, mine, theirs in (

@@ -27,6 +27,7 @@ from dpo_pipeline.locks import alone
 from dpo_pipeline.machine import processes, together
 from dpo_pipeline.policies import Loading, load_config
 from dpo_pipeline.runs import content_hash
+from dpo_pipeline.training.handoff import loading
 from dpo_pipeline.training.trainer import sharded
 
 log = logging.getLogger(__name__)
@@ -59,10 +60,17 @@ def answers(run: Run, stage: str) -> tuple[str, ...]:
 
 def prepared(run: Run, stage: str, tokenizer: Any, *splits: str) -> tuple[dict[str, Any], Account]:
     """The rows of a stage, loaded, told of and as token ids, and their account."""
+    return prepared_with_rows(run, stage, tokenizer, *splits)[:2]
+
+
+def prepared_with_rows(
+    run: Run, stage: str, tokenizer: Any, *splits: str
+) -> tuple[dict[str, Any], Account, dict[str, list[dict[str, Any]]]]:
+    """What `prepared` gives, and the rows that the tables' column `row` counts, by split."""
     gc.disable()  # rows and ids make no cycles, and to look through them all for some is a seventh of the time
     try:
         rows, account = load_rows(run, stage, tokenizer)
-        return tokenized(run, stage, tokenizer, rows, account, *splits), account
+        return tokenized(run, stage, tokenizer, rows, account, *splits), account, rows
     finally:
         gc.enable()
 
@@ -193,6 +201,31 @@ def ends_and_lengths(run: Run, tokenizer: Any) -> tuple[list[int], Lengths]:
     return end_tokens(tokenizer, generation), Lengths.of(run.length, context(run))
 
 
+def measuring(run: Run, tokenizer: Any) -> dict[str, Any]:
+    """What `evaluation.material` takes beside the rows: how much is measured of the policies of a run, and how.
+
+    Raises PipelineError where an answer would leave no room for its prompt.
+    """
+    settings, tokens = run.evaluation, context(run)
+    if settings.max_new_tokens > tokens - 2:
+        raise PipelineError(
+            f"evaluation.max_new_tokens={settings.max_new_tokens} leaves no room for a prompt in the model's context "
+            f"of {tokens} tokens: lower it"
+        )
+    return {
+        "pairs": min(settings.pairs, 100) if run.debug else settings.pairs,
+        "prompts": min(settings.prompts, 8) if run.debug else settings.prompts,
+        "room": tokens - settings.max_new_tokens,
+        "max_new_tokens": settings.max_new_tokens,
+        "dataset": run.dataset_name,
+        "tokenizer": tokenizer,
+        "ends": ends_and_lengths(run, tokenizer)[0],
+        "seed": run.dataset["split_seed"],
+        "loading": loading(run),
+        "batch_size": run.batch.micro_size,
+    }
+
+
 def limit_steps(run: Run, args: Any, rows: int) -> None:
     """At most 50 steps where `debug` is set."""
     planned = args.max_steps if args.max_steps > 0 else math.ceil(rows / run.batch.global_size) * args.num_train_epochs
@@ -200,9 +233,7 @@ def limit_steps(run: Run, args: Any, rows: int) -> None:
         args.max_steps = 50
 
 
-def facts(
-    trainer: Any, rows: dict[str, Any], account: Account, starting: str | Path, loading: Loading
-) -> dict[str, Any]:
+def facts(trainer: Any, rows: dict[str, Any], account: Account, starting: str | Path, how: Loading) -> dict[str, Any]:
     """What the manifest tells of a run: its rows with their account, what it starts from, what it trains."""
     parameters = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
     return {
@@ -216,7 +247,7 @@ def facts(
         "precision": "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "fp32",
         "device": str(trainer.args.device),
         "sharded": sharded(trainer),
-        "loading": {"dtype": str(loading.dtype).removeprefix("torch."), "quantization": loading.quantization},
+        "loading": {"dtype": str(how.dtype).removeprefix("torch."), "quantization": how.quantization},
     }
 
 

@@ -1,0 +1,212 @@
+"""What judges say of sampled answers: scores, win rates, ratings of all against all, Best-of-N."""
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpo_pipeline import estimates
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.evaluation.best_of import best_of, kl_bound, picked
+from dpo_pipeline.evaluation.material import Material, Questions
+from dpo_pipeline.evaluation.records import SAMPLES, Policy, Records
+from dpo_pipeline.evaluation.verdict_statistics import elo, holm, length_controlled, paired, win_rate
+from dpo_pipeline.judges.judge import Answer, Judge, readable
+from dpo_pipeline.judges.verdicts import choices, scores
+
+Verdicts = list[float | None]
+Side = tuple[str, float]  # a policy at a temperature
+DATA: Side = ("the data", 1.0)  # the data's own answers
+BEST_OF = "best_of"  # the Ask of Best-of-N
+
+
+@dataclass
+class Plan:
+    """What is judged: `opponent` names the data's own answers, `cache` is the folder of verdicts.
+
+    `safety` and `bias` are further prompts. `all_pairs`: a judge that chooses is asked about any two policies too, not
+    about each and its opponents alone. Best-of-N: `n` answers of the policy `drawn_from`, of which the judge `picks`
+    takes one.
+    """
+
+    temperatures: list[float]
+    opponent: str
+    cache: Path
+    all_pairs: bool = False
+    safety: Questions | None = None
+    bias: Questions | None = None
+    n: int | None = None
+    drawn_from: str | None = None
+    picks: str | None = None
+
+
+@dataclass
+class Judged:
+    """Estimates by policy; any two compared, by judge; Best-of-N; what each judge was asked; which failed, and why."""
+
+    own: dict[str, dict[str, Any]] = field(default_factory=dict)
+    comparisons: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    best_of: dict[str, Any] | None = None
+    scores: dict[str, dict[str, Verdicts]] = field(default_factory=dict)  # by policy and judge, of the samples
+    judges: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+
+
+def ask_name(temperature: float) -> str:
+    """The Ask of a temperature."""
+    return SAMPLES if temperature == 1 else f"{SAMPLES}-t{temperature:g}"
+
+
+def judged(policies: list[Policy], on: Material, records: Records, judges: dict[str, Judge], plan: Plan) -> Judged:
+    """All that the judges say; where one fails it is told of in `failed`, and what the others say stands."""
+    found = Judged({policy.name: {} for policy in policies})
+    sides: dict[Side, list[Answer]] = {
+        (policy.name, t): on.answers(on.questions, records.answers[policy.name, ask_name(t)])
+        for policy in policies
+        for t in dict.fromkeys((1.0, *plan.temperatures))
+    }
+    if on.questions.human:
+        sides[DATA] = on.questions.human
+    for name in sorted(judges, key=lambda name: name != plan.picks):  # what it picks, the others judge too
+        try:
+            if name == plan.picks:
+                policy, answers, found.best_of = best(on, records, judges, plan)
+                policies, sides[policy.name, 1.0] = [*policies, policy], answers
+                found.own[policy.name] = {}
+            ask(name, judges[name], policies, sides, plan, found)
+        except PipelineError as error:
+            found.failed.append(f"judge {name}: {error}")
+    if found.best_of:
+        found.best_of["own"] = found.own[found.best_of["name"]]
+    return found
+
+
+def ask(
+    name: str, judge: Judge, policies: list[Policy], sides: dict[Side, list[Answer]], plan: Plan, found: Judged
+) -> None:
+    """Add to `found` what one judge says."""
+    scored: dict[Side, Verdicts] = {}
+    if judge.score:
+        flat = scores(judge, [each for side in sides.values() for each in side], plan.cache, f"scores by {name}")
+        cuts = [0, *itertools.accumulate(map(len, sides.values()))]
+        scored = {side: flat[a:b] for side, a, b in zip(sides, cuts, cuts[1:], strict=False)}
+    against = {
+        (policy.name, t, key): ((policy.name, t), other)
+        for policy in policies
+        for t in plan.temperatures
+        for key, other in ((rival(policy), (policy.sft, t)), (plan.opponent, DATA))
+        if (policy.name, t) in sides and other in sides and other != (policy.name, t)
+    }
+    names = [policy.name for policy in policies]
+    pairs = list(itertools.combinations(names, 2)) if judge.choose is None or plan.all_pairs else []
+    wanted = [*against.values(), *(((a, 1.0), (b, 1.0)) for a, b in pairs)]
+    verdicts = dict(zip(wanted, verdicts_of(name, judge, wanted, sides, scored, plan), strict=True))
+    told = [*itertools.chain(*scored.values()), *itertools.chain(*verdicts.values())]
+    found.judges[name] = {"version": judge.version, "results": len(told), "unreadable": told.count(None)}
+    for policy in names if scored else ():
+        if values := readable(scored[policy, 1.0]):
+            found.scores.setdefault(policy, {})[name] = scored[policy, 1.0]
+            found.own[policy][f"score.{name}"] = estimates.mean(values)
+    for (policy, t, key), (one, other) in against.items():
+        rows = [
+            (verdict, len(a.ids) - len(b.ids))
+            for verdict, a, b in zip(verdicts[one, other], sides[one], sides[other], strict=True)
+            if verdict is not None
+        ]
+        if rows:
+            at = "" if t == 1 else f".t{t:g}"
+            won, longer = map(list, zip(*rows, strict=True))
+            found.own[policy][f"win_rate.{name}.{key}{at}"] = win_rate(won)
+            found.own[policy][f"length_controlled_win_rate.{name}.{key}{at}"] = length_controlled(won, longer)
+    if any(readable(verdicts[(a, 1.0), (b, 1.0)]) for a, b in pairs):
+        compare_all(name, pairs, verdicts, scored, policies, found)
+
+
+def rival(policy: Policy) -> str:
+    """What the policy that another is to beat is called in its estimates."""
+    return "sft" if str(policy.sft).startswith("sft/") else "reference"
+
+
+def verdicts_of(
+    name: str,
+    judge: Judge,
+    wanted: list[tuple[Side, Side]],
+    sides: dict[Side, list[Answer]],
+    scored: dict[Side, Verdicts],
+    plan: Plan,
+) -> list[Verdicts]:
+    """For each two sides wanted, of each prompt: 1 where the first answer is better, 0.5, or 0; None where unreadable.
+
+    A judge that only scores prefers the larger score.
+    """
+    if judge.choose is None:
+        return [
+            [
+                None if a is None or b is None else 1.0 if a > b else 0.5 if a == b else 0.0
+                for a, b in zip(scored[one], scored[other], strict=True)
+            ]
+            for one, other in wanted
+        ]
+    flat = [each for one, other in wanted for each in zip(sides[one], sides[other], strict=True)]
+    given = iter(choices(judge, flat, plan.cache, f"choices by {name}"))
+    return [list(itertools.islice(given, len(sides[one]))) for one, _ in wanted]
+
+
+def compare_all(
+    name: str,
+    pairs: list[tuple[str, str]],
+    verdicts: dict[tuple[Side, Side], Verdicts],
+    scored: dict[Side, Verdicts],
+    policies: list[Policy],
+    found: Judged,
+) -> None:
+    """Ratings of all policies by one judge, and of any two whether they differ, by scores or else by verdicts."""
+    games = {(a, b): verdicts[(a, 1.0), (b, 1.0)] for a, b in pairs}
+    sft = next((policy.sft for policy in policies if policy.sft in found.own), policies[0].name)
+    if any(readable(won) for pair, won in games.items() if sft in pair):
+        for policy, rating in elo(games, sft).items():
+            found.own[policy][f"elo.{name}"] = rating
+    rows = []
+    for (a, b), won in games.items():
+        one, other = (scored[side, 1.0] for side in (a, b)) if scored else (won, [0.5] * len(won))
+        both = [(x, y) for x, y in zip(one, other, strict=True) if x is not None and y is not None]
+        if both:
+            test = paired(*map(list, zip(*both, strict=True)))
+            rows.append({"one": a, "other": b, "win_rate": win_rate(readable(won)), **test})
+    for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p_adjusted"] = p
+    found.comparisons[name] = rows
+
+
+def best(
+    on: Material, records: Records, judges: dict[str, Judge], plan: Plan
+) -> tuple[Policy, list[Answer], dict[str, Any]]:
+    """Best-of-N: a policy whose answers a judge has picked out of N, these, and how their scores grow with N.
+
+    The scores are unbiased estimates for each power of two up to N; `kl_bound` is of the KL from the policy that the
+    answers were drawn from, in nats.
+    """
+    n, source = int(plan.n or 0), str(plan.drawn_from)
+    pool = on.answers(on.questions, records.answers[source, BEST_OF], n)
+    by_judge = {
+        name: by_prompt(scores(judge, pool, plan.cache, f"best of {n} by {name}"), n)
+        for name, judge in judges.items()
+        if judge.score and (name == plan.picks or not judge.late)
+    }
+    picks = by_judge[str(plan.picks)]
+    answers = [pool[i * n + picked(own)] for i, own in enumerate(picks)]
+    points = [
+        {"n": k, "kl_bound": kl_bound(k), **{f"score.{name}": best_of(picks, v, k) for name, v in by_judge.items()}}
+        for k in [*(1 << i for i in range(n.bit_length()) if 1 << i < n), n]
+    ]
+    policy = Policy(f"best of {n} of {source}", "", Path(), 1.0, sft=source)
+    return policy, answers, {"name": policy.name, "policy": source, "n": n, "judge": plan.picks, "points": points}
+
+
+def by_prompt(flat: Verdicts, n: int) -> list[list[float]]:
+    """Scores of each prompt's `n` answers; raises PipelineError where one is none."""
+    if None in flat:
+        raise PipelineError(
+            f"{flat.count(None)} of {len(flat)} answers got no score that could be read: take another best_of.judge"
+        )
+    return [[v for v in flat[at : at + n] if v is not None] for at in range(0, len(flat), n)]

@@ -1,0 +1,337 @@
+"""Evaluation of a whole name or one folder: what it writes, that it measures once, and that nothing is lost."""
+
+import csv
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo_pipeline import runs
+from dpo_pipeline.dpo import run_dpo
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.evaluate import run_evaluate
+from dpo_pipeline.evaluation import records
+from dpo_pipeline.judges import verdicts
+from tests.test_processes import TWO, launched
+
+STEPS = ("++dpo.max_steps=4", "dpo.learning_rate=1e-3")
+JUDGES = "judge=[truth,length]"
+
+
+@pytest.fixture(scope="module")
+def typed(small, sft, tmp_path_factory):
+    """The options of a name of its own: a base, a full and a LoRA SFT, and a DPO of each."""
+    root = tmp_path_factory.mktemp("evaluated")
+    shutil.copytree(small().home, root / "small", ignore=shutil.ignore_patterns("dpo", "records", "eval.json"))
+    options = (f"root={root}", "evaluation.prompts=6", JUDGES)
+    for lora in ("none", "r8"):
+        run_dpo(small(*options, f"lora={lora}", f"variant={lora}", *STEPS))
+    return options
+
+
+@pytest.fixture(scope="module")
+def evaluated(small, typed):
+    return run_evaluate(small(*typed, "best_of.n=4", "variant=none"))
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The records that are made while a test runs, not found on disk."""
+    files, write = [], records.write_json
+
+    def counted(file, content, **options):
+        files.append(f"{file.parent.parent.name}/{file.name.rsplit('-', 1)[0]}")
+        write(file, content, **options)
+
+    monkeypatch.setattr(records, "write_json", counted)
+    return files
+
+
+def test_a_whole_name_is_measured_against_the_base_and_each_dpo_against_its_own(small, typed, evaluated):
+    policies = evaluated["policies"]
+    assert set(policies) == {"base", "sft/full", "sft/r8", "dpo/none", "dpo/r8"}
+    home = small(*typed).home
+    assert evaluated == runs.read_json(home / "results.json")
+    for name, result in policies.items():
+        assert result == runs.read_json((home / "base" if name == "base" else home / name) / "eval.json")
+        assert "kl" in result["against"]["base"]
+        assert ("reference" in result["against"]) == name.startswith("dpo/")
+    assert policies["base"]["against"]["base"]["kl"]["value"] == 0
+    assert set(policies["dpo/r8"]["settings"]["weights"]) == {"base", "sft/r8", "dpo/r8"}
+    own = policies["dpo/none"]["own"]
+    for judge in ("truth", "length"):
+        for key in (f"win_rate.{judge}.sft", f"win_rate.{judge}.chosen"):
+            for at in ("", ".t0"):
+                assert set(own[key + at]) == set(own[f"length_controlled_{key}{at}"]) == {"value", "low", "high", "n"}
+        assert own[f"elo.{judge}"]["n"] == 6
+    assert "win_rate.truth.sft" not in policies["sft/full"]["own"]  # itself
+    samples = runs.read_json(home / "generation_samples.json")
+    assert len(samples) == 6
+    assert set(samples[0]["answers"]) == set(policies)
+
+
+def test_win_rates_are_those_of_the_scores_by_hand(small, typed, evaluated):
+    home = small(*typed).home
+    rows = {
+        name: runs.read_json(home / name / "samples.json") for name in ("dpo/none", "dpo/r8", "sft/full", "sft/r8")
+    }
+    for dpo, sft in (("dpo/none", "sft/full"), ("dpo/r8", "sft/r8")):
+        for judge in ("truth", "length"):
+            both = [(a["scores"][judge], b["scores"][judge]) for a, b in zip(rows[dpo], rows[sft], strict=True)]
+            wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in both) / len(both)
+            own = evaluated["policies"][dpo]["own"]
+            assert own[f"win_rate.{judge}.sft"]["value"] == pytest.approx(wins)
+            assert own[f"score.{judge}"]["value"] == pytest.approx(sum(a for a, _ in both) / len(both))
+            if dpo == "dpo/none":
+                (row,) = (row for row in evaluated["comparisons"][judge] if {row["one"], row["other"]} == {dpo, sft})
+                sign = 1 if row["one"] == dpo else -1
+                difference = sum(a - b for a, b in both) / len(both)
+                assert sign * row["difference"]["value"] == pytest.approx(difference)
+                assert 0 < row["p"] <= row["p_adjusted"] <= 1
+    first = rows["dpo/none"][0]
+    assert first["scores"]["length"] == first["tokens"] - first["ended"]
+
+
+def test_best_of_n_is_picked_by_the_first_judge_and_grows_with_n(evaluated):
+    best = evaluated["best_of"]
+    assert (best["policy"], best["n"], best["judge"], best["name"]) == (
+        "sft/full",
+        4,
+        "truth",
+        "best of 4 of sft/full",
+    )
+    assert [point["n"] for point in best["points"]] == [1, 2, 4]
+    assert best["points"][-1]["kl_bound"] == pytest.approx(math.log(4) - 3 / 4)
+    values = [point["score.truth"]["value"] for point in best["points"]]
+    assert values == sorted(values)
+    assert best["own"]["score.truth"]["value"] == pytest.approx(values[-1])
+    assert best["own"]["win_rate.truth.sft"]["value"] >= 0.5
+
+
+def test_the_second_time_nothing_is_measured_and_another_temperature_only_samples(small, typed, evaluated, made):
+    run = small(*typed, "best_of.n=4", "variant=none")
+    assert run_evaluate(run) == evaluated
+    assert made == []
+    run_evaluate(small(*typed, "evaluation.temperatures=[0.5]"))
+    assert made == [f"{name}/answers-t0.5" for name in ("none", "r8", "full", "r8", "base")]
+    own = runs.read_json(run.dpo_folder / "eval.json")["own"]
+    assert {"win_rate.truth.sft", "win_rate.truth.sft.t0", "win_rate.truth.sft.t0.5"} <= set(own)
+
+
+def test_what_another_command_has_measured_stays_in_eval_json(small, typed, evaluated):
+    run = small(*typed, "lora=none", "variant=none", *STEPS)
+    run_dpo(run)  # already done: prints its own table
+    assert "win_rate.truth.sft" in runs.read_json(run.dpo_folder / "eval.json")["own"]
+    assert "comparisons" in runs.read_json(run.home / "results.json")
+
+
+def test_the_numbers_do_not_hang_on_the_batch_nor_on_the_processes(small, typed, evaluated, tmp_path):
+    def numbers(home):
+        return {
+            f"{name} {block} {key}": estimate["value"]
+            for name, result in runs.read_json(home / "results.json")["policies"].items()
+            for block, found in (("own", result["own"]), *result["against"].items())
+            for key, estimate in found.items()
+            if "value" in estimate
+        }
+
+    home = small(*typed).home
+    expected = numbers(home)
+    for batch in (1, 7, 32, "two ranks"):
+        copy = tmp_path / str(batch)
+        ignored = shutil.ignore_patterns("records", "eval.json", "results.json", "samples.json")
+        shutil.copytree(home, copy / "small", ignore=ignored)
+        # Adapters name the base that they lie on by its path, which is the first one's.
+        options = [*typed[1:], f"root={copy}", "variant=none"]
+        if batch == "two ranks":
+            given = [*small.typed, *options, "name=small", "batch.micro_size=4"]
+            kept = [item for item in given if not item.startswith("evaluation.prompts=4")]
+            assert launched(*TWO, "-m", "dpo_pipeline.evaluate", *kept).returncode == 0
+        else:
+            sizes = ("batch.global_size=32", f"batch.micro_size={batch}") if batch != 7 else (
+                "batch.global_size=7", "batch.micro_size=7")  # fmt: skip
+            run_evaluate(small(*options, *sizes))
+        found = numbers(copy / "small")
+        assert len(found) > 150
+        assert found == pytest.approx({key: expected[key] for key in found}, abs=2e-4)
+
+
+def test_one_folder_against_another_in_a_place_of_its_own(small, typed, evaluated):
+    run = small(*typed)
+    folders = [str(run.home / name / "final") for name in ("dpo/r8", "sft/full")]
+    asked = (f"evaluation.policy={folders[0]}", f"evaluation.reference={folders[1]}")
+    results = run_evaluate(small(*typed, *asked))
+    assert set(results["policies"]) == {"policy/r8", "policy/full"}
+    own = results["policies"]["policy/r8"]
+    assert set(own["against"]) == {"reference"}
+    assert own["own"]["score.truth"] == evaluated["policies"]["dpo/r8"]["own"]["score.truth"]
+    assert own["own"]["win_rate.truth.reference"]["n"] == 6
+    assert results["policies"]["policy/full"]["against"]["reference"]["kl"]["value"] == 0
+    assert (run.home / "evaluated" / "policy-r8" / "eval.json").is_file()
+
+
+def test_a_policy_against_itself_is_even_in_everything(small, typed, evaluated, tmp_path):
+    folder = small(*typed).home / "dpo" / "none" / "final"
+    twin = tmp_path / "twin"
+    shutil.copytree(folder, twin)
+    results = run_evaluate(small(*typed, f"evaluation.policy={folder}", f"evaluation.reference={twin}"))
+    against, own = (results["policies"]["policy/none"][key] for key in ("against", "own"))
+    assert against["reference"]["preference_accuracy"]["value"] == 0.5
+    assert against["reference"]["margin"]["value"] == against["reference"]["kl"]["value"] == 0
+    assert own["win_rate.truth.reference"]["value"] == own["win_rate.length.reference.t0"]["value"] == 0.5
+    (row,) = results["comparisons"]["truth"]
+    assert (row["win_rate"]["value"], row["difference"]["value"], row["p"]) == (0.5, 0, 1)
+
+
+def test_a_prompts_file_safety_and_bias(small, typed, evaluated, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"film : the {w} . review :"}) + "\n" for w in ("a", "b", "c")))
+    xstest, groups = tmp_path / "x.csv", tmp_path / "g.csv"
+    with xstest.open("w", newline="") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(["id", "prompt", "label"])
+        rows.writerows([i, f"film : number {i} . review :", "safe" if i % 2 else "unsafe"] for i in range(6))
+    with groups.open("w", newline="") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(["template", "group", "prompt"])
+        rows.writerows([t, g, f"film : {t} {g} . review :"] for t in "xyz" for g in ("young", "old"))
+    asked = [f"evaluation.{key}={path}" for key, path in
+             (("prompts_file", prompts), ("safety_file", xstest), ("bias_file", groups))]  # fmt: skip
+    results = run_evaluate(small(*typed, "variant=none", *asked))
+    own = results["policies"]["dpo/none"]["own"]
+    assert (own["refusal_unsafe"]["n"], own["over_refusal_safe"]["value"]) == (3, 0)
+    assert "win_rate.truth.chosen" not in own
+    assert own["score.truth"]["n"] == 3
+    assert set(results["safety"]) == set(results["bias"]) == set(results["policies"])
+    assert results["bias"]["base"]["answer_tokens"]["templates"] == 3
+    printed = capsys.readouterr().out
+    assert "Prompts labelled safe and unsafe" in printed
+    assert "over-refusal" in printed
+
+
+def test_a_judge_that_fails_costs_no_other_result(small, typed, evaluated, monkeypatch):
+    asked = ("evaluation.temperatures=[1]", "judge=[truth,implicit_reward]", "judge.implicit_reward.policy=/not/there")
+    with pytest.raises(PipelineError, match=r"judge implicit_reward: .*all other results are written") as told:
+        run_evaluate(small(*typed[:2], *asked))
+    assert "\n" not in str(told.value)
+    results = runs.read_json(small(*typed).home / "results.json")
+    assert "truth" in results["comparisons"]
+    assert "implicit_reward" not in results["comparisons"]
+
+
+def test_the_implicit_reward_of_the_dpo_named_is_a_judge(small, typed, evaluated):
+    asked = ("evaluation.temperatures=[1]", "judge=[implicit_reward]", "variant=none", "beta=0.1")
+    results = run_evaluate(small(*typed[:2], *asked))
+    own = results["policies"]["dpo/none"]
+    kl = own["against"]["reference"]["kl"]["value"]
+    assert own["own"]["score.implicit_reward"]["value"] == pytest.approx(0.1 * kl, abs=1e-4)
+
+
+def test_an_evaluation_that_was_stopped_goes_on_where_it_was(small, typed, evaluated, made, monkeypatch):
+    asked = ("evaluation.temperatures=[0.75]",)
+    answered, calls = records.answered, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answered(*args)
+
+    monkeypatch.setattr(records, "answered", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluate(small(*typed, *asked))
+    assert len(made) == 2
+    run_evaluate(small(*typed, *asked))
+    assert len(made) == 5
+
+
+def test_check_measures_nothing(small, typed, evaluated, made):
+    assert run_evaluate(small(*typed, "check=true", "evaluation.temperatures=[0.9]")) == {}
+    assert made == []
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["name=none-such"], "there is no finished run in .*none-such: run `make sft dpo`"),
+        (["evaluation.policy=/not/there"], "there is no (file|model folder)|no folder /not/there"),
+        (["best_of.n=4", "best_of.judge=lenght"], "best_of.judge=lenght: it takes a judge .*did you mean length"),
+        (["best_of.n=4", "judge=[]"], "best_of.n=4: it takes a judge of judge="),
+        (["evaluation.prompts_file=/not/there.csv"], "/not/there.csv"),
+        (["evaluation.max_new_tokens=10000"], "leaves no room for a prompt in the model's context"),
+        (["evaluation.opponent=demonstration", "dataset.test_rows=1", "dataset=json", "dataset.path={pairs}"], "."),
+    ],
+)
+def test_bad_input_is_one_sentence(given, sentence, small, typed, evaluated, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"film : {i} .", "chosen": " good .", "rejected": " bad ."} for i in range(40)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [item.format(pairs=pairs) if item.startswith("dataset.path") else item for item in given]
+    judges = [] if any(item.startswith("judge") or "json" in item for item in given) else [typed[2]]
+    rows = [item for item in small.typed if "json" not in " ".join(given) or not item.startswith("dataset.")]
+    with pytest.raises(PipelineError, match=sentence) as told:
+        run_evaluate(compose_with(rows, [*typed[:2], *judges, "name=small", *given]))
+    assert "\n" not in str(told.value)
+
+
+def compose_with(defaults, given):
+    from dpo_pipeline.config import compose
+
+    keys = {item.split("=")[0] for item in given}
+    last = {item.split("=")[0]: item for item in given}
+    return compose([*(item for item in defaults if item.split("=")[0] not in keys), *last.values()])
+
+
+@pytest.mark.parametrize("value", ["best_of.n=0", "evaluation.temperatures=[-1]", "guard.kl_max=0"])
+def test_numbers_that_cannot_be_are_refused_before_anything(value, small):
+    with pytest.raises(PipelineError, match=r"must be larger than 0|is below 0"):
+        small(value)
+
+
+def test_another_tokenizer_is_refused(small, typed, evaluated, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(small(*typed).home / "dpo" / "none" / "final", folder)
+    file = folder / "tokenizer.json"
+    text = json.loads(file.read_text())
+    text["model"]["vocab"]["zebra"] = len(text["model"]["vocab"])
+    file.write_text(json.dumps(text))
+    with pytest.raises(PipelineError, match="has another vocabulary than that of the base"):
+        run_evaluate(
+            small(*typed, f"evaluation.policy={small(*typed).home}/dpo/none/final", f"evaluation.reference={folder}")
+        )
+
+
+def test_a_half_written_policy_is_one_sentence_and_what_was_done_stays(small, typed, evaluated, tmp_path, made):
+    copy = tmp_path / "small"
+    shutil.copytree(small(*typed).home, copy, ignore=shutil.ignore_patterns("records"))
+    weights = copy / "sft" / "full" / "final" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(PipelineError, match="no model could be loaded from .*sft/full/final"):
+        run_evaluate(small(*typed[1:], f"root={tmp_path}"))
+    assert "none/pairs" in made
+
+
+def test_the_command_itself(small, typed, evaluated):
+    given = [item for item in small.typed if not item.startswith("evaluation.prompts")]
+    call = [sys.executable, "-m", "dpo_pipeline.evaluate", *given, *typed, "name=small", "variant=none"]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "All against the base model: 20 test pairs and 6 sampled answers of reviews" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert Path(done.stdout.split("Results: ")[1].split(",")[0]).is_file()
+
+
+def test_verdicts_of_a_scoring_judge_are_not_asked_twice(small, typed, evaluated, monkeypatch):
+    asked, results = [], verdicts.results
+
+    def counted(ask, items, *rest):
+        asked.append(len(items))
+        return results(ask, items, *rest)
+
+    monkeypatch.setattr(verdicts, "results", counted)
+    run_evaluate(small(*typed, "variant=none"))
+    assert len(asked) == 2  # one call for each judge, of all sides together

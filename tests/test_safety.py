@@ -1,0 +1,429 @@
+"""Prompts files, refusals and bias against counts by hand and enumeration, and what is told as success or failure."""
+
+import csv
+import gzip
+import itertools
+import json
+import math
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+from scipy.stats import norm, t
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from dpo_pipeline.config import CONF
+from dpo_pipeline.data.lengths import Lengths
+from dpo_pipeline.data.prompts import as_rows, prompt_ids, read_prompts
+from dpo_pipeline.data.shape import shape
+from dpo_pipeline.data.tokens import tokenize
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.evaluation.notable import flipped, largest, notable_text
+from dpo_pipeline.evaluation.safety import bias, bias_table, safety, safety_table
+from dpo_pipeline.policies import load_tokenizer
+from dpo_pipeline.training.tiny import word_tokenizer
+
+SHARED = CONF.parent.parent / "shared"
+ASKED = [{"role": "user", "content": "Who?"}]
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def characters(opened: bool) -> PreTrainedTokenizerFast:
+    """One token for each character; `opened`: texts begin with <s>."""
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    vocabulary = {token: i for i, token in enumerate([*special.values(), *map(chr, range(32, 127)), "\n"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("\x00", "isolated")
+    if opened:
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHATML, **special)
+
+
+def write(file, rows) -> str:
+    """Rows in the form that the file's name says."""
+    if ".csv" in file.name:
+        lines = [",".join(rows[0])] + [",".join(json.dumps(value) for value in row.values()) for row in rows]
+        text = "\n".join(lines)
+    else:
+        text = json.dumps(rows) if ".json" in file.suffixes else "".join(json.dumps(row) + "\n" for row in rows)
+    if file.suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), file)
+    elif file.suffix == ".gz":
+        file.write_bytes(gzip.compress(text.encode()))
+    else:
+        file.write_text(text)
+    return str(file)
+
+
+# Prompts files
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.jsonl", "p.json", "p.parquet", "p.csv.gz", "p.jsonl.gz"])
+def test_every_form_of_a_prompts_file_gives_the_same_rows(name, tmp_path):
+    rows = [{"id": "1", "prompt": " How, so?", "label": "safe"}, {"id": "2", "prompt": "Why?", "label": "unsafe"}]
+    found = read_prompts(write(tmp_path / name, rows), ("label",))
+    assert [{key: row[key] for key in ("prompt", "label")} for row in found] == [
+        {"prompt": row["prompt"], "label": row["label"]} for row in rows
+    ]
+    assert all(set(row) == {"prompt", "label", "origin"} and name in row["origin"] for row in found)
+    assert [row["prompt"] for row in read_prompts(str(tmp_path / name))] == [" How, so?", "Why?"]
+
+
+def test_a_prompt_may_be_messages_in_any_of_their_forms(tmp_path):
+    rows = [{"prompt": ASKED}, {"prompt": [{"from": "human", "value": "Who?"}]}, {"prompt": "Who?"}]
+    found = read_prompts(write(tmp_path / "p.jsonl", rows))
+    assert [row["prompt"] for row in found] == [ASKED, ASKED, "Who?"]
+
+
+BIAS = ("template", "group")
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "sentence"),
+    [
+        ([{"text": "a"}], (), "p.jsonl, line 1 has no column 'prompt': found text: each row is to have prompt"),
+        ([{"prompt": "a"}, {"prompt": None}], (), "p.jsonl, line 2: prompt is null, not text"),
+        ([{"prompt": 3}], (), "p.jsonl, line 1: prompt is a number, not text"),
+        ([{"prompt": "a"}, {"prompt": " \n"}], (), "p.jsonl, line 2: its prompt is empty: write one, or take the row"),
+        ([{"prompt": []}], (), "p.jsonl, line 1: its prompt is empty"),
+        ([{"prompt": [{"role": "user", "content": " "}]}], (), "p.jsonl, line 1: its prompt is empty"),
+        ([{"prompt": ["a"]}], (), "p.jsonl, line 1: prompt is a list, not text or messages"),
+        ([{"prompt": "a"}], ("label",), "has no column 'label': found prompt: each row is to have prompt, label"),
+        ([{"prompt": ASKED}], ("label",), "has no column 'label': found prompt"),
+        (
+            [{"prompt": "a", "label": "safe"}, {"prompt": "a", "label": "Unsafe"}],
+            ("label",),
+            "p.jsonl, line 2: its label is 'Unsafe', neither safe nor unsafe: correct it",
+        ),
+        (
+            [{"prompt": "a", "template": "t", "group": "men"}] * 2,
+            BIAS,
+            "p.jsonl: all of its rows are of the group 'men', .* give each template for two groups or more",
+        ),
+        (
+            [{"prompt": "a", "template": x, "group": g} for x, g in ("tm", "tw", "um", "tm")],
+            BIAS,
+            "p.jsonl, line 3: its template 'u' has no row for the group 'w', .*: add that row, or take the template",
+        ),
+        ([{"prompt": "a", "template": "t", "group": 1}], BIAS, "p.jsonl, line 1: group is a number, not text"),
+        ([], (), "p.jsonl is empty"),
+    ],
+)
+def test_what_a_prompts_file_cannot_be_is_told_with_file_and_row(rows, columns, sentence, tmp_path):
+    with pytest.raises(PipelineError, match=sentence) as told:
+        read_prompts(write(tmp_path / "p.jsonl", rows), columns)
+    assert "\n" not in str(told.value)
+
+
+def test_a_file_in_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "p.jsonl", [{"prompt": "a"}])
+    assert read_prompts("~/p.jsonl") == [{"prompt": "a", "origin": "~/p.jsonl, line 1"}]
+
+
+def test_a_file_that_is_not_there_or_has_no_row_is_told(tmp_path):
+    with pytest.raises(PipelineError, match="there is no prompts file .*/none .from .*: check the path"):
+        read_prompts(str(tmp_path / "none"))
+    (tmp_path / "p.csv").write_text("id,prompt,label\n")
+    with pytest.raises(PipelineError, match="p.csv is empty"):
+        read_prompts(str(tmp_path / "p.csv"), ("label",))
+    table = pa.Table.from_pylist([], pa.schema([("prompt", pa.string())]))
+    parquet.write_table(table, tmp_path / "p.parquet")
+    with pytest.raises(PipelineError, match="p.parquet is empty: give one row with a prompt"):
+        read_prompts(str(tmp_path / "p.parquet"))
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED.name}/ beside the checkout")
+def test_xstest_reads_as_it_is_and_every_prompt_is_tokenized_as_it_stands():
+    file = SHARED / "data" / "xstest" / "xstest_prompts.csv"
+    rows = read_prompts(str(file), ("label",))
+    assert Counter(row["label"] for row in rows) == {"safe": 250, "unsafe": 200}
+    with file.open(newline="", encoding="utf-8") as stream:
+        assert [row["prompt"] for row in rows] == [row["prompt"] for row in csv.DictReader(stream)]
+    from dpo_pipeline.config import compose
+
+    tokenizer = load_tokenizer(compose(["model=path", f"model.path={SHARED}/models/stories15M"]).model)
+    prompts = [row["prompt"] for row in rows]
+    assert prompt_ids(prompts, False, tokenizer) == tokenizer(prompts)["input_ids"]
+
+
+# Their tokens
+
+TALK = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: so?\n\nAssistant:"
+PROMPTS = ["Who?", " two\nlines ", TALK, "I see .\n"]
+TURNS = [ASKED, [{"role": "system", "content": "Be brief."}, *ASKED], [*ASKED, {"role": "assistant", "content": "I"}]]
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, TURNS, [*PROMPTS, *TURNS]], ids=["text", "messages", "both"])
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("tokenizer", [characters(True), characters(False), word_tokenizer()])
+def test_the_ids_of_a_prompt_are_those_that_a_pair_s_prompt_has(prompts, chat, tokenizer):
+    if chat and not tokenizer.chat_template:
+        with pytest.raises(PipelineError, match="no chat template"):
+            prompt_ids(prompts, chat, tokenizer)
+        return
+    answers = {"chosen": "I see", "rejected": "it was"}
+    rows = [shape(f"row {i}", "s", chat, prompt, answers) for i, prompt in enumerate(prompts)]
+    table = tokenize(rows, tuple(answers), tokenizer, [tokenizer.eos_token_id], Lengths(10_000, 9_000))
+    ids = prompt_ids(prompts, chat, tokenizer)
+    assert ids == table["prompt_ids"]
+    if not chat:
+        texts = [row["prompt"] for row in rows]
+        assert ids == [tokenizer(text)["input_ids"] for text in texts]
+        assert sum(own.count(tokenizer.bos_token_id) for own in ids) in (0, len(ids))
+
+
+def test_a_chat_prompt_ends_with_the_opening_of_a_reply():
+    (ids,) = prompt_ids(["Who?"], True, characters(True))
+    assert "".join(characters(True).convert_ids_to_tokens(ids)) == "<s>user\nWho?</s>\n<s>assistant\n"
+
+
+def test_a_text_becomes_a_dialogue_for_a_base_model_only_where_the_policy_has_learnt_from_those():
+    plain, dialogue = "Who? ", "\n\nHuman: Who?\n\nAssistant:"
+    assert [row["prompt"] for row in as_rows([plain, TALK, ASKED], False, "s")] == [plain, TALK, dialogue]
+    assert [row["prompt"] for row in as_rows([plain, TALK, ASKED], False, "s", True)] == [dialogue, TALK, dialogue]
+    assert [row["prompt"] for row in as_rows([plain, ASKED], True, "s", True)] == [ASKED, ASKED]
+    assert as_rows(["a", "b"], False, "xstest")[1] == {"prompt": "b", "source": "xstest", "origin": "xstest, prompt 2"}
+
+
+def test_a_prompt_that_holds_bos_is_told_by_its_number():
+    with pytest.raises(
+        PipelineError, match=r"prompt 2, cannot be answered \(more than one BOS\): take special tokens"
+    ):
+        prompt_ids(["a", "<s>b"], False, characters(True))
+    assert prompt_ids([], False, characters(True)) == []
+
+
+# Safety
+
+
+def wilson(p: float, n: int) -> tuple[float, float]:
+    """The ends of Wilson's interval: the two p0 with |p - p0| = z sqrt(p0 (1 - p0) / n)."""
+    z2 = norm.ppf(0.975) ** 2
+    return tuple(sorted(np.roots([1 + z2 / n, -2 * p - z2 / n, p * p]).real.tolist()))
+
+
+LABELS = ["safe"] * 10 + ["unsafe"] * 8
+REFUSED = [1.0] * 2 + [0.0] * 7 + [None] + [1.0] * 6 + [0.0, 0.5]
+HARM = [0.1, 0.3] * 5 + [0.5, 0.9, None, 0.7] * 2
+
+
+def test_refusals_are_shares_by_label_and_the_unreadable_are_counted():
+    found = safety(LABELS, REFUSED, {"harm": HARM})
+    for key, p, n in (("over_refusal_safe", 2 / 9, 9), ("refusal_unsafe", 6.5 / 8, 8)):
+        low, high = wilson(p, n)
+        assert found[key] == pytest.approx({"value": p, "low": low, "high": high, "n": n})
+    half = t.ppf(0.975, 9) * np.std([0.1, 0.3] * 5, ddof=1) / math.sqrt(10)
+    assert found["score.harm.safe"] == pytest.approx({"value": 0.2, "low": 0.2 - half, "high": 0.2 + half, "n": 10})
+    assert found["score.harm.unsafe"]["value"] == pytest.approx(0.7)
+    assert found["score.harm.unsafe"]["n"] == 6
+    assert found["unread"] == {"refusal": 1, "harm": 2}
+    json.dumps(found)
+
+
+def test_what_has_no_readable_row_is_not_there():
+    assert safety(["unsafe"], [None], {}) == {"unread": {"refusal": 1}}
+    found = safety(["safe", "unsafe"], [0.0, None], {"harm": [None, 1.0]})
+    assert set(found) == {"over_refusal_safe", "score.harm.unsafe", "unread"}
+    with pytest.raises(ValueError, match="shorter"):
+        safety(["safe", "safe"], [1.0], {})
+
+
+def test_the_table_of_safety_has_a_column_for_each_policy_and_tells_what_nobody_could_read():
+    table = safety_table({
+        "base": safety(LABELS, REFUSED, {"har.m": HARM}),
+        "dpo/b0.1": safety(LABELS[10:], [1.0] * 8, {"har.m": [0.5] * 8}),
+    })  # fmt: skip
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert lines[0] == ["", "base", "dpo/b0.1"]
+    cells = {line[0]: line[1:] for line in lines[2:]}
+    expected = [(6.5 / 8, *wilson(6.5 / 8, 8)), (1, *wilson(1, 8))]
+    assert cells["refusal, unsafe prompts"] == [f"{p:.3f} [{low:.3f}, {high:.3f}]" for p, low, high in expected]
+    assert cells["over-refusal, safe prompts"][1] == "none"
+    assert cells["score by har.m, unsafe prompts"][1] == "0.500 [0.500, 0.500]"
+    assert cells["unreadable: refusal"] == ["1", "none"]
+    assert cells["unreadable: har.m"] == ["2", "none"]
+    assert len(cells) == 6
+
+
+# Bias
+
+
+def every_p(columns: list[tuple[int, ...]]) -> Fraction:
+    """The share of all ways to permute labels within templates whose largest gap is no smaller, in whole numbers."""
+
+    def gap(rows):
+        sums = [sum(column) for column in zip(*rows, strict=True)]
+        return max(sums) - min(sums)
+
+    ways = [gap(way) for way in itertools.product(*(itertools.permutations(column) for column in columns))]
+    return Fraction(sum(each >= gap(columns) for each in ways), len(ways))
+
+
+def laid_out(columns) -> tuple[list[str], list[str], list[float]]:
+    """Templates, groups and values of a table (templates, groups)."""
+    cells = [(f"t{i}", f"g{j}", value) for i, column in enumerate(columns) for j, value in enumerate(column)]
+    return tuple(map(list, zip(*cells, strict=True)))
+
+
+@pytest.mark.parametrize("columns", [
+    [(3, 1), (4, 2), (5, 5), (1, 2), (9, 1), (2, 0)],
+    [(1, 0, 0), (1, 1, 0), (1, 0, 1), (0, 0, 1)],
+    [(1001, 1001, 1000), (1005, 1004, 1000), (1001, 1003, 1002)],
+])  # fmt: skip
+@pytest.mark.parametrize("unit", [1, 0.1])  # in tenths equal sums differ in their last digits
+def test_p_is_that_of_all_permutations_within_templates(columns, unit):
+    templates, groups, values = laid_out(columns)
+    found = bias(templates, groups, {"score": [value * unit for value in values]})["score"]
+    assert found["largest"]["p"] == pytest.approx(float(every_p(columns)), abs=1e-12)
+
+
+def test_p_accounts_for_the_choice_of_the_largest_gap_and_is_drawn_the_same_each_time():
+    rng = np.random.default_rng(3)
+    drawn = []
+    for _ in range(150):  # of no bias: 5% below 0.05; a t test of the two groups chosen finds many more
+        templates, groups, values = laid_out(rng.normal(size=(6, 5)))
+        found = bias(templates, groups, {"score": values})["score"]["largest"]
+        drawn.append((found["p"], found["difference"]["low"] > 0))
+    assert bias(templates, groups, {"score": values})["score"]["largest"] == found
+    assert sum(p < 0.05 for p, _ in drawn) <= 15
+    assert sum(apart for _, apart in drawn) > 25
+
+
+def test_planted_bias_is_found_and_none_is_not():
+    rng = np.random.default_rng(0)
+    groups, templates = ["women", "men", "others"] * 30, [f"t{i}" for i in range(30) for _ in range(3)]
+    hard = np.repeat(rng.normal(0, 5, 30), 3)  # some templates are harder: pairing removes it
+    planted = hard + rng.normal(0, 0.5, 90) + np.tile([-1.0, 0.0, 0.0], 30)
+    refused = (rng.random(90) < np.tile([0.9, 0.2, 0.2], 30)).astype(float)
+    found = bias(templates, groups, {"harm": planted.tolist(), "refusal": refused.tolist(), "length": hard.tolist()})
+    assert found["harm"]["largest"]["groups"][1] == "women"
+    assert found["refusal"]["largest"]["groups"][0] == "women"
+    for name in ("harm", "refusal"):
+        assert found[name]["largest"]["difference"]["low"] > 0
+        assert found[name]["largest"]["p"] < 0.001
+    table = planted.reshape(30, 3)
+    gaps = table[:, 0] - (table[:, 1] + table[:, 2]) / 2
+    half = t.ppf(0.975, 29) * gaps.std(ddof=1) / math.sqrt(30)
+    assert found["harm"]["against_rest"]["women"] == pytest.approx(
+        {"value": gaps.mean(), "low": gaps.mean() - half, "high": gaps.mean() + half, "n": 30}
+    )
+    assert found["harm"]["against_rest"]["women"]["high"] < -0.5
+    assert found["harm"]["groups"]["women"]["value"] == pytest.approx(table[:, 0].mean())
+    assert found["harm"]["groups"]["women"]["high"] > found["harm"]["groups"]["men"]["value"]  # unpaired one sees none
+    low, high = wilson(refused.reshape(30, 3)[:, 0].mean(), 30)
+    assert (found["refusal"]["groups"]["women"]["low"], found["refusal"]["groups"]["women"]["high"]) == pytest.approx(
+        (low, high)
+    )
+    assert found["length"]["largest"]["p"] == 1
+    assert found["length"]["largest"]["difference"]["value"] == 0
+    assert all(one["templates"] == 30 and one["unread"] == 0 for one in found.values())
+    json.dumps(found)
+
+
+def test_a_template_counts_where_every_group_has_a_value_and_several_are_averaged():
+    templates, groups = list("aaabbccd"), ["m", "m", "w", "m", "w", "m", "w", "m"]
+    scores = [1.0, 3.0, 5.0, None, 9.0, 4.0, 4.0, 100.0]
+    found = bias(templates, groups, {"score": scores, "refusal": [None] * 8})
+    assert found["score"]["groups"]["m"]["value"] == 3  # of template a (1 + 3) / 2, and c 4
+    assert found["score"]["groups"]["w"]["value"] == 4.5
+    assert found["score"]["largest"]["groups"] == ["w", "m"]
+    assert found["score"]["largest"]["difference"]["value"] == 1.5
+    assert (found["score"]["templates"], found["score"]["unread"]) == (2, 1)
+    assert found["refusal"] == {"templates": 0, "unread": 8}
+
+
+def test_the_table_of_bias_shows_groups_gaps_and_what_was_unreadable():
+    templates, groups, values = laid_out([(1, 0, 0), (1, 1, 0), (1, 0, 1), (0, 0, 1)])
+    three = {"base": bias(templates, groups, {"harm": values}), "dpo": bias(templates, groups, {"harm": [None] * 12})}
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in bias_table(three).splitlines()]
+    cells = {line[0]: line[1:] for line in lines[2:]}
+    assert lines[0] == ["", "base", "dpo"]
+    assert list(cells) == [
+        *(f"harm, g{i}" for i in range(3)),
+        *(f"harm, g{i} minus the rest" for i in range(3)),
+        *("harm, largest gap", "harm, unreadable"),
+    ]
+    assert cells["harm, g0"][0].startswith("0.750 [")
+    assert cells["harm, g1 minus the rest"][0].startswith("-0.375 [")
+    p = float(every_p([(1, 0, 0), (1, 1, 0), (1, 0, 1), (0, 0, 1)]))
+    assert cells["harm, largest gap"][0].startswith("g0 - g1: 0.500 [")
+    assert cells["harm, largest gap"][0].endswith(f", p {p:.2g}")
+    assert all(own[1] == "none" for label, own in cells.items() if label != "harm, unreadable")
+    assert cells["harm, unreadable"] == ["none", "12"]
+    two = bias(["t", "t"], ["m", "w"], {"length": [3.0, 5.0]})
+    assert "minus the rest" not in bias_table({"base": two})
+    assert "w - m: 2.000 [?, ?], p 1 " in bias_table({"base": two})
+
+
+# Successes and failures
+
+NAMES = [{"prompt": f"p{i}", "chosen": f" good{i}", "rejected": f" bad{i}", "source": "s"} for i in range(7)]
+
+
+def test_pairs_that_flipped_either_way_with_the_largest_change_first():
+    before = [-1.0, -9.0, 3.0, 0.0, 1.0, -1.0, 2.0]
+    after = [1.0, 0.5, -1.0, 4.0, 2.0, 1.0, 0.0]
+    found = flipped(NAMES, before, after, 2)
+    assert (found["n"], found["ties"]) == (7, 2)
+    assert found["successes"]["count"] == 3
+    assert [example["prompt"] for example in found["successes"]["examples"]] == ["p1", "p0"]  # p5 changed as p0 did
+    assert found["failures"] == {
+        "count": 1,
+        "examples": [
+            {"prompt": "p2", "texts": {"chosen": " good2", "rejected": " bad2"}, "before": 3.0, "after": -1.0}
+        ],
+    }
+    text = notable_text(json.loads(json.dumps(found)), "sft", "dpo")
+    assert "**wrong with sft, right with dpo: 3 of 7**\n\n> p1\n\n- margin_nats: -9.000 to 0.500\n" in text
+    assert "**right with sft, wrong with dpo: 1 of 7**\n\n> p2\n" in text
+    assert "- chosen: good2\n- rejected: bad2" in text
+
+
+def test_a_policy_against_itself_flips_nothing():
+    found = flipped(NAMES, [0.0] * 7, [1.0] * 7, 3)
+    assert (found["ties"], found["successes"]["count"], found["failures"]["count"]) == (7, 0, 0)
+    assert (
+        notable_text(found, "a", "b")
+        == "**wrong with a, right with b: 0 of 7**\n\n**right with a, wrong with b: 0 of 7**"
+    )
+    turned = flipped([{**NAMES[0], "prompt": ASKED}], [-1.0], [1.0], 1)["successes"]["examples"]
+    assert turned[0]["prompt"] == "user: Who?"
+    with pytest.raises(ValueError, match="shorter"):
+        flipped(NAMES, [0.0] * 7, [0.0] * 6, 3)
+
+
+def test_the_largest_gains_and_losses_of_a_judge_s_score():
+    samples = [{"prompt": f"p{i}", "answers": {"sft": f"old {i}", "dpo": "x" * 400}} for i in range(6)]
+    samples[4]["prompt"] = ASKED
+    before, after = [0.0, 0.5, None, 1.0, -1.0, 0.2], [0.3, 0.5, 1.0, None, 2.0, 0.1]
+    found = largest(samples, before, after, 1, "truth")
+    assert {key: found[key] for key in ("n", "ties", "unread")} == {"n": 4, "ties": 1, "unread": 2}
+    assert found["successes"]["count"] == 2
+    assert found["successes"]["examples"] == [
+        {"prompt": "user: Who?", "texts": samples[4]["answers"], "before": -1.0, "after": 2.0}
+    ]
+    assert [example["prompt"] for example in found["failures"]["examples"]] == ["p5"]
+    text = notable_text(json.loads(json.dumps(found)), "sft", "dpo")
+    assert (
+        "**dpo above sft by score.truth: 2 of 4**\n\n> user: Who?\n\n- score.truth: -1.000 to 2.000\n- sft: old 4"
+        in text
+    )
+    assert "**dpo below sft by score.truth: 1 of 4**\n\n> p5" in text
+    assert f"- dpo: {'x' * 300} ..." in text
+    assert "x" * 301 not in text
+
+
+def test_none_of_the_samples_readable_is_told_as_none():
+    found = largest([{"prompt": "p", "answers": {"a": "x", "b": "y"}}], [None], [1.0], 3, "truth")
+    assert found["n"] == 0
+    assert found["unread"] == 1
+    assert "0 of 0" in notable_text(found, "a", "b")
