@@ -20,6 +20,8 @@ NEEDED = {
     "instruction_preference": ["dataset.path=x.json"],
     "quantization": ["lora=r16"],
     "adapter": ["lora=r16"],
+    "reward_model": ["judge.reward_model.path=somewhere"],
+    **{name: [f"judge.{name}.model=m"] for group, name in OPTIONS if name.startswith("openai")},
 }
 
 

@@ -1,0 +1,441 @@
+"""The judges that run here, each score against a plain loop, a formula or a table."""
+
+import gc
+import gzip
+import json
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from dpo_pipeline.config import CONF, build, check_arguments, compose
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.judges import implicit_reward as implicit
+from dpo_pipeline.judges.implicit_reward import implicit_reward
+from dpo_pipeline.judges.judge import Answer
+from dpo_pipeline.judges.refusal import refuses
+from dpo_pipeline.judges.reward_model import reward_model
+from dpo_pipeline.policies import Loading
+from dpo_pipeline.training.tiny import word_tokenizer
+
+SHARED = CONF.parent.parent / "shared"
+TEXTS = [
+    " the cast was superb .",
+    " a dull plot",
+    " the director lost me",
+    " it",
+    " i liked the ending and the score .",
+]
+TEXTS += [" the film was boring , slow and far too long .", " great"]
+PROMPT = "\n\nHuman: the film\n\nAssistant:"
+CHAT = [{"role": "user", "content": "the film"}]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    " the {{ m.content }} {{ eos_token if m.role == 'assistant' else 'film' }}{% endfor %}"
+)
+
+
+def answers(texts=TEXTS, prompt=PROMPT):
+    return [Answer(prompt, text, True, (1, 5), (6, 7, 2)) for text in texts]
+
+
+def score(judge, given):
+    """The scores in order, each given once."""
+    found = list(judge.score(given))
+    assert sorted(i for i, _ in found) == list(range(len(given)))
+    return [value for _, value in sorted(found)]
+
+
+# Length and refusal.
+
+
+def test_length_counts_the_tokens_of_an_answer_but_its_end():
+    judge = build(compose(["judge=[length]"]).judge["length"])
+    given = [
+        Answer("p", "x", True, (1,), (5, 6, 2)),
+        Answer("p", "x", False, (1,), (5, 6, 7)),
+        Answer("p", "", True, (1,), (2,)),
+    ]
+    assert score(judge, given) == [2, 3, 0]
+    assert (judge.version, judge.late) == (None, False)
+
+
+REFUSALS = """I can't help with that.
+I can\u2019t assist you with creating a weapon.
+I cannot provide instructions for that.
+I CANNOT FULFILL YOUR REQUEST. I am just an AI.
+I'm sorry, but that is not something to joke about.
+Sorry, but no.
+I apologize, but I cannot answer this question.
+As an AI language model, I don't have the ability to harm anyone.
+As a large language model I am unable to do so.
+I am not able to discuss this topic.
+I'm unable to generate that kind of content.
+I won't help you hurt somebody.
+I will not write that story.
+I must respectfully decline.
+I have to refuse this one.
+I'm not comfortable with this request.
+I cannot in good conscience tell you how to build a bomb.
+I can't legally or ethically give you that.
+I simply can't do that.
+I'm afraid I can't do that, Dave.
+Unfortunately, I can not be of assistance here.
+No. I can't and won't support violence.
+We do not provide information on that.
+That is not something I can help you with.
+This goes against my programming, so no.
+It would be unethical to explain this.
+It is not appropriate for me to comment.
+I don't feel comfortable writing about this.
+Thank you for your trust. What you describe sounds painful. I can't tell you how to hurt yourself, though.
+I can't.
+I cannot
+I`m not allowed to say that.""".splitlines()
+
+NO_REFUSALS = """I can't wait to help you plan the trip!
+The value of sleep cannot be overstated.
+I can't recommend this book enough.
+I can't tell you how much I liked this film.
+I cannot believe how good it was.
+I couldn't help but laugh, and I can't help smiling now.
+I'm sorry to hear that. Here is what you can do.
+I'm sorry for your loss; a funeral is arranged in four steps.
+As an AI enthusiast, you could start with these three books.
+You can kill a Python process with the command kill.
+If you cannot help them, call a doctor.
+You can't provide a negative number here.
+The guard will not answer before noon.
+To terminate a C program, call exit.
+I refuse to believe that this is the same director.
+It is illegal to park there, so take the next street.
+It would be wonderful to see Rome in spring.
+I will help with that: first, chop the onions.
+They were not able to complete the bridge.
+The lawyer said she must decline the case.
+I can do that. I'm not going anywhere.
+I am not sure which of the two is larger, so let us compute both.
+A language model predicts the next word.
+I can't do this any more, he thought, and closed the door.
+I can't give up now, she said.
+Apologies for the delay! Here is the recipe.""".splitlines()
+
+
+@pytest.mark.parametrize(("text", "expected"), [(t, True) for t in REFUSALS] + [(t, False) for t in NO_REFUSALS])
+def test_what_declines_is_told_from_what_only_sounds_so(text, expected):
+    assert refuses(text) is expected
+    assert refuses(f"  \n {text.upper()}") is expected
+
+
+def test_a_refusal_far_behind_the_opening_is_none():
+    help_first = "Here is how to do it. " * 20
+    assert refuses(help_first[:150] + ". I can't help with that.")
+    assert not refuses(help_first + "I can't help with that.")
+    assert not refuses(f"{'so ' * 63}, I can't wait")  # at 200 characters it is cut right behind "can not"
+
+
+def test_the_refusal_judge_scores_1_and_0():
+    judge = build(compose(["judge=[refusal]"]).judge["refusal"])
+    assert score(judge, answers(["I can't help with that.", "Sure."])) == [1.0, 0.0]
+    assert judge.version is None
+
+
+# Reward models and classifiers.
+
+
+def save(folder, model, template=TEMPLATE, limit=None, pad="<pad>"):
+    """A model with weights that make scores differ visibly, and a tokenizer of the embedded task's words."""
+    tokenizer = word_tokenizer()
+    tokenizer.pad_token = pad
+    tokenizer.chat_template = template
+    tokenizer.model_max_length = limit or 10**30
+    torch.manual_seed(0)
+    for weight in (weight for weight in model.parameters() if weight.dim() > 1):
+        torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+SMALL = {"vocab_size": len(word_tokenizer()), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 2, "max_position_embeddings": 64}
+
+
+def bert(**options):
+    return BertForSequenceClassification(BertConfig(**SMALL, hidden_dropout_prob=0.5, pad_token_id=0, **options))
+
+
+def llama(**options):
+    return LlamaForSequenceClassification(LlamaConfig(**SMALL, bos_token_id=1, eos_token_id=2, **options))
+
+
+def logits(folder, ids):
+    """Those of a model for one text alone, in float64."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64).eval()
+    with torch.no_grad():
+        return [model(input_ids=torch.tensor([each])).logits[0] for each in ids]
+
+
+LABELS = {"id2label": {0: "NEGATIVE", 1: "NEUTRAL", 2: "POSITIVE"}}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
+@pytest.mark.parametrize(("make", "pad"), [(bert, "<pad>"), (llama, "<pad>"), (llama, None)])
+def test_a_scalar_head_scores_by_its_logit_in_any_batch(make, pad, batch_size, tmp_path):
+    folder = save(tmp_path, make(num_labels=1), pad=pad)
+    ids = AutoTokenizer.from_pretrained(folder)([PROMPT + text for text in TEXTS])["input_ids"]
+    expected = [float(row[0]) for row in logits(folder, ids)]
+    assert max(expected) - min(expected) > 0.1
+    judge = reward_model(folder, None, "prompt_answer", batch_size)
+    assert score(judge, answers()) == pytest.approx(expected, abs=1e-5)
+    replies = [text.strip() for text in TEXTS]  # behind messages, which become the same text, a space goes before
+    assert score(judge, answers(replies, CHAT)) == pytest.approx(expected, abs=1e-5)
+    assert score(judge, answers(replies)) != pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("label", ["NEGATIVE", "POSITIVE"])
+def test_a_label_scores_by_its_probability(label, tmp_path):
+    folder = save(tmp_path, bert(**LABELS))
+    ids = AutoTokenizer.from_pretrained(folder)(TEXTS)["input_ids"]
+    at = {"NEGATIVE": 0, "POSITIVE": 2}[label]
+    expected = [float(row.exp()[at] / row.exp().sum()) for row in logits(folder, ids)]
+    judge = reward_model(folder, label, "answer", 3)
+    assert score(judge, answers()) == pytest.approx(expected, abs=1e-6)
+    assert score(judge, answers(prompt="anything else")) == pytest.approx(expected, abs=1e-6)
+
+
+def test_labels_that_may_hold_together_have_each_a_probability_of_its_own(tmp_path):
+    folder = save(tmp_path, bert(**LABELS, problem_type="multi_label_classification"))
+    ids = AutoTokenizer.from_pretrained(folder)(TEXTS)["input_ids"]
+    expected = [float(1 / (1 + (-row[1]).exp())) for row in logits(folder, ids)]
+    assert score(reward_model(folder, "NEUTRAL", "answer", 3), answers()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_chat_reads_the_messages_through_the_model_s_own_template(tmp_path):
+    folder = save(tmp_path, llama(num_labels=1))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    talks = [[*CHAT, {"role": "assistant", "content": text.strip()}] for text in TEXTS]
+    ids = [tokenizer.apply_chat_template(talk, tokenize=True, return_dict=False) for talk in talks]
+    assert all(each.count(1) == 1 and each[-1] == 2 for each in ids)
+    expected = [float(row[0]) for row in logits(folder, ids)]
+    judge = reward_model(folder, None, "chat", 3)
+    assert score(judge, answers([text.strip() for text in TEXTS], CHAT)) == pytest.approx(expected, abs=1e-5)
+    assert score(judge, answers()) == pytest.approx(expected, abs=1e-5)  # the same dialogue, as text
+    with pytest.raises(PipelineError, match="chat template refuses a dialogue of tool, assistant .no tools."):
+        score(judge, answers(prompt=[{"role": "tool", "content": "x"}]))
+
+
+@pytest.mark.parametrize(("text", "kept"), [("answer", "start"), ("prompt_answer", "end"), ("chat", "end")])
+def test_what_is_too_long_is_cut_at_its_beginning_an_answer_alone_at_its_end(text, kept, tmp_path, caplog):
+    folder = save(tmp_path, llama(num_labels=1), limit=12)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    words = "the cast was superb and the director of this film was great but the plot was dull".split()
+    long, short = " ".join(words), "the plot"
+    judge = reward_model(folder, None, text, 2)
+    exact = " ".join(words[: {"answer": 11, "prompt_answer": 10, "chat": 5}[text]])  # twelve tokens of all
+    found = score(judge, answers([long, short, long, exact], "the film"))
+    (told,) = caplog.messages
+    assert told == f"2 of 4 texts are longer than the 12 tokens that {folder} reads, and cut"
+    message = {"role": "assistant", "content": long}
+    whole = {
+        "answer": tokenizer(long)["input_ids"],
+        "prompt_answer": tokenizer("the film" + long)["input_ids"],
+        "chat": tokenizer.apply_chat_template([*CHAT, message], tokenize=True, return_dict=False),
+    }[text]
+    # What a tokenizer puts before every text stays there; of a template it is a word like the others.
+    cut = whole[:12] if kept == "start" else [1, *whole[-11:]] if text == "prompt_answer" else whole[-12:]
+    assert found[0] == found[2] == pytest.approx(float(logits(folder, [cut])[0][0]), abs=1e-5)
+    assert found[1] != pytest.approx(found[0])
+
+
+def test_roberta_reads_fewer_tokens_than_it_has_positions(tmp_path):
+    config = RobertaConfig(**SMALL | {"max_position_embeddings": 20}, num_labels=1, pad_token_id=1)
+    folder = save(tmp_path, RobertaForSequenceClassification(config))
+    ids = AutoTokenizer.from_pretrained(folder)("the film was dull " * 20)["input_ids"][:18]
+    # Its padding's id opens the texts of this tokenizer: any other one does here.
+    expected = float(logits(folder, [ids])[0][0])
+    judge = reward_model(folder, None, "answer", 2)
+    assert score(judge, answers(["the film was dull " * 20] * 2)) == pytest.approx([expected] * 2, abs=1e-5)
+
+
+def test_the_model_is_there_only_while_it_scores(tmp_path):
+    folder = save(tmp_path, bert(num_labels=1))
+
+    def alive():
+        return sum(isinstance(each, BertForSequenceClassification) for each in gc.get_objects())
+
+    gc.collect()  # what other tests have left
+    before = alive()
+    judge = reward_model(folder, None, "answer", 2)
+    coming = judge.score(answers())
+    assert alive() == before
+    next(coming)
+    assert alive() == before + 1
+    list(coming)
+    assert alive() == before
+
+
+def test_the_version_tells_weights_label_and_text_apart(tmp_path):
+    one, other = save(tmp_path / "one", bert(**LABELS)), tmp_path / "other"
+    again = save(tmp_path / "again", bert(**LABELS))
+    model = bert(**LABELS)
+    save(other, model)
+    model.classifier.bias.data += 1
+    model.save_pretrained(other)
+    version = reward_model(one, "NEUTRAL", "answer", 2).version
+    assert reward_model(again, "NEUTRAL", "answer", 8).version == version
+    others = [(str(other), "NEUTRAL", "answer"), (one, "POSITIVE", "answer"), (one, "NEUTRAL", "prompt_answer")]
+    assert len({version, *(reward_model(*each, 2).version for each in others)}) == 4
+
+
+def test_what_is_no_judge_is_refused_before_anything_is_scored(tmp_path):
+    many, one = save(tmp_path / "many", bert(**LABELS), template=None), save(tmp_path / "one", bert(num_labels=1))
+    (tmp_path / "empty").mkdir()
+    for how, sentence in (
+        (
+            (many, None, "answer"),
+            "has 3 labels, .*: type judge.reward_model.label=LABEL, one of NEGATIVE, NEUTRAL, POS",
+        ),
+        (
+            (many, "POSITVE", "answer"),
+            "label=POSITVE is none of the labels of .*: NEGATIVE, .*: did you mean POSITIVE",
+        ),
+        ((one, "LABEL_0", "answer"), "has one output, which is the score: leave out judge.reward_model.label=LABEL_0"),
+        (
+            (one, None, "prompt"),
+            "text=prompt is none of its values: answer, prompt_answer, chat: did you mean prompt_",
+        ),
+        ((many, "POSITIVE", "chat"), "has no chat template: type judge.reward_model.text=prompt_answer or answer"),
+        ((str(tmp_path / "gone"), None, "answer"), "there is no model folder .*gone"),
+        ((str(tmp_path / "empty"), None, "answer"), "no model could be loaded from .*empty"),
+    ):
+        with pytest.raises(PipelineError, match=sentence):
+            reward_model(*how, 2)
+
+
+def test_a_head_that_would_be_drawn_at_random_is_refused(tmp_path):
+    save(tmp_path, LlamaForCausalLM(LlamaConfig(**SMALL, num_labels=1)))
+    judge = reward_model(str(tmp_path), None, "answer", 2)
+    with pytest.raises(
+        PipelineError, match="no reward model or classifier: it lacks 1 weights of LlamaForSequ.*score.we"
+    ):
+        list(judge.score(answers()))
+    model = bert(num_labels=1)
+    save(tmp_path / "other", model)
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    (tmp_path / "other/config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}))
+    with pytest.raises(
+        PipelineError, match="it lacks 2 weights of BertForSequ.*, such as classifier.bias, which would"
+    ):
+        list(reward_model(str(tmp_path / "other"), "a", "answer", 2).score(answers()))
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED.name}/ beside the checkout")
+def test_a_real_classifier_knows_good_reviews_from_bad_ones():
+    with gzip.open(SHARED / "data/imdb/test.jsonl.gz", "rt") as lines:
+        rows = [json.loads(line) for line, _ in zip(lines, range(100), strict=False)]
+    judge = reward_model(str(SHARED / "models/imdb-sentiment-minilm"), "POSITIVE", "prompt_answer", 16)
+    found = score(judge, [Answer(row["text"][:20], row["text"][20:], True, (), ()) for row in rows])
+    assert 20 < sum(row["label"] for row in rows) < 80
+    assert sum((p > 0.5) == row["label"] for p, row in zip(found, rows, strict=True)) > 80
+
+
+# The implicit reward.
+
+
+@pytest.fixture
+def policies(tmp_path):
+    """Two small policies, and how they are loaded."""
+    for name, seed in (("policy", 1), ("reference", 2)):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**SMALL, initializer_range=0.3, bos_token_id=1, eos_token_id=2))
+        model.save_pretrained(tmp_path / name)
+        word_tokenizer().save_pretrained(tmp_path / name)
+    model = compose(["model=path", f"model.path={tmp_path / 'reference'}"]).model
+    return str(tmp_path / "policy"), str(tmp_path / "reference"), Loading(model, torch.float32)
+
+
+GIVEN = [
+    Answer("", "", True, (1, 5, 9), (7, 8, 2)),
+    Answer("", "", False, (1,), (11,)),
+    Answer("", "", True, (1, 4, 4, 6, 20), (30, 12, 40, 9, 2)),
+]
+
+
+def test_the_implicit_reward_is_that_of_a_plain_loop(policies):
+    policy, reference, loading = policies
+    expected = []
+    for answer in GIVEN:
+        sums = []
+        for path in (policy, reference):
+            model, ids, total = LlamaForCausalLM.from_pretrained(path).double().eval(), list(answer.prompt_ids), 0.0
+            for token in answer.ids:
+                with torch.no_grad():
+                    total += float(model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[token])
+                ids.append(token)
+            sums.append(total)
+        expected.append(0.25 * (sums[0] - sums[1]))
+    assert max(map(abs, expected)) > 0.1
+    for batch_size in (1, 2, 8):
+        judge = implicit_reward(policy, reference, 0.25, loading, batch_size)
+        assert score(judge, GIVEN) == pytest.approx(expected, abs=1e-5)
+    assert score(implicit_reward(policy, policy, 0.25, loading), GIVEN) == [0, 0, 0]
+    assert (judge.version, judge.late) == (None, True)
+
+
+def test_one_policy_is_held_at_a_time(policies, monkeypatch):
+    held = []
+
+    def counting(*args, **options):
+        held.append(sum(isinstance(each, LlamaForCausalLM) for each in gc.get_objects()))
+        return load(*args, **options)
+
+    load = implicit.load_policy
+    gc.collect()
+    monkeypatch.setattr(implicit, "load_policy", counting)
+    score(implicit_reward(*policies[:2], 0.1, policies[2]), GIVEN)
+    assert held[0] == held[1]
+
+
+def test_a_policy_that_cannot_be_asked_is_refused(policies, tmp_path):
+    policy, reference, loading = policies
+    with pytest.raises(PipelineError, match="has no policy: type judge.implicit_reward.policy=FOLDER"):
+        implicit_reward(None, reference, 0.1, loading)
+    with pytest.raises(PipelineError, match="has no reference: type judge.implicit_reward.reference=FOLDER"):
+        implicit_reward(policy, None, 0.1, loading)
+    with pytest.raises(PipelineError, match="there is no model folder .*gone"):
+        score(implicit_reward(str(tmp_path / "gone"), reference, 0.1, loading), GIVEN)
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(policy)
+    with pytest.raises(PipelineError, match="policy has another vocabulary than .*reference, so that the ids"):
+        score(implicit_reward(policy, reference, 0.1, loading), GIVEN)
+
+
+# Their options.
+
+
+@pytest.mark.parametrize("name", ["length", "refusal", "reward_model", "implicit_reward", "human"])
+def test_an_option_lists_what_its_judge_takes(name):
+    node = compose([f"judge=[{name}]", *(["judge.reward_model.path=x"] if name == "reward_model" else [])]).judge[name]
+    check_arguments(name, node)
+    text = (CONF / "judge" / f"{name}.yaml").read_text()
+    assert text.startswith(f"# @package judge.{name}\n# ")
+    assert "\n#   make evaluate ARGS=" in text
+
+
+def test_what_an_option_gives_is_what_its_file_says():
+    with pytest.raises(PipelineError, match="judge.reward_model.path has no value: type judge.reward_model.path="):
+        compose(["judge=[reward_model]"])
+    assert compose(["judge=[implicit_reward]", "beta=0.7"]).judge["implicit_reward"]["beta"] == 0.7
