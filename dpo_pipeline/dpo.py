@@ -1,5 +1,6 @@
 """Align a policy with preference pairs and show what changed: `python -m dpo_pipeline.dpo key=value ...`."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,13 @@ def train_and_compare(run: Run, folder: Path) -> dict[str, Any]:
             tokenizer = load_tokenizer(run.model)
             return compare_policies(run, together(lambda: prepared(run, tokenizer)[1][1]))
     with runs.recording(run, "dpo", folder, mine) as record:
-        from dpo_pipeline.training import callbacks, guards, handoff, preflight, reference, room, start, trainer
+        from dpo_pipeline.judges.built import built
+        from dpo_pipeline.training import handoff, preflight, reference, room, start, trainer
         from dpo_pipeline.training.arguments import training_arguments
 
         check_device("dpo_pipeline.dpo")
         args, loading = training_arguments(run, "dpo", folder), handoff.loading(run)
+        judges = built(run, loading)
         preflight.check_rate(run, "dpo")
         start.prepare_base(run)
         begin = handoff.dpo_start(run)
@@ -51,6 +54,7 @@ def train_and_compare(run: Run, folder: Path) -> dict[str, Any]:
             log.info("DPO of %s on %d pairs, beta %g -> %s", begin, len(rows["train"]), run.beta, folder)
             dpo = trainer.build_dpo(policy, second, begin.lora, tokenizer, args, rows)
             told = f"{run.reference.path or begin.source} ({run.reference.mode})"
+            weights = run.reference.path or begin.weights
             record.save_manifest(
                 **start.facts(dpo, rows, account, begin.source, loading), handoff=str(begin), reference=told
             )
@@ -69,14 +73,13 @@ def train_and_compare(run: Run, folder: Path) -> dict[str, Any]:
             preflight.rehearse(dpo, run, "dpo")
             if args.precompute_ref_log_probs:
                 prints = record.manifest["data_fingerprint"]
-                weights = run.reference.path or begin.weights
                 place = together(lambda: reference.place_of(run, weights, loading, prints, args))
                 reference.cache(dpo, place, preflight.padded)
                 if run.reference.path is None:
                     preflight.check_cache(dpo, begin.source)
             del policy, second
             with tracked(run, folder):
-                trainer.train(dpo, folder, [callbacks.Metrics(record, run.beta), guards.Guards(dpo)])
+                trainer.train(dpo, folder, watchers(run, record, dpo, on["validation.json"], weights, judges))
             record.save_manifest(peak_memory_bytes=peak_memory())
             record.save_manifest(final=trainer.save_final(dpo, tokenizer, folder, loading, probe))
         del dpo
@@ -109,11 +112,26 @@ def prepared(run: Run, tokenizer: Any) -> tuple[dict[str, Any], Any]:
     return tables, (account, on)
 
 
+def watchers(run: Run, record: Any, dpo: Any, on: Any, weights: str | Path, judges: dict[str, Any]) -> list[Any]:
+    """What looks on while DPO trains: the log, the reward-KL tracker with its guard, and what must hold at any time.
+
+    `on` are the validation prompts to answer, `weights` those of the reference.
+    """
+    from dpo_pipeline.training import callbacks, guards, tracker, watch
+
+    on = dataclasses.replace(on, questions=on.questions.first(run.evaluation.tracker_prompts))
+    kl = tracker.Tracker(dpo, run, record.folder, on, judges, weights)
+    return [
+        callbacks.Metrics(record, run.beta), kl, watch.Watch(run, record, kl.points), guards.Guards(dpo)
+    ]  # fmt: skip
+
+
 def check_run(run: Run, folder: Path) -> None:
     """Raise PipelineError for whatever would keep this DPO from training; loads no weights and leaves nothing.
 
     Where its SFT is still to come, what the same config would make stands for it.
     """
+    from dpo_pipeline.judges.built import built
     from dpo_pipeline.policies import load_tokenizer
     from dpo_pipeline.training import fetch, handoff, preflight, room, start
     from dpo_pipeline.training.arguments import training_arguments
@@ -131,6 +149,7 @@ def check_run(run: Run, folder: Path) -> None:
         rows, _ = prepared(run, tokenizer)
         ends, lengths = start.ends_and_lengths(run, tokenizer)
         preflight.check_rows(rows["train"], ends, tokenizer.bos_token_id, lengths.answer == "cut")
+        built(run, handoff.loading(run))
         needed, free = room.check_room(run, "dpo", folder, begin)
         log.info(
             "check: DPO of %s on %d pairs -> %s (%s); writes up to %s of %s free",

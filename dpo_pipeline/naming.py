@@ -16,6 +16,8 @@ NOT_IDENTITY = frozenset(
     "save_strategy save_total_limit on_bad_row activation_checkpointing dataloader_num_workers run_name".split()
 )
 
+TRACKED = ("reward", "kl", "stop_rate")  # what `dpo_best` may name that the tracker alone measures
+
 
 def name_folders(run: "Run", typed: list[str], choices: dict[str, str]) -> None:
     """Fill in `name`, `sft_variant` and `variant` where they are null, from the options chosen and what was typed."""
@@ -56,9 +58,9 @@ def typed_differences(typed: list[str]) -> list[str]:
     """`key_value` for each typed key that is of DPO's identity and that no other part of the name tells."""
     told = r"(model|dataset|experiment|lora|quantization|loss|beta|seed|policy|dpo\.loss_type|.*path)$"
     ours = r"(model\.|dataset\.|dataset@dataset\.sets|lora\.|quantization\.|precision|reference|batch\.global_size|"
-    ours += r"length\.|sft_variant|dpo\.)"
+    ours += r"length\.|sft_variant|dpo\.|dpo_best|guard\.action=stop)"
     pairs = sorted(item.lstrip("+~").partition("=")[::2] for item in typed)
-    parts = [(key, value) for key, value in pairs if re.match(ours, key) and not re.match(told, key)]
+    parts = [(key, value) for key, value in pairs if re.match(ours, f"{key}={value}") and not re.match(told, key)]
     return [f"{key}_{plain(value)}" for key, value in parts if key.split(".")[-1] not in NOT_IDENTITY]
 
 

@@ -24,20 +24,21 @@ from dpo_pipeline.config import CONF, Run
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.locks import in_use, this_process
 from dpo_pipeline.machine import git_state, is_main_process, processes, versions
-from dpo_pipeline.naming import NOT_IDENTITY, loss_names
+from dpo_pipeline.naming import NOT_IDENTITY, TRACKED, loss_names
 from dpo_pipeline.policies import base_of, is_adapter
 
 log = logging.getLogger(__name__)
 
 WEIGHTS = (".safetensors", ".bin")
+POINTS = "reward_kl_tracker.json"
 NOT_OF_ROWS = r"(dataset|pairs)\.(.*\.)?(on_bad_row|sft_target)$"  # keys of a data set that decide no row of a stage
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     """Write a JSON file so that a reader sees the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -72,8 +73,9 @@ def identity(run: Run, stage: str) -> dict[str, Any]:
     For `dpo` that includes the hash of the weights it starts from, where they are there yet.
     """
     fields = dict(getattr(run, stage))
-    chosen_by_evaluation = stage == "sft" and run.sft_best == "perplexity"
-    choosing = {"eval_steps", "save_steps"} if chosen_by_evaluation else set()
+    chosen = run.sft_best if stage == "sft" else run.dpo_best
+    stops = stage == "dpo" and run.guard.action == "stop"
+    choosing = {"eval_steps", "save_steps"} if chosen != "last" else {"eval_steps"} if stops else set()
     kept = {key: value for key, value in fields.items() if key not in NOT_IDENTITY - choosing}
     model = {key: getattr(run.model, key) for key in ("builder", "revision", "dtype", "attn_implementation")}
     parts: dict[str, Any] = {
@@ -101,6 +103,14 @@ def identity(run: Run, stage: str) -> dict[str, Any]:
             parts |= {"policy": "folder", "starting_policy": policy, "starting_base": base}
         if "sft" in loss_names(run):
             parts["micro_size"] = run.batch.micro_size  # TRL takes that term per token of each micro batch
+        if chosen != "last":
+            parts["dpo_best"] = chosen
+        if stops:
+            parts["guard"] = dataclasses.asdict(run.guard)
+        if stops or chosen in TRACKED:
+            parts["tracker"] = [run.evaluation.tracker_prompts, run.evaluation.max_new_tokens]
+        if chosen == "reward":
+            parts |= {"kl_budget": run.evaluation.kl_budget, "judge": [list(each) for each in run.judge.items()]}
     return {key: value for key, value in sorted(flat(parts).items()) if not re.match(NOT_OF_ROWS, key)} | {
         key: by_content(value)  # of a mixture each set has a path of its own
         for key, value in flat(parts).items()
@@ -232,6 +242,8 @@ def cut_back(folder: Path) -> None:
     partial = folder / "metrics.jsonl.partial"
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     partial.replace(folder / "metrics.jsonl")
+    if (points := read_json(folder / POINTS)) is not None:
+        write_json(folder / POINTS, [point for point in points if point["step"] <= step])
 
 
 def aside(folder: Path) -> Path:

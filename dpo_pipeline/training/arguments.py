@@ -10,7 +10,7 @@ from typing import Any
 from dpo_pipeline.config import Run
 from dpo_pipeline.errors import PipelineError, nearest
 from dpo_pipeline.machine import device, mixed_precision, processes
-from dpo_pipeline.naming import loss_names
+from dpo_pipeline.naming import TRACKED, loss_names
 
 log = logging.getLogger(__name__)
 
@@ -74,12 +74,12 @@ def training_arguments(run: Run, stage: str, folder: Path) -> Any:
         if run.sft_best == "perplexity":
             decided |= {"metric_for_best_model": "eval_perplexity", "greater_is_better": False}
     else:
-        decided |= {"beta": run.beta, "precompute_ref_log_probs": run.reference.mode == "cached"}
+        decided |= {"beta": run.beta, "precompute_ref_log_probs": run.reference.mode == "cached", **best_of_dpo(run)}
     arguments, fields = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}[stage], dict(getattr(run, stage))
     known = {field.name: field for field in dataclasses.fields(arguments) if field.init}
     for name in fields:
         if name in decided:
-            owner = OWNERS.get(name, "the pipeline itself")
+            owner = OWNERS.get(name, "the pipeline itself").format(stage=stage)
             raise PipelineError(f"{stage}.{name} is decided by {owner}: take it out")
         if name not in known:
             raise PipelineError(f"{stage}.{name} is no field of trl.{arguments.__name__}{nearest(name, known)}")
@@ -95,11 +95,46 @@ def training_arguments(run: Run, stage: str, folder: Path) -> Any:
         made = arguments(**decided, **fields)
     except (ValueError, TypeError, ImportError) as error:
         raise PipelineError(f"trl.{arguments.__name__} refuses what stands under {stage}: {error}") from error
+    if stage == "dpo" and run.dpo_best != "last" and (made.save_steps != made.eval_steps or made.eval_on_start):
+        raise PipelineError(
+            f"dpo_best={run.dpo_best} takes one of the checkpoints, so each evaluation needs one: type dpo.save_steps="
+            f"{run.dpo['eval_steps']} as dpo.eval_steps, and no dpo.eval_on_start"
+        )
     log.info(
         "%s on %s: batch of %d rows = %d at once x %d process(es) x %d accumulated",
         *(precision, made.device.type, size, micro, world, steps),
     )
     return made
+
+
+# The numbers that dpo_best may name beside the judge's reward, and whether more of one is better.
+BEST = {
+    "loss": False, "rewards/accuracies": True, "rewards/margins": True, "rewards/chosen": True, "logps/chosen": True,
+    "mean_token_accuracy": True, "kl": False, "stop_rate": True,
+}  # fmt: skip
+
+
+def best_of_dpo(run: Run) -> dict[str, Any]:
+    """What the trainer chooses a checkpoint by; raises PipelineError where the run will not have that number."""
+    name, known, stops = run.dpo_best.removeprefix("eval_"), ("last", "reward", *BEST), run.guard.action == "stop"
+    if name not in known:
+        raise PipelineError(f"dpo_best={run.dpo_best} is none of its values: {', '.join(known)}{nearest(name, known)}")
+    if (name in TRACKED or stops) and not run.evaluation.tracker_prompts:
+        asked = "guard.action=stop" if stops else f"dpo_best={name}"
+        raise PipelineError(f"{asked} needs the tracker, which evaluation.tracker_prompts=0 switches off: type 64")
+    if name == "reward" and not run.judge:
+        raise PipelineError(
+            "dpo_best=reward needs a judge that scores answers, and judge=[] names none: add judge=[length] or "
+            "another of conf/judge, or choose by another number, such as dpo_best=rewards/accuracies"
+        )
+    if name == "last":
+        return {"load_best_model_at_end": False, "metric_for_best_model": None, "greater_is_better": None}
+    metric = "eval_reward_within_kl" if name == "reward" else f"eval_{name}"
+    return {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": metric,
+        "greater_is_better": BEST.get(name, True),
+    }
 
 
 def conservative(run: Run) -> dict[str, Any]:
@@ -130,6 +165,7 @@ OWNERS = {
     "max_length": "length.max=",
     "output_dir": "root=, name= and variant=",
     "precompute_ref_log_probs": "reference=",
-    "load_best_model_at_end": "sft_best=",
-    "metric_for_best_model": "sft_best=",
+    "load_best_model_at_end": "{stage}_best=",
+    "metric_for_best_model": "{stage}_best=",
+    "greater_is_better": "{stage}_best=",
 }

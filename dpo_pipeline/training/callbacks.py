@@ -40,6 +40,7 @@ class Metrics(TrainerCallback):
             file.write(json.dumps(row) + "\n")
         self.record.save_status(step=state.global_step)
         shown = {"loss": "loss", "rewards/accuracies": "accuracy", "eval_perplexity": "perplexity"}
+        shown |= {"eval_kl": "KL", "eval_reward": "reward"}
         self.bar.set_postfix({name: f"{row[key]:.3f}" for key, name in shown.items() if key in row})
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -173,10 +173,12 @@ def reloaded(trainer: Any, final: Path, loading: Loading, probe: dict[str, Any],
     rounded = loading.dtype.itemsize < 4 or (sharded(trainer) and (trainer.args.bf16 or trainer.args.fp16))
     if worst > (0.1 if rounded else 1e-3):
         raise PipelineError(f"{final} does not load back as it was trained: log-probs differ by {worst:.3g} nats")
-    best = trainer.state.best_model_checkpoint
+    best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint
     step = int(best.rsplit("-", 1)[1]) if best else trainer.state.global_step
     if best:
-        log.info("final/ is step %d: lowest validation perplexity, %.3f", step, trainer.state.best_metric)
+        way = "highest" if trainer.args.greater_is_better else "lowest"
+        metric = trainer.args.metric_for_best_model.removeprefix("eval_").replace("_", " ")
+        log.info("final/ is step %d: %s validation %s, %.4g", step, way, metric, trainer.state.best_metric)
     return {
         "step": step,
         "reload_difference_nats": worst,
