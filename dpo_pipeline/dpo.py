@@ -1,6 +1,5 @@
 """Align a policy with preference pairs and show what changed: `python -m dpo_pipeline.dpo key=value ...`."""
 
-import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ def train_and_compare(run: Run, folder: Path) -> dict[str, Any]:
                     preflight.check_cache(dpo, begin.source)
             del policy, second
             with tracked(run, folder):
-                trainer.train(dpo, folder, watchers(run, record, dpo, on["validation.json"], weights, judges))
+                trainer.train(dpo, folder, watchers(run, record, dpo, on["tracker"], weights, judges))
             record.save_manifest(peak_memory_bytes=peak_memory())
             record.save_manifest(final=trainer.save_final(dpo, tokenizer, folder, loading, probe))
         del dpo
@@ -97,7 +96,7 @@ def prepared(run: Run, tokenizer: Any) -> tuple[dict[str, Any], Any]:
     """Train and validation pairs as token ids, with their account and what the policies will be measured on.
 
     That is a Material for each file of results: the tables are of test rows; what chooses between runs, or watches
-    over one, reads validation. Raises PipelineError where there are no test rows.
+    over one (`tracker`), reads validation. Raises PipelineError where there are no test rows.
     """
     from dpo_pipeline.evaluation.material import material
     from dpo_pipeline.training import start
@@ -108,6 +107,9 @@ def prepared(run: Run, tokenizer: Any) -> tuple[dict[str, Any], Any]:
         raise PipelineError("there are no test rows to measure on: raise dataset.test_rows")
     files = {"eval.json": "test", "validation.json": "validation"}
     on = {file: material(tables[split], rows[split], **how) for file, split in files.items()}
+    count = run.evaluation.tracker_prompts
+    asked = {**how, "pairs": len(tables["validation"]), "prompts": min(count, 8) if run.debug else count}
+    on["tracker"] = material(tables["validation"], rows["validation"], **asked)
     del tables["test"]
     return tables, (account, on)
 
@@ -119,7 +121,6 @@ def watchers(run: Run, record: Any, dpo: Any, on: Any, weights: str | Path, judg
     """
     from dpo_pipeline.training import callbacks, guards, tracker, watch
 
-    on = dataclasses.replace(on, questions=on.questions.first(run.evaluation.tracker_prompts))
     kl = tracker.Tracker(dpo, run, record.folder, on, judges, weights)
     return [
         callbacks.Metrics(record, run.beta), kl, watch.Watch(run, record, kl.points), guards.Guards(dpo)

@@ -16,6 +16,7 @@ quiet()
 SMALL = (
     *("model.builder.hidden_size=32", "model.builder.layers=2", "model.builder.heads=2", "model.builder.steps=40"),
     *("dataset.rows=300", "batch.global_size=16", "evaluation.pairs=20", "evaluation.prompts=4"),
+    "evaluation.tracker_prompts=0",  # test_tracker.py and the whole chain have it on
     *("evaluation.max_new_tokens=24", "sft.logging_steps=1", "dpo.logging_steps=1"),
 )
 

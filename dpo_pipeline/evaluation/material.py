@@ -19,10 +19,6 @@ class Questions:
     labels: list[str] = field(default_factory=list)  # safe or unsafe
     groups: list[tuple[str, str]] = field(default_factory=list)  # (template, group)
 
-    def first(self, count: int) -> "Questions":
-        """The first of them."""
-        return Questions(self.prompts[:count], self.ids[:count], self.human[:count])
-
 
 @dataclass
 class Material:

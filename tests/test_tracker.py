@@ -1,0 +1,587 @@
+"""What a DPO run is watched by: KL and reward of its answers, warnings of too much, and the best checkpoint."""
+
+import copy
+import json
+import math
+import random
+import signal
+import statistics
+import weakref
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_pipeline import dpo, runs
+from dpo_pipeline.config import compose
+from dpo_pipeline.data.reviews import reward
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.judges import built
+from dpo_pipeline.judges.judge import Judge
+from dpo_pipeline.policies import load_policy
+from dpo_pipeline.sampling import numbers
+from dpo_pipeline.training import tracker, trainer
+from dpo_pipeline.training.arguments import BEST, training_arguments
+from dpo_pipeline.training.watch import Watch
+from tests.test_processes import FSDP2, two_ranks
+
+SHORT = (
+    "evaluation.prompts=13",
+    "evaluation.tracker_prompts=6",
+    "dpo.eval_steps=2",
+    "dpo.learning_rate=3e-3",
+    "++dpo.max_steps=4",
+)
+LOGGED = ("kl", "reward", "stop_rate", "answer_tokens")
+
+
+@pytest.fixture(scope="module")
+def train(small, sft):
+    """Trains one DPO, without the comparison that follows: `train("lora=r8")`; its run, points and Tracker."""
+    given = trainer.train
+
+    def run(*typed: str, judges=None) -> SimpleNamespace:
+        names = {item.split("=")[0] for item in typed}
+        made = small(*typed, *(item for item in SHORT if item.split("=")[0] not in names))
+        found = SimpleNamespace(run=made, folder=made.dpo_folder)
+
+        def seen(dpo, folder, callbacks):
+            found.tracker = next(each for each in callbacks if isinstance(each, tracker.Tracker))
+            return given(dpo, folder, callbacks)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dpo, "compare_policies", lambda *args: {})
+            patch.setattr(trainer, "train", seen)
+            if judges is not None:
+                patch.setattr(built, "built", lambda *args: judges)
+            dpo.run_dpo(made)
+        found.points = runs.read_json(made.dpo_folder / runs.POINTS)
+        found.manifest = runs.read_json(made.dpo_folder / "manifest.json")
+        return found
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def full(train):
+    """A run of every weight, whose reference is loaded at each evaluation."""
+    return train("variant=tracked-full")
+
+
+def weights(folder):
+    (file,) = folder.glob("*.safetensors")
+    return file.read_bytes()
+
+
+def drawn(policy, reference, prompt, on):
+    """An answer drawn token by token in float64, and log pi - log pi_ref of it."""
+    ids, gap = list(prompt), 0.0
+    for number in numbers(on.seed, prompt, 0, on.max_new_tokens):
+        with torch.no_grad():
+            ours, theirs = (model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for model in (policy, reference))
+        token = int((ours.exp().cumsum(0) < number).sum())
+        gap += float(ours[token] - theirs[token])
+        ids.append(token)
+        if token in on.ends:
+            break
+    return ids[len(prompt) :], gap
+
+
+MODES = {
+    "full cached": "lora=none",
+    "full, another reference": "lora=none reference.path=BASE",
+    "continued adapter cached": "lora=r8",
+    "continued adapter": "lora=r8 reference=adapter",
+    "new adapter cached": "lora=r8 sft_variant=full",
+    "adapter, another reference": "lora=r8 reference=cached reference.path=BASE",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", MODES)
+def test_each_reference_gives_the_kl_that_a_plain_loop_gives(how, train, full, sft):
+    base = full.run.model.path
+    typed = MODES[how].replace("BASE", base).split()
+    found = full if how == "full cached" else train(*typed, f"variant=mode-{how.replace(' ', '-').replace(',', '')}")
+    assert [point["step"] for point in found.points] == [0, 2, 4]
+    on, last = found.tracker.on, found.points[-1]
+    start = base if "BASE" in MODES[how] else sft["r8" if "adapter" in how and "new" not in how else "none"] / "final"
+    policy, reference = (load_policy(each, on.loading).double() for each in (found.folder / "final", start))
+    assert len(on.questions.ids) == len(set(map(tuple, on.questions.ids))) == 6
+    answers, gaps = zip(*(drawn(policy, reference, prompt, on) for prompt in on.questions.ids), strict=True)
+    assert last["kl"] == pytest.approx(sum(gaps) / 6, abs=1e-3)
+    assert last["kl_se"] == pytest.approx(statistics.stdev(gaps) / math.sqrt(6), abs=1e-3)
+    assert last["kl_high"] - last["kl"] == pytest.approx(2.570582 * last["kl_se"], rel=1e-5)  # t, 5 degrees of freedom
+    texts = on.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    ended = [answer[-1] in on.ends for answer in answers]
+    assert last["reward"] == pytest.approx(sum(map(reward, texts, ended)) / 6)
+    assert (last["stop_rate"], last["n"], last["beta"]) == (pytest.approx(sum(ended) / 6), 6, 0.1)
+    assert last["answer_tokens"] == pytest.approx(sum(map(len, answers)) / 6)
+    first = [found.points[0][key] for key in ("kl", "kl_low", "kl_high", "kl_se")]
+    assert "BASE" in MODES[how] or first == [0.0] * 4
+    assert bool(list(found.folder.glob("checkpoints/*/ref"))) == (
+        "reference=adapter" in MODES[how]
+    )  # it comes and goes
+    assert last["kl"] != 0
+
+
+@pytest.mark.slow
+def test_policy_and_reference_are_multiplied_in_one_precision(train):
+    found = train("precision=bf16", "variant=tracked-bf16")
+    assert found.manifest["precision"] == "bf16"
+    assert found.points[0]["kl"] == 0 != found.points[-1]["kl"]
+
+
+def test_its_numbers_are_in_the_log_of_the_same_step(full):
+    rows = [row for row in runs.metrics(full.folder) if "eval_kl" in row]
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    for row, point in zip(rows, full.points, strict=True):
+        assert {f"eval_{key}": point[key] for key in LOGGED}.items() <= row.items()
+    assert len([row for row in runs.metrics(full.folder) if "eval_loss" in row]) == 2
+
+
+def noisy(answers):
+    """A judge that draws from every global random state."""
+    torch.manual_seed(random.randrange(9) + np.random.randint(9))
+    yield from ((i, float(torch.rand(()))) for i in reversed(range(len(answers))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["lora=none", "lora=r8 dpo.activation_checkpointing=true"])
+def test_the_weights_are_the_same_with_and_without_it(how, train, monkeypatch):
+    states, tell = [], tracker.Tracker.tell
+
+    def kept(self, step):
+        states.append((random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()))
+        found = tell(self, step)
+        states.append((random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()))
+        return found
+
+    tail = how.replace(" ", "-").replace("=", "_")
+    without = train(*how.split(), f"variant=without-{tail}", "evaluation.tracker_prompts=0")
+    assert without.points is None
+    assert not any("eval_kl" in row for row in runs.metrics(without.folder))
+    monkeypatch.setattr(tracker.Tracker, "tell", kept)
+    found = train(*how.split(), f"variant=with-{tail}", judges={"noisy": Judge(noisy)})
+    assert weights(found.folder / "final") == weights(without.folder / "final")
+    assert states[::2] == states[1::2]
+    assert len(states) == 6
+    for name in ("generation_config.json", "config.json" if how == "lora=none" else "adapter_config.json"):
+        assert runs.read_json(found.folder / "final" / name) == runs.read_json(without.folder / "final" / name)
+
+
+@pytest.mark.slow
+def test_a_reference_is_loaded_where_the_gradients_were_and_freed(train, monkeypatch):
+    loaded, load, under = [], tracker.load_policy, tracker.Tracker.under_reference
+
+    def kept(*args, **options):
+        model = load(*args, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    def checked(self, policy, *rest):
+        assert all(p.grad is None for p in policy.parameters())
+        found = under(self, policy, *rest)
+        assert loaded[-1]() is None
+        return found
+
+    monkeypatch.setattr(tracker, "load_policy", kept)
+    monkeypatch.setattr(tracker.Tracker, "under_reference", checked)
+    train("variant=freed")
+    assert len(loaded) == 3
+
+
+def test_the_first_judge_that_scores_and_is_not_late_gives_the_reward(full):
+    def constant(value):
+        return lambda answers: ((i, value) for i in range(len(answers)))
+
+    judges = {"asks": Judge(constant(1.0), late=True), "chooses": Judge(choose=list), "a": Judge(constant(2.0))}
+    made = tracker.Tracker(full.tracker.trainer, full.run, full.folder, full.tracker.on, judges, "")
+    assert made.judge is judges["a"]
+    assert made.reward(0, [[1]] * 6)["value"] == 2.0
+    none = tracker.Tracker(full.tracker.trainer, full.run, full.folder, full.tracker.on, {"asks": judges["asks"]}, "")
+    assert none.reward(0, [[1]] * 6) is None
+
+
+def down(answers):
+    raise PipelineError("nobody answers at http://localhost:1")
+    yield
+
+
+FAULTS = {
+    "none": (lambda answers: ((i, None if i == 2 else 1.0) for i in range(6)), "1 of 6 answers have got no score"),
+    "NaN": (lambda answers: ((i, math.nan if i < 2 else 1.0) for i in range(6)), "2 of 6 answers have got no score"),
+    "too few": (lambda answers: ((i, 1.0) for i in range(5)), "1 of 6 answers have got no score"),
+    "down": (down, "nobody answers at http://localhost:1"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_judge_that_fails_is_told_once_and_its_reward_is_none(fault, full, caplog):
+    score, told = FAULTS[fault]
+    failing = copy.copy(full.tracker)
+    failing.judge = Judge(score)
+    assert [failing.reward(step, [[1]] * 6) for step in (2, 4)] == [None, None]
+    (record,) = caplog.records
+    assert record.getMessage() == f"the judge failed at step 2, so the tracker has no reward: {told}"
+
+
+@pytest.mark.slow
+def test_a_run_whose_judge_is_down_goes_on_without_a_reward(train, full):
+    found = train("variant=judge-down", "reference=frozen", "++dpo.eval_on_start=true", judges={"down": Judge(down)})
+    assert runs.state(found.folder) == "done"
+    assert [point["reward"] for point in found.points] == [None] * 3
+    for key in ("kl", "stop_rate"):
+        assert [point[key] for point in found.points] == pytest.approx([p[key] for p in full.points], abs=1e-4)
+    assert not any("eval_reward" in row for row in runs.metrics(found.folder))
+
+
+@pytest.mark.slow
+def test_an_interrupt_while_it_samples_loses_no_point_and_makes_none_twice(train, full, monkeypatch):
+    sample, calls = tracker.sample, []
+
+    def interrupted(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:  # at step 2
+            signal.raise_signal(signal.SIGINT)
+        return sample(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker, "sample", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train("variant=stopped")
+    folder = full.folder.with_name("stopped")
+    assert runs.newest_checkpoint(folder).name == "checkpoint-3"
+    assert runs.read_json(folder / runs.POINTS) == full.points[:2]
+    assert train("variant=stopped").points == full.points
+    assert [row["step"] for row in runs.metrics(folder) if "eval_kl" in row] == [0, 2, 4]
+    assert weights(folder / "final") == weights(full.folder / "final")
+
+
+def test_what_lies_behind_the_checkpoint_is_cut_from_the_points(tmp_path):
+    points = [{"step": step, "kl": 0.1 * step} for step in (0, 2, 4, 6)]
+    runs.write_json(tmp_path / runs.POINTS, points)
+    runs.write_json(tmp_path / "checkpoints" / "checkpoint-4" / "trainer_state.json", {})
+    runs.cut_back(tmp_path)
+    assert runs.read_json(tmp_path / runs.POINTS) == points[:3]
+    (tmp_path / "checkpoints" / "checkpoint-4" / "trainer_state.json").unlink()
+    runs.cut_back(tmp_path)
+    assert runs.read_json(tmp_path / runs.POINTS) == []
+
+
+PEAK = ("dpo.learning_rate=3e-2", "++dpo.max_steps=12", "evaluation.tracker_prompts=13")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [10, 1000, 0.01])
+def test_the_best_by_reward_is_the_largest_within_the_budget_else_the_nearest(budget, train, caplog):
+    typed = (*PEAK, "dpo_best=reward", f"evaluation.kl_budget={budget}")
+    with caplog.at_level("INFO", logger="dpo_pipeline"):
+        found = train(*typed, f"variant=best-{budget}")
+    points = found.points[1:]
+    inside = [point for point in points if point["kl"] <= budget]
+    best = max(inside, key=lambda p: p["reward"]) if inside else min(points, key=lambda p: p["kl"])
+    assert found.manifest["final"]["step"] == best["step"] < 12
+    checkpoint = found.folder / "checkpoints" / f"checkpoint-{best['step']}"
+    assert weights(checkpoint) == weights(found.folder / "final")
+    told = f"no checkpoint has a reward within evaluation.kl_budget={budget:g} nats: the one of the smallest KL"
+    assert (told in caplog.text) == (budget == 0.01)
+    assert f"final/ is step {best['step']}: highest validation reward within kl, " in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("typed", "better"),
+    [("dpo_best=kl lora=r8", min), ("dpo_best=eval_rewards/margins lora=r8 reference=adapter", max)],
+)
+def test_the_best_by_a_metric_is_its_checkpoint_and_the_log_has_it(typed, better, train):
+    found = train(*typed.split(), f"variant=best-{len(typed)}")
+    name = found.run.dpo_best.removeprefix("eval_")
+    rows = [row for row in runs.metrics(found.folder) if f"eval_{name}" in row and row["step"]]
+    best = better(rows, key=lambda row: row[f"eval_{name}"])["step"]
+    assert found.manifest["final"]["step"] == best
+    assert weights(found.folder / "checkpoints" / f"checkpoint-{best}") == weights(found.folder / "final")
+
+
+def test_a_reward_that_is_missing_is_never_the_best():
+    inside, over, far, unknown = (
+        {"kl": kl, "reward": r} for kl, r in ((1.0, -7.0), (11.0, 9.0), (12.0, 9.0), (2.0, None))
+    )
+    order = [tracker.within(point, 10.0) for point in (far, over, unknown, inside)]
+    assert order == sorted(order)
+    assert order[-1] == -7.0
+    assert tracker.within({"kl": None, "reward": 9.0}, 10.0) == -math.inf
+
+
+def test_each_number_that_may_be_chosen_by_is_one_that_a_run_has(full):
+    assert {name for name, more in BEST.items() if not more} == {"loss", "kl"}
+    rows = [row for row in runs.metrics(full.folder) if row["step"] == 4]
+    assert {f"eval_{name}" for name in BEST} <= {key for row in rows for key in row}
+
+
+WRONG = {
+    "dpo_best=lost": r"dpo_best=lost is none of its values: last, reward, .*: did you mean loss or last\?",
+    "dpo_best=rewards/rejected": "dpo_best=rewards/rejected is none of its values",
+    "dpo_best=reward judge=[]": r"needs a judge that scores answers, and judge=\[\] names none: add judge=\[length\]",
+    "dpo_best=reward evaluation.tracker_prompts=0": "dpo_best=reward needs the tracker.*tracker_prompts=0.*: type 64",
+    "dpo_best=kl evaluation.tracker_prompts=0": "dpo_best=kl needs the tracker",
+    "guard.action=stop evaluation.tracker_prompts=0": "guard.action=stop needs the tracker",
+    "dpo_best=loss dpo.save_steps=4": "each evaluation needs one: type dpo.save_steps=2 as dpo.eval_steps",
+    "dpo_best=loss ++dpo.eval_on_start=true": "and no dpo.eval_on_start",
+    "++dpo.load_best_model_at_end=true": "dpo.load_best_model_at_end is decided by dpo_best=",
+    "++dpo.metric_for_best_model=loss": "dpo.metric_for_best_model is decided by dpo_best=",
+}
+
+
+@pytest.mark.parametrize("typed", WRONG)
+def test_what_cannot_be_chosen_by_is_told_before_training(typed, small, tmp_path):
+    with pytest.raises(PipelineError, match=WRONG[typed]):
+        training_arguments(small(*SHORT, *typed.split()), "dpo", tmp_path)
+
+
+def test_a_judge_that_comes_late_cannot_choose(full):
+    run = copy.copy(full.run)
+    run.dpo_best = "reward"
+    late = {"openai": Judge(down, late=True), "human": Judge(choose=list)}
+    with pytest.raises(
+        PipelineError, match=r"none of judge=\[openai,human\] scores answers while a run trains: add one"
+    ):
+        tracker.Tracker(full.tracker.trainer, run, full.folder, full.tracker.on, late, "")
+
+
+def test_the_identity_of_the_last_checkpoint_is_that_of_a_run_without_any_of_it():
+    plain = runs.identity(compose([]), "dpo")
+    assert not {"dpo_best", "tracker", "judge", "kl_budget", "dpo.eval_steps"} & set(plain)
+    assert not any(key.startswith("guard") for key in plain)
+    for typed in ("evaluation.tracker_prompts=9", "evaluation.kl_budget=3", "guard.action=off", "guard.kl_max=5",
+                  "dpo.eval_steps=7", "judge=[]"):  # fmt: skip
+        assert runs.identity(compose([typed]), "dpo") == plain
+
+
+@pytest.mark.parametrize(
+    ("chosen", "theirs", "not_theirs"),
+    [
+        ("dpo_best=reward", "evaluation.tracker_prompts evaluation.kl_budget evaluation.max_new_tokens dpo.eval_steps "
+         "dpo.save_steps judge", "guard.kl_max dpo.logging_steps"),
+        ("dpo_best=kl", "evaluation.tracker_prompts evaluation.max_new_tokens dpo.eval_steps",
+         "evaluation.kl_budget judge"),
+        ("dpo_best=loss", "dpo.eval_steps dpo.save_steps", "evaluation.tracker_prompts judge evaluation.kl_budget"),
+        ("guard.action=stop", "guard.kl_max evaluation.tracker_prompts evaluation.max_new_tokens dpo.eval_steps",
+         "dpo.save_steps evaluation.kl_budget judge"),
+    ],
+)  # fmt: skip
+def test_what_chooses_or_stops_is_of_the_identity(chosen, theirs, not_theirs):
+    values = {"judge": "[truth,length]"}
+
+    def identity(*typed: str):
+        return json.loads(json.dumps(runs.identity(compose([chosen, *typed]), "dpo")))
+
+    plain = identity()
+    assert plain == runs.identity(compose([chosen]), "dpo") != runs.identity(compose([]), "dpo")
+    for key in theirs.split():
+        assert identity(f"{key}={values.get(key, 7)}") != plain
+    for key in not_theirs.split():
+        assert identity(f"{key}={values.get(key, 7)}") == plain
+
+
+def test_a_typed_choice_gives_the_folder_a_name_of_its_own():
+    plain = compose([]).variant
+    assert compose(["dpo_best=reward"]).variant == f"{plain}-dpo_best_reward"
+    assert compose(["guard.action=stop"]).variant == f"{plain}-guard.action_stop"
+    assert compose(["guard.action=off", "guard.kl_max=5", "evaluation.kl_budget=4"]).variant == plain
+
+
+def at(step: int, kl: float | None = 1.0, stop_rate: float = 0.9, reward: float | None = 0.5) -> dict:
+    """A point with intervals of 0.1 to either side."""
+    found = {"step": step}
+    for name, value in (("kl", kl), ("stop_rate", stop_rate), ("reward", reward)):
+        bounds = (None, None) if value is None else (value - 0.1, value + 0.1)
+        found |= {name: value, f"{name}_low": bounds[0], f"{name}_high": bounds[1]}
+    return found
+
+
+class Saved(list):
+    def save_manifest(self, **facts):
+        self.append(facts)
+
+
+def watched(points, *typed, losses=(0.6, 0.5, 0.4, 0.3), accuracy=0.9, chosen=(-50.0, 0.0), caplog=None):
+    """The warnings of a run with one evaluation for each point behind the first, and what it did to the run."""
+    caplog.clear()
+    saved, now = Saved(), []
+    watch = Watch(compose(["dpo.learning_rate=1e-4", *typed]), saved, now)
+    control, told = SimpleNamespace(should_training_stop=False, should_save=False), []
+    now.append(points[0])
+    for point, loss in zip(points[1:], losses, strict=False):
+        state = SimpleNamespace(global_step=point["step"], max_steps=100)
+        now.append(point)
+        mean = accuracy if isinstance(accuracy, float) else accuracy[len(told)]
+        for value in (mean - 0.04, mean + 0.04):
+            watch.on_log(None, state, control, logs={"rewards/accuracies": value, "eval_rewards/accuracies": 0.99})
+        metrics = {"eval_loss": loss, "eval_logps/chosen": chosen[0], "eval_rewards/chosen": chosen[1]}
+        watch.on_evaluate(None, state, control, metrics=metrics)
+        told.append([record.getMessage() for record in caplog.records])
+        caplog.clear()
+    return told, control, saved
+
+
+def test_a_run_that_goes_well_is_not_warned_of(caplog):
+    points = [at(0, 0.0, reward=0.0), at(10, 4.0), at(20, 9.9, 0.75), at(30, 9.9, 0.75)]
+    told, control, saved = watched(points, accuracy=0.95, chosen=(-74.0, -2.4), caplog=caplog)
+    assert told == [[], [], []]
+    assert not control.should_training_stop
+    assert saved == []
+
+
+ADVICE = "raise beta above 0.1 or lower dpo.learning_rate=0.0001"
+
+
+def test_a_kl_is_high_then_too_far_and_told_again_only_where_it_is_much_worse(caplog):
+    kls = (5, 12.34, 13, 18.6, 25, 30, 38)
+    points = [at(0, 0.0), *(at(10 * i, kl) for i, kl in enumerate(kls, 1))]
+    told, control, _ = watched(points, losses=[0.5] * 7, caplog=caplog)
+    before = "KL {} nats at step {} is {}: stop earlier (dpo.max_steps={}), " + ADVICE
+    assert told == [
+        [],
+        [before.format("12.3 [12.2, 12.4]", 20, "high (above 10)", 10)],
+        [],
+        [before.format("18.6 [18.5, 18.7]", 40, "high (above 10)", 30)],
+        [before.format("25 [24.9, 25.1]", 50, "too far (above 20)", 40)],
+        [],
+        [before.format("38 [37.9, 38.1]", 70, "too far (above 20)", 60)],
+    ]
+    assert not control.should_training_stop
+    told, *_ = watched(points[:3], "guard.kl_max=8", "beta=0.3", caplog=caplog)
+    assert told[0][0].startswith(
+        "KL 5 [4.9, 5.1] nats at step 10 is high (above 4): stop earlier, raise beta above 0.3"
+    )
+
+
+def test_train_accuracy_is_the_mean_since_the_last_evaluation(caplog):
+    told, *_ = watched([at(0), at(10), at(20), at(30)], accuracy=(0.9, 0.957, 0.957), caplog=caplog)
+    said = f"train accuracy is 0.957 by step 20 (above 0.95): stop earlier (dpo.max_steps=10), {ADVICE}"
+    assert told == [[], [said], []]
+
+
+def test_chosen_answers_collapse_where_their_nats_grow_by_half(caplog):
+    told, *_ = watched([at(0), at(10)], chosen=(-75.5, -2.55), caplog=caplog)
+    said = (
+        "the log-prob of the chosen answers collapses, in nats -50.0 under the reference, -75.5 at step 10 (below 1.5"
+    )
+    assert told[0][0].startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "warned"),
+    [(0.9, 0.55, True), (0.9, 0.65, False), (0.5, 0.24, True), (0.4, 0.21, False), (0.2, 0.05, False)],
+)
+def test_fewer_answers_that_end_are_told_where_the_intervals_are_apart(first, last, warned, caplog):
+    told, *_ = watched([at(0, stop_rate=first), at(10, stop_rate=last)], caplog=caplog)
+    said = f"fewer answers come to an end: {first} [{first - 0.1:.3g}, {first + 0.1:.3g}] at step 0, {last} ["
+    assert [sentence.startswith(said) for sentence in told[0]] == [True] * warned
+
+
+def test_a_score_that_falls_while_the_loss_falls_is_told(caplog):
+    points = [at(0, reward=0.0), at(10, reward=0.8), at(20, reward=0.61), at(30, reward=0.5)]
+    told, *_ = watched(points, losses=(0.6, 0.5, 0.4), caplog=caplog)
+    said = "the judge's score fell from 0.8 [0.7, 0.9] at step 10 to 0.5 [0.4, 0.6] at step 30 "
+    said += "while the validation loss fell from 0.600 to 0.400: "
+    assert told == [[], [], [f"{said}stop earlier (dpo.max_steps=20), {ADVICE}"]]
+    told, *_ = watched(points, losses=(0.6, 0.5, 0.7), caplog=caplog)
+    assert told == [[], [], []]
+    told, *_ = watched([at(0, reward=0.8), at(10, reward=0.3), at(20, reward=0.3)], losses=(0.6, 0.5), caplog=caplog)
+    assert [len(each) for each in told] == [0, 1]  # no loss is known of step 0: that of the first evaluation
+    told, *_ = watched([at(0, reward=None), at(10, reward=None)], caplog=caplog)
+    assert told == [[]]
+
+
+def test_off_is_silent_and_stop_stops_beyond_kl_max_alone(caplog):
+    points = [at(0, 0.0), at(10, 15.0), at(20, 21.0)]
+    told, control, _ = watched(points, "guard.action=off", accuracy=0.99, caplog=caplog)
+    assert (told, control.should_training_stop) == ([[], []], False)
+    _, control, saved = watched(points[:2], "guard.action=stop", caplog=caplog)
+    assert (control.should_training_stop, saved) == (False, [])
+    told, control, saved = watched(points, "guard.action=stop", caplog=caplog)
+    assert (control.should_training_stop, control.should_save) == (True, True)
+    assert saved == [{"stopped": {"step": 20, "kl": 21.0, "kl_max": 20.0}}]
+    assert told[1][-1] == "stopped at step 20 of 100, as guard.action=stop has it"
+    _, control, saved = watched([at(0, 0.0), at(100, 21.0)], "guard.action=stop", caplog=caplog)
+    assert (control.should_training_stop, saved) == (False, [])  # it has come to its end by itself
+    unknown = [at(0, None), at(10, None)]
+    assert watched(unknown, "guard.action=stop", caplog=caplog)[0] == [[]]
+    single = {
+        key: None if key.endswith(("_low", "_high")) and "stop" not in key else value
+        for key, value in at(10, 30.0).items()
+    }
+    told, *_ = watched([at(0, 0.0), single], caplog=caplog)
+    assert told[0][0].startswith("KL 30 nats at step 10 is too far")
+
+
+def test_without_a_tracker_the_metrics_alone_are_watched(caplog):
+    watch = Watch(compose([]), Saved(), [])
+    state = SimpleNamespace(global_step=10, max_steps=100)
+    metrics = {"eval_loss": 0.5, "eval_logps/chosen": -90.0, "eval_rewards/chosen": -4.0}
+    watch.on_evaluate(None, state, SimpleNamespace(), metrics=metrics)
+    assert "chosen answers collapses" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_too_far_stops_where_asked_and_is_done(train, caplog):
+    found = train(*PEAK, "guard.action=stop", "guard.kl_max=8", "variant=stops")
+    assert runs.state(found.folder) == "done"
+    kls = {point["step"]: point["kl"] for point in found.points}
+    assert [kl > 8 for kl in kls.values()] == [False] * (len(kls) - 1) + [True]
+    last = list(kls)[-1]
+    assert found.manifest["stopped"] == {"step": last, "kl": kls[last], "kl_max": 8.0}
+    assert found.manifest["final"]["step"] == last < 12
+    assert weights(found.folder / "checkpoints" / f"checkpoint-{last}") == weights(found.folder / "final")
+    assert runs.decide(found.folder, runs.identity(found.run, "dpo"), False) == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("ddp", "lora=r8"),
+        ("fsdp2", "lora=none reference=frozen"),
+    ],
+)
+def test_two_ranks_have_the_points_of_one(kind, how, small, full, train, tmp_path):
+    tail = how.replace(" ", "-").replace("=", "_")
+    one = full if "lora=none" in how else train(*how.split(), f"variant=one-{tail}")
+    variables = FSDP2 if kind == "fsdp2" else {}
+    from tests.conftest import SMALL
+
+    typed = [f"root={small().root}", "name=small", f"variant={kind}-{tail}", *how.split(), *SHORT]
+    names = {item.split("=")[0] for item in typed}
+    call = [item for item in SMALL if item.split("=")[0] not in names] + typed
+    done, _ = two_ranks(tmp_path, "dpo", *call, **variables)
+    assert done.returncode == 0
+    folder = small().home / "dpo" / f"{kind}-{tail}"
+    assert runs.state(folder) == "done"
+    points = runs.read_json(folder / runs.POINTS)
+    assert [point["step"] for point in points] == [0, 2, 4]
+    for point, other in zip(points, one.points, strict=True):
+        assert point == pytest.approx(other, abs=1e-4)
+    assert len([row for row in runs.metrics(folder) if "eval_reward" in row]) == 3
+
+
+def test_in_parts_a_reference_that_would_be_loaded_is_not(full, tmp_path, caplog):
+    run, parts, on = copy.copy(full.run), copy.copy(full.tracker.trainer), full.tracker.on
+    parts.is_fsdp_enabled = True
+    blind = tracker.Tracker(parts, run, tmp_path, on, {}, "nowhere")
+    told = "there is no KL: beside weights in parts no reference is loaded at each evaluation: type reference=frozen"
+    assert caplog.messages == [f"{told} for it"]
+    blind.trainer = full.tracker.trainer
+    point = blind.point(4, blind.gaps(list(range(6))))
+    assert [point[key] for key in ("kl", "kl_low", "kl_high", "kl_se", "reward")] == [None] * 5
+    assert {key: point[key] for key in LOGGED[2:]} == {key: full.points[-1][key] for key in LOGGED[2:]}
+    assert runs.read_json(tmp_path / runs.POINTS) == [point]
+    told = "there is no KL: .*dpo_best or guard.action=stop needs it: type reference=frozen"
+    run.dpo_best = "kl"
+    with pytest.raises(PipelineError, match=told):
+        tracker.Tracker(parts, run, tmp_path, on, {}, "nowhere")
+    run.dpo_best, run.guard = "last", SimpleNamespace(action="stop")
+    with pytest.raises(PipelineError, match=told):
+        tracker.Tracker(parts, run, tmp_path, on, {}, "nowhere")
