@@ -141,9 +141,9 @@ def test_every_estimate_of_pairs_and_samples_is_that_of_a_plain_loop(small, sft)
 
 def samples_of(run, on):
     """The ids of the answers that a policy's numbers are of."""
-    (file,) = (f for f in (run.dpo_folder / "records").glob("answers-*.json") if len(runs.read_json(f)) == 4
-               and runs.read_json(run.dpo_folder / "samples.json")[0]["answer"] == on.tokenizer.decode(runs.read_json(f)[0], skip_special_tokens=True))  # fmt: skip
-    return runs.read_json(file)
+    shown = [row["answer"] for row in runs.read_json(run.dpo_folder / "samples.json")]
+    found = [runs.read_json(file) for file in (run.dpo_folder / "records").glob("answers-*.json")]
+    return next(ids for ids in found if on.tokenizer.batch_decode(ids, skip_special_tokens=True) == shown)
 
 
 def test_bins_keep_equal_values_together_and_hold_every_pair():

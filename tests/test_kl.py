@@ -112,9 +112,7 @@ def test_answers_end_at_the_first_end_token_or_at_the_horizon():
 
 
 def test_the_same_seed_draws_the_same_answers_and_another_seed_others():
-    one, again, other = (
-        sample(POLICY, PROMPTS, [END], PAD, HORIZON, 64, seed=seed, draws=50) for seed in (8, 8, 9)
-    )
+    one, again, other = (sample(POLICY, PROMPTS, [END], PAD, HORIZON, 64, seed=seed, draws=50) for seed in (8, 8, 9))
     assert one == again
     assert one != other
 

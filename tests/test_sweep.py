@@ -251,7 +251,8 @@ def lay(home: Path, beta: float, seed: int, kl: float, reward: float | None, nat
     name = f"dpo/{folder.name}"
     settings = {"pairs": 100, "prompts": 50, "max_new_tokens": 8, "quantization": None}
     settings["weights"] = {name: "x", "base": "b", "sft/full": "s"}
-    result = {"policy": name, "dataset": "d", "settings": settings, "own": own, "against": {"base": block, "reference": block}}
+    against = {"base": block, "reference": block}
+    result = {"policy": name, "dataset": "d", "settings": settings, "own": own, "against": against}
     for file in ("eval.json", "validation.json"):
         runs.write_json(folder / file, result)
     return folder
