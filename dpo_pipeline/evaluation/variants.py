@@ -51,8 +51,9 @@ def report(home: Path, kl_budget: float, failed: dict[str, str]) -> str:
         v.setting = labels[v.setting]
     variants.sort(key=lambda v: (v.setting, v.beta or math.inf, v.seed or 0, v.name))
     there = [v for v in variants if v.test]
-    everywhere = set.intersection(*({*v.test} & {*v.validation} for v in there)) if there else set()
-    judge = next((key for v in there for key in v.test if key.startswith("score.") and key in everywhere), None)
+    numbers = [m for v in there for m in (v.test, v.validation) if m]
+    scored = (key for m in numbers for key in m if key.startswith("score."))
+    judge = next((key for key in scored if all(key in m for m in numbers)), None)
     columns = {(judge if key == "score" else key): label for key, label in COLUMNS.items() if key != "score" or judge}
     folder = home / "report"
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,10 +86,10 @@ def variant(folder: Path, why: str | None, against: str) -> Variant:
     validation = read_json(folder / "validation.json")
     if why is None and state(folder) != "done":
         why = f"{state(folder)} at step {status['step']}" + (f": {status['error']}" if status["error"] else "")
-    if why is None and not (test and validation):
+    if why is None and not test:
         why = "not measured: type its command again"
     blocks = ((test, against), (validation, "reference"))
-    numbers = [{} if why else {**f["against"][b], **f["own"], "settings": f["settings"]} for f, b in blocks]
+    numbers = [{**f["against"][b], **f["own"]} if f and not why else {} for f, b in blocks]
     setting = json.dumps({key: value for key, value in identity.items() if key not in ("beta", "seed")})
     return Variant(folder.name, setting, identity["beta"], identity["seed"], why or "", *numbers)
 
@@ -126,7 +127,8 @@ def recommendation(variants: list[Variant], judge: str | None, kl_budget: float)
     """
     aim, name = (judge, "reward") if judge else ("margin_nats", "margin_nats")
     rule = f"largest {name} on validation with a KL of at most {kl_budget:g} nats"
-    measured = {key: [v.validation for v in group] for key, group in groups(variants).items()}
+    chosen_from = [v for v in variants if v.validation]
+    measured = {key: [v.validation for v in group] for key, group in groups(chosen_from).items()}
     within = {key: over_seeds(m, aim) for key, m in measured.items() if over_seeds(m, "kl")["value"] <= kl_budget}
     if not measured:
         return "Recommended: none; nothing is measured."
