@@ -11,6 +11,7 @@ from dpo_pipeline.data.lengths import Lengths
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.data.tokens import tokenize
 from dpo_pipeline.dpo import run_dpo
+from dpo_pipeline.evaluate import run_evaluate
 from dpo_pipeline.inspect_data import run_inspect
 from dpo_pipeline.policies import load_tokenizer
 from dpo_pipeline.sft import run_sft
@@ -49,12 +50,28 @@ def test_sft_then_dpo_on_real_pairs(lora, data, tmp_path):
     run = real("stories260K", *data.split(), *typed)
     run_sft(run)
     results = run_dpo(run)["policies"]
-    first = json.loads((run.dpo_folder / "metrics.jsonl").read_text().splitlines()[0])
+    first = next(row for row in runs.metrics(run.dpo_folder) if "loss" in row)
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert results["dpo/it"]["against"]["reference"]["margin_nats"]["n"] == 40
+    assert len(runs.read_json(run.dpo_folder / "reward_kl_tracker.json")) == 2
+    if lora == "r8":
+        evaluated_by_a_real_classifier([*data.split(), *typed])
     rows = runs.read_json(run.dpo_folder / "manifest.json")["rows"]
     assert rows == ({"train": 934, "validation": 49} if "instruction" in data else {"train": 1501, "validation": 82})
+
+
+def evaluated_by_a_real_classifier(typed: list[str]) -> None:
+    judge = ("judge=[reward_model,length]", f"judge.reward_model.path={SHARED}/models/imdb-sentiment-minilm")
+    xstest = f"evaluation.safety_file={SHARED}/data/xstest/xstest_prompts.csv"
+    results = run_evaluate(
+        real("stories260K", *typed, *judge, "judge.reward_model.label=POSITIVE", "best_of.n=2", xstest)
+    )
+    own = results["policies"]["dpo/it"]["own"]
+    assert 0 < own["score.reward_model"]["value"] < 1
+    assert own["win_rate.reward_model.sft"]["n"] == own["win_rate.length.chosen.t0"]["n"] == 4
+    assert (own["refusal_unsafe"]["n"], own["over_refusal_safe"]["n"]) == (200, 250)
+    assert [point["n"] for point in results["best_of"]["points"]] == [1, 2]
 
 
 def test_the_polite_rows_split_by_prompt_and_every_answer_ends_once():

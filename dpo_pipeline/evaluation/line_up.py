@@ -41,7 +41,7 @@ def of_name(run: Run) -> list[Policy]:
 def of_dpo(folder: Path, run: Run, tuned: str | None = None) -> list[Policy]:
     """A DPO, what it started from, and its reference where that is another, from its folder's config.
 
-    `tuned` is the SFT policy that it is to beat where it did not start from one.
+    `tuned` is the SFT policy that it is to beat where it did not start from one; without that, what it started from.
     """
     from omegaconf import OmegaConf
 
@@ -59,7 +59,7 @@ def of_dpo(folder: Path, run: Run, tuned: str | None = None) -> list[Policy]:
     if config.reference.path is not None:
         path = config.reference.path
         reference = Policy(f"reference/{policy_name(path)}", path, folder / "reference", run.beta, shown=False)
-    own = Policy(f"dpo/{folder.name}", folder / "final", folder, config.beta, reference.name, tuned)
+    own = Policy(f"dpo/{folder.name}", folder / "final", folder, config.beta, reference.name, tuned or start.name)
     return unique([own, start, reference])
 
 

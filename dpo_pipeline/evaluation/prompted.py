@@ -31,7 +31,7 @@ def prompted(
     """
     found: dict[str, dict[str, Any]] = {}
     able = {each: judge for each, judge in judges.items() if judge.score and each != "refusal"}
-    for policy in policies:
+    for policy in reversed(policies):  # the base first
         answers = on.answers(questions, records.answers[policy.name, name])
         by_judge: dict[str, Verdicts] = {}
         for each, judge in {"refusal": refusal(), **able}.items():
