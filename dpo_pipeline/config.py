@@ -416,6 +416,10 @@ def check_together(run: Run) -> None:
             f"policy={run.policy} is neither sft, base nor a folder with config.json or adapter_config.json"
             f"{nearest(run.policy, ('sft', 'base'))}"
         )
+    if run.evaluation.reference and not run.evaluation.policy:
+        raise PipelineError(
+            "evaluation.reference= is what one folder is measured against: name that by evaluation.policy=FOLDER"
+        )
     losses = loss_names(run)
     if losses == ["cdpo"] and ("label_smoothing" not in run.dpo or "loss_weights" in run.dpo):
         raise PipelineError("cdpo needs dpo.label_smoothing and sets the weights itself: choose it by loss=cdpo alone")

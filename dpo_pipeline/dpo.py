@@ -194,7 +194,7 @@ def compare_policies(run: Run, on: Any) -> dict[str, Any]:
             tables.caption(measured, "the base model"),
             tables.comparison(results["policies"], names, "base"),
             tables.caption(measured, f"DPO's own reference, {policies[0].reference}"),
-            tables.comparison(results["policies"], [policies[0].name], "reference"),
+            tables.comparison(results["policies"], [policies[0].name], "reference", alone=False),
             tables.side_by_side(runs.read_json(run.home / "generation_samples.json"), names),
             f"Results: {run.home}/results.json, generation_samples.json\nPolicy:  {policies[0].path}",
         ):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_pipeline import locks, runs
@@ -34,10 +35,12 @@ def run_evaluate(run: Run) -> dict[str, Any]:
 
     with runs.logged(None):
         check_device("dpo_pipeline.evaluate")
-        if one := run.evaluation.policy:  # its own tokenizer and context, whatever model= says
-            base = base_of(one) if is_adapter(one) else one
-            run = dataclasses.replace(run, model=dataclasses.replace(run.model, builder=None, path=base))
+        one = run.evaluation.policy
         policies = together(lambda: line_up.of_folder(run) if one else line_up.of_name(run))
+        if one:  # its own tokenizer and context, whatever model= says
+            path = policies[0].path
+            base = base_of(path) if is_adapter(path) else str(path)
+            run = dataclasses.replace(run, model=dataclasses.replace(run.model, builder=None, path=base))
         judges = built(run, handoff.loading(run))
         plan = plan_of(run, policies, judges)
         on, plan.safety, plan.bias = together(lambda: materials(run, policies))
@@ -59,7 +62,7 @@ def plan_of(run: Run, policies: "list[Policy]", judges: "dict[str, Judge]") -> "
     if run.best_of.n is None:
         return plan
     able = [name for name, judge in judges.items() if judge.score]
-    picks = run.best_of.judge or next(iter(able), None)
+    picks = run.best_of.judge or next((name for name in able if not judges[name].late), next(iter(able), None))
     if picks not in able:
         given = f"best_of.judge={picks}" if picks else f"best_of.n={run.best_of.n}"
         raise PipelineError(
@@ -86,7 +89,7 @@ def materials(run: Run, policies: "list[Policy]") -> "tuple[Material, Questions 
     from dpo_pipeline.data.prompts import as_rows, prompt_ids, read_prompts
     from dpo_pipeline.data.shape import REPLY
     from dpo_pipeline.data.tokens import encoded
-    from dpo_pipeline.evaluation.material import Questions, cut, material
+    from dpo_pipeline.evaluation.material import Questions, cut, material, texts_behind
     from dpo_pipeline.judges.judge import Answer
     from dpo_pipeline.policies import load_tokenizer
     from dpo_pipeline.training import handoff, start
@@ -115,32 +118,34 @@ def materials(run: Run, policies: "list[Policy]") -> "tuple[Material, Questions 
         return Questions(asked, ids, labels=labels, groups=groups)
 
     if other := questions(run.evaluation.prompts_file):
-        on.questions = other
+        on.questions, on.asked = other, Path(str(run.evaluation.prompts_file)).name
     elif run.evaluation.opponent != "chosen":
         name = run.evaluation.opponent
-        asked = dict(zip(map(tuple, on.prompts), on.rows, strict=True))
+        asked = {tuple(cut(ids, how["room"])): row for ids, row in zip(on.prompts, on.rows, strict=True)}
         held = [asked[answer.prompt_ids] for answer in on.questions.human if answer.prompt_ids in asked]
         if len(held) < len(on.questions.ids) or any(name not in row for row in held):
             raise PipelineError(
                 f"evaluation.opponent={name}: some test rows have none: type evaluation.opponent=chosen"
             )
-        found = encoded(held, (name,), tokenizer, on.ends)
+        ids = [own for _, (own,), _, _ in encoded(held, (name,), tokenizer, on.ends)]
+        texts = texts_behind(on.questions.ids, ids, tokenizer)
         on.questions.human = [
-            Answer(row["prompt"], row[name], True, answer.prompt_ids, tuple(ids))
-            for row, answer, (_, (ids,), _, _) in zip(held, on.questions.human, found, strict=True)
+            Answer(row["prompt"], text, True, answer.prompt_ids, tuple(own))
+            for row, text, answer, own in zip(held, texts, on.questions.human, ids, strict=True)
         ]
     return on, questions(run.evaluation.safety_file, "label"), questions(run.evaluation.bias_file, "template", "group")
 
 
 def asks_of(policies: "list[Policy]", plan: "Plan", on: "Material") -> "list[Ask]":
     """What the policies are asked to answer; safety and bias at temperature 0, as in XSTest (arXiv:2308.01263)."""
-    from dpo_pipeline.evaluation.judging import BEST_OF, ask_name
+    from dpo_pipeline.evaluation.judging import BEST_OF, DRAWN, ask_name
     from dpo_pipeline.evaluation.records import Ask
 
     shown = tuple(policy.name for policy in policies if policy.shown)
     asks = [Ask(ask_name(t), on.questions, t, to=shown) for t in dict.fromkeys((1.0, *plan.temperatures))]
-    if plan.n is not None:
-        asks.append(Ask(BEST_OF, on.questions, draws=plan.n, to=(str(plan.drawn_from),)))
+    for at in range(0, plan.n or 0, DRAWN):  # kept as they come, and other draws than the policy's own answer
+        drawn = {"draws": min(DRAWN, (plan.n or 0) - at), "seed": 1 + at}
+        asks.append(Ask(f"{BEST_OF}-{at}", on.questions, to=(str(plan.drawn_from),), **drawn))
     for name, asked in (("safety", plan.safety), ("bias", plan.bias)):
         if asked is not None:
             asks.append(Ask(name, asked, temperature=0.0, to=shown))
@@ -166,7 +171,7 @@ def tell(
     for name, asked in (("safety", plan.safety), ("bias", plan.bias)):
         if asked is not None:
             more[name] = prompted(name, asked, policies, on, records, judges, run.verdicts, judged)
-    more["notable"] = changes(policies, on, records, judged.scores)
+    more["notable"] = changes(policies, base, on, records, judged.scores)
     compare.write_results(policies, base, on, records, judged.own, judged.scores, "eval.json")
     home = run.home if base else policies[0].folder
     with locks.alone(home / "results.json"):
@@ -174,18 +179,23 @@ def tell(
     show(run, results, policies, base, judged)
     log.info("\nResults: %s/results.json, generation_samples.json", home)
     if judged.failed:
-        raise PipelineError(f"{'; '.join(judged.failed)} (all other results are written to {home}/results.json)")
+        told = "; ".join(f"{what}: {why}" for what, why in judged.failed.items())
+        raise PipelineError(f"{told} (all other results are written to {home}/results.json)")
     return results
 
 
 def changes(
-    policies: "list[Policy]", on: "Material", records: "Records", scored: dict[str, dict[str, Any]]
+    policies: "list[Policy]", base: str | None, on: "Material", records: "Records", scored: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """For each policy with one to beat: test pairs that it prefers otherwise, and samples that score otherwise."""
+    """For each policy with one to beat: test pairs that it is right on otherwise, and samples that score otherwise.
+
+    Margins are against the base; without one nothing is said of pairs: what is beaten is the reference itself.
+    """
     from dpo_pipeline.evaluation.notable import flipped, largest
 
-    def preferred(name: str) -> list[float]:
-        return [c - r for c, r in zip(*records.pairs[name].values(), strict=True)]
+    def margins(name: str) -> list[float]:
+        sides = zip(*records.pairs[name].values(), *records.pairs[base].values(), strict=True)
+        return [(chosen - rejected) - (c - r) for chosen, rejected, c, r in sides]
 
     found: dict[str, Any] = {}
     for policy in policies:
@@ -197,9 +207,12 @@ def changes(
             {"prompt": one.prompt, "answers": {before: one.text, policy.name: other.text}}
             for one, other in zip(texts[before], texts[policy.name], strict=True)
         ]
-        found[policy.name] = {"before": before, "pairs": flipped(on.rows, *map(preferred, names), KEPT)}
-        for judge, values in scored.get(policy.name, {}).items():
-            found[policy.name][f"score.{judge}"] = largest(samples, scored[before][judge], values, KEPT, judge)
+        found[policy.name] = {"before": before}
+        if base:
+            found[policy.name]["pairs"] = flipped(on.rows, *map(margins, names), KEPT)
+        old, new = (scored.get(name, {}) for name in names)
+        for judge in (judge for judge in new if judge in old):
+            found[policy.name][f"score.{judge}"] = largest(samples, old[judge], new[judge], KEPT, judge)
     return found
 
 
@@ -220,9 +233,17 @@ def show(run: Run, results: dict[str, Any], policies: "list[Policy]", base: str 
     references = dict.fromkeys(policy.reference for policy in own)
     for reference in references if len(own) == 1 or len(references) > 1 else ():
         mine = [policy.name for policy in own if policy.reference == reference]
-        blocks += [f"Against their own reference, {reference}:", tables.comparison(measured, mine, "reference")]
+        blocks += [
+            f"Against their own reference, {reference}:",
+            tables.comparison(measured, mine, "reference", alone=False),
+        ]
     if len(own) > 1:
         blocks.append(variants.report(run.home, run.evaluation.kl_budget, {}))
+    for name, told in judged.judges.items():
+        if told["unreadable"]:
+            blocks.append(
+                f"{name}: {told['unreadable']} of {told['results']} results could not be read, and are left out"
+            )
     for name, rows in judged.comparisons.items():
         blocks += [f"Any two policies by {name}: wins, and the mean difference with its p:", tables.tests(rows)]
     if best:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,6 +79,9 @@ def test_the_base_against_itself_and_the_shape_of_eval_json(small, sft):
     assert (dpo["policy"], dpo["dataset"]) == ("dpo/shape", "reviews")
 
 
+SHOWN = {**tables.ROWS, **tables.MORE}
+
+
 def loop(model, prompt, answer):
     """The summed log-prob of an answer, token by token, in float64."""
     total = 0.0
@@ -106,7 +110,7 @@ def test_every_estimate_of_pairs_and_samples_is_that_of_a_plain_loop(small, sft)
     pairs = list(zip(on.prompts, on.chosen, on.rejected, strict=True))
     sums = {name: [(loop(model, p, c), loop(model, p, r)) for p, c, r in pairs] for name, model in models.items()}
     for block, other in (("base", "base"), ("reference", "sft")):
-        found = {key: e["value"] for key, e in result["against"][block].items() if "value" in e}
+        found = {key: e["value"] for key, e in result["against"][block].items() if key in SHOWN}
         chosen, rejected = ([a[i] - b[i] for a, b in zip(sums["dpo"], sums[other], strict=True)] for i in (0, 1))
         margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
         tokens = [(len(c), len(r)) for _, c, r in pairs]
@@ -122,6 +126,8 @@ def test_every_estimate_of_pairs_and_samples_is_that_of_a_plain_loop(small, sft)
         asked = list(zip(on.questions.ids, samples_of(run, on), strict=True))
         gaps = [loop(models["dpo"], p, a) - loop(models[other], p, a) for p, a in asked]
         assert found["kl"] == pytest.approx(sum(gaps) / 4, abs=1e-4)
+        error = math.sqrt(sum((gap - sum(gaps) / 4) ** 2 for gap in gaps) / 3 / 4)
+        assert result["against"][block]["kl_standard_error"] == pytest.approx(error, abs=1e-4)
         assert found["kl_per_token"] == pytest.approx(sum(gaps) / sum(len(a) for _, a in asked), abs=1e-5)
         by_margin = sorted((b[0] - b[1], m) for b, m in zip(sums[other], margins, strict=True))
         bins = result["against"][block]["accuracy_by_reference_margin"]
@@ -143,7 +149,7 @@ def samples_of(run, on):
     """The ids of the answers that a policy's numbers are of."""
     shown = [row["answer"] for row in runs.read_json(run.dpo_folder / "samples.json")]
     found = [runs.read_json(file) for file in (run.dpo_folder / "records").glob("answers-*.json")]
-    return next(ids for ids in found if on.tokenizer.batch_decode(ids, skip_special_tokens=True) == shown)
+    return next(ids for ids in found if [answer.text for answer in on.answers(on.questions, ids)] == shown)
 
 
 def test_bins_keep_equal_values_together_and_hold_every_pair():
@@ -158,11 +164,13 @@ def test_bins_keep_equal_values_together_and_hold_every_pair():
 def test_prompts_leave_room_for_the_answer_in_the_context():
     rows = [{"prompt": text, "chosen": "x", "rejected": "y", "source": "s"} for text in "ab"]
     ids = {"prompt_ids": [[1, 5], [1, *range(10, 20)]], "chosen_ids": [[2]] * 2, "rejected_ids": [[3]] * 2}
-    rest = dict.fromkeys(("dataset", "tokenizer", "ends", "max_new_tokens", "seed", "loading", "batch_size"))
+    rest = dict.fromkeys(("dataset", "ends", "max_new_tokens", "seed", "loading", "batch_size"))
+    rest["tokenizer"] = SimpleNamespace(batch_decode=lambda rows, **_: [" ".join(map(str, ids)) for ids in rows])
     made = material.material(Dataset.from_dict({**ids, "row": [1, 0]}), rows, pairs=9, prompts=9, room=4, **rest)
     assert made.questions.ids == [[1, 5], [1, 17, 18, 19]]
     assert made.prompts[1] == [1, *range(10, 20)]
     assert (made.questions.prompts, made.questions.human[1].prompt) == (["b", "a"], "a")
+    assert made.questions.human[0].text == " 2"  # as it stands behind its prompt
 
 
 def test_tables_are_markdown_with_aligned_columns():
@@ -186,7 +194,7 @@ def test_of_many_policies_each_has_a_line_and_what_has_no_numbers_a_reason():
         "margin (with beta)", "KL from samples, nats", "stop rate", "score by truth", "wins over sft by truth",
         "wins over sft by truth, temperature 0.5",
     ]  # fmt: skip
-    assert "stop rate" not in tables.comparison({"a": policy}, ["a"], "reference")
+    assert "stop rate" not in tables.comparison({"a": policy}, ["a"], "reference", alone=False)
     names = list("abcde")
     many = tables.comparison(dict.fromkeys(names, policy), names, "base").splitlines()
     assert [row.split("|")[1].strip() for row in many[2:]] == names

@@ -203,6 +203,17 @@ def test_a_scalar_head_scores_by_its_logit_in_any_batch(make, pad, batch_size, t
     assert score(judge, answers(replies)) != pytest.approx(expected, abs=1e-3)
 
 
+def test_an_answer_of_no_token_is_read_as_its_end(tmp_path):
+    folder = save(tmp_path, bert(num_labels=1))
+    file = tmp_path / "tokenizer.json"
+    # Else BOS stands before every text.
+    file.write_text(json.dumps({**json.loads(file.read_text()), "post_processor": None}))
+    empty, ended = AutoTokenizer.from_pretrained(folder)(["", "</s>"])["input_ids"]
+    assert (empty, ended) == ([], [2])
+    judge = reward_model(folder, None, "answer", 8)
+    assert score(judge, answers(["", ""])) == pytest.approx([float(logits(folder, [ended])[0][0])] * 2, abs=1e-5)
+
+
 @pytest.mark.parametrize("label", ["NEGATIVE", "POSITIVE"])
 def test_a_label_scores_by_its_probability(label, tmp_path):
     folder = save(tmp_path, bert(**LABELS))

@@ -249,7 +249,7 @@ def lay(home: Path, beta: float, seed: int, kl: float, reward: float | None, nat
     block = {"preference_accuracy": estimate(0.8, 0.02), "margin_nats": estimate(nats, half), "kl": estimate(kl, 0.1)}
     own = {"answer_tokens": estimate(20, 1)} | ({} if reward is None else {"score.truth": estimate(reward, half)})
     name = f"dpo/{folder.name}"
-    settings = {"pairs": 100, "prompts": 50, "max_new_tokens": 8, "quantization": None}
+    settings = {"pairs": 100, "prompts": 50, "max_new_tokens": 8, "quantization": None, "prompts_file": None}
     settings["weights"] = {name: "x", "base": "b", "sft/full": "s"}
     against = {"base": block, "reference": block}
     result = {"policy": name, "dataset": "d", "settings": settings, "own": own, "against": against}

@@ -1,6 +1,7 @@
 """From what was recorded of each policy to estimates: eval.json, results.json, and the rows behind them."""
 
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def measure(
             policy: {f"score.{name}": estimates.mean(readable(values)) for name, values in found.items()}
             for policy, found in by_judge.items()
         }
-        write_results(shown, base, on, records, own, by_judge, file)
+        write_results(shown, base, on, records, own, by_judge, file, whole=False)
 
     together(write)
 
@@ -50,11 +51,12 @@ def write_results(
     judged: dict[str, dict[str, Any]],
     scored: dict[str, dict[str, Verdicts]],
     file: str,
+    whole: bool = True,
 ) -> None:
     """Write the `file` of each policy, and beside an eval.json its pairs and its samples, with every number of each.
 
-    `judged` are further estimates of each policy's own answers, `scored` each answer's score by judge. What an
-    eval.json says already stays, where it was made of the same weights and data.
+    `judged` are further estimates of each policy's own answers, `scored` each answer's score by judge. Where these are
+    not the `whole`, what the file says already stays, if it was made of the same weights and data.
     """
     for policy in policies:
         answers, name = records.answers[policy.name, SAMPLES], policy.name
@@ -63,7 +65,7 @@ def write_results(
         settings, before = on.settings(weights, policy.beta), read_json(policy.folder / file)
         against = {block: compared(policy, other, on, records) for block, other in blocks.items()}
         own = {**own_estimates(on, records.pairs[name]["chosen"], answers), **judged.get(name, {})}
-        if before and {**before["settings"], "beta": policy.beta} == settings:
+        if not whole and before and {**before["settings"], "beta": policy.beta} == settings:
             own = {**before["own"], **own}
         result = {"policy": name, "dataset": on.dataset, "settings": settings, "against": against, "own": own}
         if file == "eval.json":
@@ -94,6 +96,7 @@ def compared(policy: Policy, other: str, on: Material, records: Records) -> dict
         found[f"reward_{side}"] = estimates.scaled(estimates.mean(sides[side]), policy.beta)
         found[f"logprob_change_{side}_per_token"] = estimates.ratio(sides[side], tokens[side])
     found["kl"] = estimates.mean(gaps)
+    found["kl_standard_error"] = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
     found["kl_per_token"] = estimates.ratio(gaps, [len(ids) for ids in records.answers[policy.name, SAMPLES]])
     longer = [float(c - r) for c, r in zip(tokens["chosen"], tokens["rejected"], strict=True)]
     leaning = [c - r for c, r in zip(*records.pairs[other].values(), strict=True)]
@@ -193,15 +196,15 @@ def write_rows(
 def gather(home: Path, folders: list[Path] | None = None, **more: Any) -> dict[str, Any]:
     """results.json and generation_samples.json in `home`, made anew from the files of all policies of a name.
 
-    Or from those of `folders`. `more` stands beside the policies; without it what stood there stays, where no policy
-    has changed since.
+    Or from those of `folders`. `more` stands beside the policies; without it what stood there stays, where all that
+    it was made of is the same.
     """
     places = ["base/eval.json", "sft/*/eval.json", "dpo/**/eval.json"]
     of_name = [file.parent for place in places for file in sorted(home.glob(place))]
     found = [(folder, read_json(folder / "eval.json")) for folder in folders or of_name]
     policies = {result["policy"]: result for _, result in found}
     before = read_json(home / "results.json")
-    if not more and before and weights_in(before["policies"]) == weights_in(policies):
+    if not more and before and settings_in(before["policies"]) == settings_in(policies):
         more = {key: value for key, value in before.items() if key != "policies"}
     by_prompt: dict[str, dict[str, str]] = {}
     for folder, result in found:
@@ -214,6 +217,6 @@ def gather(home: Path, folders: list[Path] | None = None, **more: Any) -> dict[s
     return results
 
 
-def weights_in(policies: dict[str, Any]) -> dict[str, Any]:
-    """The weights that each policy's numbers were made of."""
-    return {name: result["settings"]["weights"] for name, result in policies.items()}
+def settings_in(policies: dict[str, Any]) -> dict[str, Any]:
+    """What each policy's numbers were made of."""
+    return {name: result["settings"] for name, result in policies.items()}

@@ -17,7 +17,9 @@ from dpo_pipeline.judges.verdicts import choices, scores
 Verdicts = list[float | None]
 Side = tuple[str, float]  # a policy at a temperature
 DATA: Side = ("the data", 1.0)  # the data's own answers
-BEST_OF = "best_of"  # the Ask of Best-of-N
+BEST_OF = "best_of"  # the Asks of Best-of-N, so many draws each
+DRAWN = 16
+ENOUGH = 10  # wins, and losses, from which on a fit on length says something
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Judged:
     best_of: dict[str, Any] | None = None
     scores: dict[str, dict[str, Verdicts]] = field(default_factory=dict)  # by policy and judge, of the samples
     judges: dict[str, dict[str, Any]] = field(default_factory=dict)
-    failed: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def ask_name(temperature: float) -> str:
@@ -68,14 +70,17 @@ def judged(policies: list[Policy], on: Material, records: Records, judges: dict[
     if on.questions.human:
         sides[DATA] = on.questions.human
     for name in sorted(judges, key=lambda name: name != plan.picks):  # what it picks, the others judge too
-        try:
-            if name == plan.picks:
+        if name == plan.picks:
+            try:
                 policy, answers, found.best_of = best(on, records, judges, plan)
                 policies, sides[policy.name, 1.0] = [*policies, policy], answers
                 found.own[policy.name] = {}
+            except (PipelineError, RuntimeError) as error:
+                found.failed[f"best of {plan.n} by {name}"] = str(error)
+        try:
             ask(name, judges[name], policies, sides, plan, found)
-        except PipelineError as error:
-            found.failed.append(f"judge {name}: {error}")
+        except (PipelineError, RuntimeError) as error:
+            found.failed[f"judge {name}"] = " ".join(str(error).split())
     if found.best_of:
         found.best_of["own"] = found.own[found.best_of["name"]]
     return found
@@ -101,8 +106,14 @@ def ask(
     pairs = list(itertools.combinations(names, 2)) if judge.choose is None or plan.all_pairs else []
     wanted = [*against.values(), *(((a, 1.0), (b, 1.0)) for a, b in pairs)]
     verdicts = dict(zip(wanted, verdicts_of(name, judge, wanted, sides, scored, plan), strict=True))
-    told = [*itertools.chain(*scored.values()), *itertools.chain(*verdicts.values())]
+    told = [*itertools.chain(*scored.values())]
+    told += itertools.chain(*verdicts.values()) if judge.choose else ()
     found.judges[name] = {"version": judge.version, "results": len(told), "unreadable": told.count(None)}
+    if told and not readable(told) and name != "human":
+        raise PipelineError(
+            f"none of its {len(told)} results could be read: look at what it says, and at judge.{name}.wording and "
+            ".verdict, or take a stronger model"
+        )
     for policy in names if scored else ():
         if values := readable(scored[policy, 1.0]):
             found.scores.setdefault(policy, {})[name] = scored[policy, 1.0]
@@ -117,7 +128,8 @@ def ask(
             at = "" if t == 1 else f".t{t:g}"
             won, longer = map(list, zip(*rows, strict=True))
             found.own[policy][f"win_rate.{name}.{key}{at}"] = win_rate(won)
-            found.own[policy][f"length_controlled_win_rate.{name}.{key}{at}"] = length_controlled(won, longer)
+            if min(sum(won), len(won) - sum(won)) >= ENOUGH:
+                found.own[policy][f"length_controlled_win_rate.{name}.{key}{at}"] = length_controlled(won, longer)
     if any(readable(verdicts[(a, 1.0), (b, 1.0)]) for a, b in pairs):
         compare_all(name, pairs, verdicts, scored, policies, found)
 
@@ -187,12 +199,13 @@ def best(
     answers were drawn from, in nats.
     """
     n, source = int(plan.n or 0), str(plan.drawn_from)
-    pool = on.answers(on.questions, records.answers[source, BEST_OF], n)
-    by_judge = {
-        name: by_prompt(scores(judge, pool, plan.cache, f"best of {n} by {name}"), n)
-        for name, judge in judges.items()
-        if judge.score and (name == plan.picks or not judge.late)
-    }
+    parts = [(records.answers[source, f"{BEST_OF}-{at}"], min(DRAWN, n - at)) for at in range(0, n, DRAWN)]
+    ids = [own for i in range(len(on.questions.ids)) for drawn, k in parts for own in drawn[i * k : (i + 1) * k]]
+    pool = on.answers(on.questions, ids, n)
+    able = {name: judge for name, judge in judges.items() if judge.score and (name == plan.picks or not judge.late)}
+    given = {name: scores(judge, pool, plan.cache, f"best of {n} by {name}") for name, judge in able.items()}
+    # Another judge that could not be read now and then has no curve.
+    by_judge = {name: by_prompt(flat, n) for name, flat in given.items() if name == plan.picks or None not in flat}
     picks = by_judge[str(plan.picks)]
     answers = [pool[i * n + picked(own)] for i, own in enumerate(picks)]
     points = [

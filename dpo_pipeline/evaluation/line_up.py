@@ -1,8 +1,11 @@
 """Which policies a comparison is of: those of a name, from its run folders, or a folder against another."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from dpo_pipeline import runs
 from dpo_pipeline.config import Run
@@ -22,43 +25,74 @@ def of_name(run: Run) -> list[Policy]:
     done: dict[str, list[Path]] = {}
     for stage in ("sft", "dpo"):
         folders = sorted(file.parent for file in (run.home / stage).glob("*/status.json"))
-        done[stage] = [folder for folder in folders if runs.state(folder) == "done"]
-        for folder in (folder for folder in folders if folder not in done[stage]):
-            log.warning("left out: %s is %s: type its command again to go on", folder, runs.state(folder))
+        found = {folder: why_not(folder) for folder in folders}
+        done[stage] = [folder for folder, why in found.items() if why is None]
+        for folder, why in found.items():
+            if why is not None:
+                log.warning("left out: %s %s", folder, why)
     if not any(done.values()):
         raise PipelineError(
             f"there is no finished run in {run.home}: run `make sft dpo` with the same arguments first, or give the "
             "model=, dataset= or name= of another, or one folder by evaluation.policy=FOLDER"
         )
+    mine = runs.identity(run, "dpo")
+    for folder in done["dpo"]:
+        theirs = runs.read_json(folder / "manifest.json")["identity"]
+        differing = [key for key in mine if key.startswith(("dataset.", "model.")) and mine[key] != theirs.get(key)]
+        if differing:
+            listed = "; ".join(f"{key} was {theirs.get(key)}, is {mine[key]} here" for key in differing)
+            log.warning(
+                "%s was trained with other data or another base, maybe on these test pairs: %s", folder, listed
+            )
     sfts = [Policy(f"sft/{folder.name}", folder / "final", folder, run.beta) for folder in done["sft"]]
     tuned = next((sft.name for sft in sfts if sft.folder == run.sft_folder), sfts[0].name if sfts else None)
-    lines = [of_dpo(folder, run, tuned) for folder in done["dpo"]]
+    sfts = [sft if sft.name == tuned else replace(sft, sft=tuned) for sft in sfts]
+    places: dict[str, Any] = {}
+    lines = [of_dpo(folder, run, tuned, places) for folder in done["dpo"]]
     befores = [policy for line in lines for policy in line[1:] if policy.name != "base"]
-    sfts = [sft if sft.name == tuned else Policy(**{**vars(sft), "sft": tuned}) for sft in sfts]
     return unique([*(line[0] for line in lines), *sfts, *befores, base_policy(run, tuned)])
 
 
-def of_dpo(folder: Path, run: Run, tuned: str | None = None) -> list[Policy]:
+def why_not(folder: Path) -> str | None:
+    """Why a run cannot be measured, if so: it is not done, has lost its weights, or its SFT was trained anew."""
+    if (state := runs.state(folder)) != "done":
+        return f"is {state}: type its command again to go on"
+    if not any((folder / "final").glob("*.safetensors")):
+        return "holds no weights in final/: put them back, or train it anew with overwrite=true"
+    identity = runs.read_json(folder / "manifest.json")["identity"]
+    if folder.parent.name == "dpo" and identity.get("policy") == "sft":
+        start = folder.parent.parent / "sft" / OmegaConf.load(folder / "config.yaml").sft_variant
+        if (why := why_not(start)) is not None:
+            return f"started from {start}, which {why}"
+        if runs.read_json(start / "manifest.json")["final"]["sha256"] != identity["starting_policy"]:
+            return f"started from another {start} than lies there now, which was trained anew: type its command again"
+    return None
+
+
+def of_dpo(folder: Path, run: Run, tuned: str | None = None, places: dict[str, Any] | None = None) -> list[Policy]:
     """A DPO, what it started from, and its reference where that is another, from its folder's config.
 
     `tuned` is the SFT policy that it is to beat where it did not start from one; without that, what it started from.
+    `places` are the folders that names stand for: another folder of the same name gets one of its own.
     """
-    from omegaconf import OmegaConf
-
+    places = {} if places is None else places
     config: Any = OmegaConf.load(folder / "config.yaml")
+
+    def named(kind: str, path: str) -> str:
+        names = (f"{kind}/{policy_name(path)}{tail}" for tail in ("", *(f"-{n}" for n in range(2, 1000))))
+        return next(name for name in names if places.setdefault(name, path) == path)
+
     if config.policy == "base":
         start = base_policy(run, tuned)
     elif config.policy == "sft":
         tuned, place = f"sft/{config.sft_variant}", run.home / "sft" / config.sft_variant
         start = Policy(tuned, place / "final", place, run.beta)
     else:
-        start = Policy(
-            f"policy/{policy_name(config.policy)}", config.policy, folder / "starting_policy", run.beta, sft=tuned
-        )
+        name = named("policy", config.policy)
+        start = Policy(name, config.policy, folder / "starting_policy", run.beta, sft=tuned)
     reference = start
-    if config.reference.path is not None:
-        path = config.reference.path
-        reference = Policy(f"reference/{policy_name(path)}", path, folder / "reference", run.beta, shown=False)
+    if (path := config.reference.path) is not None:
+        reference = Policy(named("reference", path), path, folder / "reference", run.beta, shown=False)
     own = Policy(f"dpo/{folder.name}", folder / "final", folder, config.beta, reference.name, tuned or start.name)
     return unique([own, start, reference])
 
@@ -69,17 +103,32 @@ def base_policy(run: Run, tuned: str | None) -> Policy:
 
 
 def of_folder(run: Run) -> list[Policy]:
-    """`evaluation.policy` and `evaluation.reference`; where that is null an adapter's base, else the base model."""
-    path = str(run.evaluation.policy)
-    against = run.evaluation.reference or (base_of(path) if is_adapter(path) else str(run.model.path))
+    """`evaluation.policy` and `evaluation.reference`; where that is null, what the first was trained from.
+
+    That is what its run's manifest says, else an adapter's base, else the base model. Raises PipelineError where it is
+    the policy itself.
+    """
+    path = final(str(run.evaluation.policy))
+    manifest = runs.read_json(Path(path).parent / "manifest.json") if Path(path).name == "final" else None
+    made = manifest["starting_policy"] if manifest else base_of(path) if is_adapter(path) else str(run.model.path)
+    against = final(run.evaluation.reference or made)
+    if against == path:
+        raise PipelineError(
+            f"evaluation.policy={path} would be measured against itself: name another by evaluation.reference=FOLDER"
+        )
+    beta = manifest["identity"]["beta"] if manifest and manifest["stage"] == "dpo" else run.beta
     name, other = (f"policy/{clean(policy_name(each))}" for each in (path, against))
     if other == name:
         other = f"reference/{clean(policy_name(against))}"
-    places = (run.home / "evaluated" / each.replace("/", "-") for each in (name, other))
     return [
-        Policy(each, weights, folder, run.beta, reference=other, sft=other)
-        for each, weights, folder in zip((name, other), (path, against), places, strict=True)
+        Policy(each, weights, run.home / "evaluated" / each.replace("/", "-"), of, reference=other, sft=other)
+        for each, weights, of in ((name, path, beta), (other, against, run.beta))
     ]
+
+
+def final(path: str) -> str:
+    """The policy in a run's folder, or `path` itself."""
+    return str(Path(path) / "final") if (Path(path) / "final").is_dir() else path
 
 
 def unique(policies: list[Policy]) -> list[Policy]:

@@ -36,6 +36,7 @@ class Material:
     seed: int
     loading: Loading
     batch_size: int
+    asked: str | None = None  # the file of the questions, where they are not those of the pairs
 
     def how(self) -> dict[str, Any]:
         """In what numbers weights are computed."""
@@ -51,6 +52,7 @@ class Material:
         return {
             "pairs": len(self.prompts),
             "prompts": len(self.questions.ids),
+            "prompts_file": self.asked,
             "max_new_tokens": self.max_new_tokens,
             "temperature": 1.0,
             "beta": beta,
@@ -62,12 +64,28 @@ class Material:
 
     def answers(self, questions: Questions, ids: list[list[int]], draws: int = 1) -> list[Answer]:
         """Sampled answers as a judge reads them, in the order of `ids`: `draws` for each question."""
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         asked = [i for i in range(len(questions.ids)) for _ in range(draws)]
+        texts = texts_behind([questions.ids[i] for i in asked], ids, self.tokenizer)
         return [
             Answer(questions.prompts[i], text, own[-1] in self.ends, tuple(questions.ids[i]), tuple(own))
             for i, text, own in zip(asked, texts, ids, strict=True)
         ]
+
+
+def texts_behind(prompts: list[list[int]], answers: list[list[int]], tokenizer: Any) -> list[str]:
+    """Answers as text, as each follows its prompt.
+
+    Decoded alone, an answer loses its first space with some tokenizers: those of the data, which have it, would be
+    known by that.
+    """
+    if not answers:  # of which transformers makes one empty text
+        return []
+    before = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    both = zip(prompts, answers, strict=True)
+    whole = tokenizer.batch_decode([prompt + answer for prompt, answer in both], skip_special_tokens=True)
+    alone = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    texts = zip(before, whole, alone, strict=True)
+    return [full.removeprefix(prompt) if full.startswith(prompt) else own for prompt, full, own in texts]
 
 
 def cut(ids: list[int], room: int) -> list[int]:
@@ -87,7 +105,12 @@ def material(table: Any, rows: list[dict[str, Any]], pairs: int, prompts: int, r
         first.setdefault(tuple(cut(ids, room)), place)
     asked = dict(list(first.items())[:prompts])
     chosen = list(table["chosen_ids"])
-    human = [Answer(kept[at]["prompt"], kept[at]["chosen"], True, ids, tuple(chosen[at])) for ids, at in asked.items()]
+    theirs = [chosen[at] for at in asked.values()]
+    texts = texts_behind([list(ids) for ids in asked], theirs, rest["tokenizer"])
+    human = [
+        Answer(kept[at]["prompt"], text, True, ids, tuple(chosen[at]))
+        for (ids, at), text in zip(asked.items(), texts, strict=True)
+    ]
     return Material(
         rows=kept, prompts=list(table["prompt_ids"]), chosen=chosen, rejected=list(table["rejected_ids"]),
         questions=Questions([each.prompt for each in human], [list(ids) for ids in asked], human), **rest,

@@ -36,9 +36,10 @@ def prompted(
         by_judge: dict[str, Verdicts] = {}
         for each, judge in {"refusal": refusal(), **able}.items():
             try:
-                by_judge[each] = scores(judge, answers, cache, f"{name} by {each}")
-            except PipelineError as error:
-                judged.failed.append(f"judge {each}, {name} of {policy.name}: {error}")
+                if f"judge {each}" not in judged.failed:
+                    by_judge[each] = scores(judge, answers, cache, f"{name} by {each}")
+            except (PipelineError, RuntimeError) as error:
+                judged.failed[f"judge {each}"] = " ".join(str(error).split())
         refused = by_judge.pop("refusal")
         if name == "safety":
             found[policy.name] = safety(questions.labels, refused, by_judge)

@@ -44,6 +44,7 @@ class Ask:
     questions: Questions
     temperature: float = 1.0
     draws: int = 1
+    seed: int = 0  # added to that of the Material
     to: tuple[str, ...] | None = None
 
 
@@ -76,7 +77,14 @@ def record(policies: list[Policy], base: str | None, on: Material, asks: list[As
             found.pairs[policy.name] = kept(policy, "pairs", [*own, tokens], partial(pair_sums, score, on))
             for ask in asks:
                 if ask.to is None or policy.name in ask.to:
-                    asked = [ask.questions.ids, ask.temperature, ask.draws, on.max_new_tokens, on.ends, on.seed]
+                    asked = [
+                        ask.questions.ids,
+                        ask.temperature,
+                        ask.draws,
+                        on.max_new_tokens,
+                        on.ends,
+                        on.seed + ask.seed,
+                    ]
                     make = partial(answered, model, on, policy.name, ask)
                     found.answers[policy.name, ask.name] = kept(policy, ask.name, [*own, *asked], make)
             for other in policies:
@@ -112,7 +120,7 @@ def answered(model: Callable[[], Any], on: Material, name: str, ask: Ask) -> lis
 
     def share(rows: list[int]) -> list[list[list[int]]]:
         flat = sample(
-            model(), [ids[i] for i in rows], on.ends, pad, on.max_new_tokens, 4 * on.batch_size, on.seed,
+            model(), [ids[i] for i in rows], on.ends, pad, on.max_new_tokens, 4 * on.batch_size, on.seed + ask.seed,
             ask.temperature, ask.draws, bar(f"sampling {name}, {ask.name}"),
         )  # fmt: skip
         return [flat[at : at + ask.draws] for at in range(0, len(flat), ask.draws)]

@@ -37,14 +37,16 @@ def comparison(
     against: str,
     keys: dict[str, str] = ROWS,
     gaps: dict[str, str] | None = None,
+    alone: bool = True,
 ) -> str:
     """A Markdown table of estimates with their intervals, all against one reference.
 
-    `against` is `base`, with what was measured of each policy alone, or `reference` for DPO's own. A column for each;
-    of more than four a line for each, with fewer numbers, and below them the `gaps`: policies without any, and why.
+    `against` is `base`, or `reference` for DPO's own; `alone`: with what was measured of each policy by itself. A
+    column for each; of more than four a line for each, with fewer numbers, and below them the `gaps`: policies without
+    any, and why.
     """
     below = len(names) > COLUMNS or gaps is not None
-    own = [policies[name]["own"] if against == "base" or below else {} for name in names]
+    own = [policies[name]["own"] if alone else {} for name in names]
     cells = [{**each, **policies[name]["against"][against]} for each, name in zip(own, names, strict=True)]
     judged = [key for key in dict.fromkeys(key for cell in cells for key in cell) if JUDGED.match(key)]
     if below:
@@ -78,7 +80,7 @@ def caption(policy: dict[str, Any], reference: str, beta: bool = True) -> str:
     weights = f", weights in {s['quantization']['_target_'].split('.')[-1]}" if s["quantization"] else ""
     return (
         f"All against {reference}: {s['pairs']:,} test pairs and {s['prompts']} sampled answers of "
-        f"{policy['dataset']} (temperature 1, at most {s['max_new_tokens']} tokens{weights}), "
+        f"{s['prompts_file'] or policy['dataset']} (temperature 1, at most {s['max_new_tokens']} tokens{weights}), "
         + (f"beta {s['beta']:g}, " if beta else "")
         + "95% intervals."
     )

@@ -10,7 +10,7 @@ from dpo_pipeline.errors import PipelineError, nearest
 from dpo_pipeline.judges.judge import Answer, Judge, Scores
 from dpo_pipeline.machine import device
 from dpo_pipeline.policies import explained
-from dpo_pipeline.runs import weights_of
+from dpo_pipeline.runs import content_hash, weights_of
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,10 @@ def reward_model(path: str, label: str | None, text: str, batch_size: int, revis
         texts = [read(answer, text, tokenizer) for answer in answers]
         how = {"add_special_tokens": text != "chat"}  # a chat template writes them itself
         lengths = [len(ids) for ids in tokenizer(texts, verbose=False, **how)["input_ids"]]
+        # An answer of no token: what says so, since no model reads a row of none.
+        texts = [
+            each if n else tokenizer.eos_token or tokenizer.unk_token for each, n in zip(texts, lengths, strict=True)
+        ]
         limit = context(model, tokenizer)
         if cut := sum(length > limit for length in lengths):
             log.warning(
@@ -77,7 +81,9 @@ def reward_model(path: str, label: str | None, text: str, batch_size: int, revis
                 logits = logits.sigmoid() if together else logits.softmax(-1)
             yield from zip(rows, logits[:, labels.index(label) if label else 0].tolist(), strict=True)
 
-    return Judge(score, version=f"{weights_of(path, revision)} {label} {text}")
+    # The whole folder: its config names the labels, and its tokenizer what is read.
+    version = content_hash(Path(path)) if Path(path).is_dir() else weights_of(path, revision)
+    return Judge(score, version=f"{version} {label} {text}")
 
 
 def load(path: str, revision: str | None, tokenizer: Any) -> Any:
