@@ -133,6 +133,11 @@ def materials(run: Run, policies: "list[Policy]") -> "tuple[Material, Questions 
             Answer(row["prompt"], text, True, answer.prompt_ids, tuple(own))
             for row, text, answer, own in zip(held, texts, on.questions.human, ids, strict=True)
         ]
+    if long := sum(len(ids) == how["room"] for ids in on.questions.ids):
+        log.warning(
+            "%d of %d prompts leave no room for %d tokens in the model's context, and are cut from their left",
+            *(long, len(on.questions.ids), on.max_new_tokens),
+        )
     return on, questions(run.evaluation.safety_file, "label"), questions(run.evaluation.bias_file, "template", "group")
 
 
@@ -218,7 +223,7 @@ def changes(
 
 def show(run: Run, results: dict[str, Any], policies: "list[Policy]", base: str | None, judged: Any) -> None:
     """Print the tables."""
-    from dpo_pipeline.evaluation import safety, tables, variants
+    from dpo_pipeline.evaluation import line_up, safety, tables, variants
     from dpo_pipeline.evaluation.notable import notable_text
 
     measured, every = results["policies"], [policy.name for policy in reversed(policies)]
@@ -239,6 +244,10 @@ def show(run: Run, results: dict[str, Any], policies: "list[Policy]", base: str 
         ]
     if len(own) > 1:
         blocks.append(variants.report(run.home, run.evaluation.kl_budget, {}))
+    block, first = "reference" if policies[0].reference else "base", policies[0].name
+    blocks += [f"Accuracy of {first} by kind of pair:", tables.breakdown(measured[first]["against"][block])]
+    if names := line_up.preferred(policies):
+        blocks.append(f"Preferred-FT, SFT on the chosen answers: {', '.join(names)}")
     for name, told in judged.judges.items():
         if told["unreadable"]:
             blocks.append(

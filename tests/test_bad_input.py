@@ -24,7 +24,7 @@ from dpo_pipeline import runs
 from dpo_pipeline.config import compose, main
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.evaluation import compare
+from dpo_pipeline.evaluation import records
 from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training import reference, start, trainer
 from dpo_pipeline.training.callbacks import Metrics
@@ -638,7 +638,7 @@ STOPS = {
     "sft saving": ("sft", lambda: interrupting(trainer, "save_final")),
     "dpo reference pass": ("dpo", lambda: interrupting(reference, "computed", lambda *args: len(args) == 3)),
     "dpo training": ("dpo", lambda: interrupting(Metrics, "on_step_end", at_step_3)),
-    "dpo measuring": ("dpo", lambda: interrupting(compare, "sample")),
+    "dpo measuring": ("dpo", lambda: interrupting(records, "sample")),
 }
 
 

@@ -236,6 +236,14 @@ def test_the_data_s_own_answers_look_like_sampled_ones(small, typed, evaluated):
     assert [answer.text.split() for answer in again] == [on.rows[i]["chosen"].split() for i in range(6)]
 
 
+def test_an_sft_on_chosen_answers_is_named_preferred_ft(small, typed, evaluated, tmp_path):
+    shutil.copytree(small(*typed).home / "sft", tmp_path / "small" / "sft")
+    file = tmp_path / "small" / "sft" / "full" / "config.yaml"
+    file.write_text(file.read_text().replace("sft_target: demonstration", "sft_target: chosen"))
+    policies = line_up.of_name(small(*typed[1:], f"root={tmp_path}"))
+    assert line_up.preferred(policies) == ["sft/full"]
+
+
 def test_best_of_n_draws_other_answers_than_the_policy_s_own(small, typed, evaluated):
     folder = small(*typed).home / "sft" / "full" / "records"
     (pool,) = (runs.read_json(file) for file in folder.glob("best_of-0-*.json"))
@@ -418,6 +426,8 @@ def test_the_command_itself(small, typed, evaluated):
     done = subprocess.run(call, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "All against the base model: 20 test pairs and 6 sampled answers of reviews" in done.stdout
+    assert "| reference margin" in done.stdout
+    assert "Preferred-FT" not in done.stdout  # its SFT learnt demonstrations
     assert "Traceback" not in done.stderr
     assert Path(done.stdout.split("Results: ")[1].split(",")[0]).is_file()
 

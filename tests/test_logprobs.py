@@ -2,6 +2,8 @@
 
 import math
 import random
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_pipeline import estimates
 from dpo_pipeline.evaluation.compare import compared
+from dpo_pipeline.evaluation.records import Policy, Records
 from dpo_pipeline.logprobs import answer_logprobs
 
 VOCAB, BETA = 40, 0.3
@@ -115,8 +118,7 @@ def test_a_comparison_is_that_of_a_plain_loop(policy, reference, batch_size):
         return [sums(answer_logprobs(model, PROMPTS, side, batch_size)) for side in (ANSWERS, OTHERS)]
 
     ours, theirs = measured(policy), measured(reference)
-    gaps = [a - b for a, b in zip(ours[0], theirs[0], strict=True)]
-    found = compared(ours, theirs, gaps, [len(answer) for answer in ANSWERS], BETA)
+    found = compare(ours, theirs)
     assert 0.2 < wins / count < 0.8
     expected = {
         "preference_accuracy": wins / count,
@@ -127,17 +129,27 @@ def test_a_comparison_is_that_of_a_plain_loop(policy, reference, batch_size):
         "kl": nats / count,
         "kl_per_token": nats / tokens,
     }
-    assert {key: estimate["value"] for key, estimate in found.items()} == pytest.approx(expected, abs=1e-4)
-    assert all(estimate["n"] == count and estimate["low"] < estimate["high"] for estimate in found.values())
+    assert {key: found[key]["value"] for key in expected} == pytest.approx(expected, abs=1e-4)
+    assert all(found[key]["n"] == count and found[key]["low"] < found[key]["high"] for key in expected)
     perplexity = estimates.perplexity(ours[0], [len(answer) for answer in ANSWERS])["value"]
     assert perplexity == pytest.approx(math.exp(-sum(chosen) / tokens), rel=1e-5)
+
+
+def compare(ours, theirs):
+    """What `compared` says of these sums of chosen and rejected answers, where the chosen ones were sampled too."""
+    pairs = {
+        name: dict(zip(("chosen", "rejected"), sides, strict=True)) for name, sides in (("a", ours), ("b", theirs))
+    }
+    sampled = {("a", "a"): ours[0], ("a", "b"): theirs[0]}
+    found = Records(pairs=pairs, answers={("a", "answers"): ANSWERS}, sums=sampled)
+    on = SimpleNamespace(chosen=ANSWERS, rejected=OTHERS, rows=[{"source": "s"}] * len(ANSWERS))
+    return compared(Policy("a", "", Path(), BETA), "b", on, found)
 
 
 def test_a_policy_against_itself_is_exactly_even(policy):
     own = [sums(answer_logprobs(policy, PROMPTS, side, 7)) for side in (ANSWERS, OTHERS)]
     again = [sums(answer_logprobs(policy, PROMPTS, side, 7)) for side in (ANSWERS, OTHERS)]
-    gaps = [a - b for a, b in zip(own[0], again[0], strict=True)]
-    found = compared(own, again, gaps, [len(answer) for answer in ANSWERS], BETA)
+    found = compare(own, again)
     assert found["preference_accuracy"]["value"] == 0.5
     for key in ("margin", "margin_nats", "reward_chosen", "reward_rejected", "kl", "kl_per_token"):
         assert [found[key][bound] for bound in ("value", "low", "high")] == [0, 0, 0], key

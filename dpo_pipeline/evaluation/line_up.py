@@ -131,6 +131,12 @@ def final(path: str) -> str:
     return str(Path(path) / "final") if (Path(path) / "final").is_dir() else path
 
 
+def preferred(policies: list[Policy]) -> list[str]:
+    """Which SFT policies learnt the chosen answers of the pairs: Preferred-FT of the DPO paper (arXiv:2305.18290)."""
+    configs = {p.name: OmegaConf.load(p.folder / "config.yaml") for p in policies if p.name.startswith("sft/")}
+    return [name for name, config in configs.items() if config.sft_target == "chosen" and config.sft_dataset is None]
+
+
 def unique(policies: list[Policy]) -> list[Policy]:
     """The first of each name."""
     return list({policy.name: policy for policy in reversed(policies)}.values())[::-1]

@@ -86,6 +86,21 @@ def caption(policy: dict[str, Any], reference: str, beta: bool = True) -> str:
     )
 
 
+def breakdown(against: dict[str, Any]) -> str:
+    """The accuracy of one policy by source, by length difference in tokens and by the reference's own margin in nats.
+
+    Beside it, where there are quarters, what the policy's rewards predict.
+    """
+    rows = [["pairs", "n", "accuracy", "predicted"]]
+    by_source = against["accuracy_by_source"]
+    rows += [[name, str(e["n"]), shown(e), ""] for name, e in by_source.items() if len(by_source) > 1]
+    for label in ("length difference", "reference margin"):
+        for part in against[f"accuracy_by_{label.replace(' ', '_')}"]:
+            of = f"{label} {part['from']:.4g} to {part['to']:.4g}"
+            rows.append([of, str(part["accuracy"]["n"]), shown(part["accuracy"]), shown(part["predicted"])])
+    return grid(rows)
+
+
 def tests(comparisons: list[dict[str, Any]]) -> str:
     """Any two policies by one judge: how often one wins, and whether they differ."""
     rows = [["policy", "against", "wins", "difference", "p", "p, of all (Holm)"]]
