@@ -1,5 +1,6 @@
 """Evaluation of a whole name or one folder: what it writes, that it measures once, and that nothing is lost."""
 
+import contextlib
 import csv
 import json
 import math
@@ -12,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dpo_pipeline import runs
+from dpo_pipeline.config import main
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluate import materials, run_evaluate
@@ -352,6 +354,29 @@ def test_an_evaluation_that_was_stopped_goes_on_where_it_was(small, typed, evalu
     assert len(made) == 2
     run_evaluate(small(*typed, *asked))
     assert len(made) == 5
+
+
+def test_a_full_disk_is_one_sentence_and_what_was_measured_stays(small, typed, evaluated, tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here: that needs root")
+    try:
+        shutil.copytree(small(*typed).home, disk / "small")
+        given = [item for item in small.typed if not item.startswith("evaluation.prompts")]
+        asked = [f"root={disk}", *typed[1:], "name=small", "evaluation.temperatures=[0.33]"]
+        monkeypatch.setattr(sys, "argv", ["evaluate", *given, *asked])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+        with contextlib.suppress(OSError):
+            (disk / "filler").write_bytes(bytes(10**8))
+        with pytest.raises(SystemExit, match="error: the disk is full"):
+            main(run_evaluate)
+        (disk / "filler").unlink()
+        main(run_evaluate)
+        own = runs.read_json(disk / "small" / "dpo" / "none" / "eval.json")["own"]
+        assert "win_rate.truth.sft.t0.33" in own
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_check_measures_nothing(small, typed, evaluated, made):
