@@ -17,7 +17,7 @@ from dpo_pipeline.config import main
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluate import materials, run_evaluate
-from dpo_pipeline.evaluation import line_up, records
+from dpo_pipeline.evaluation import judging, line_up, records
 from dpo_pipeline.judges import built, verdicts
 from dpo_pipeline.judges.judge import Judge
 from tests.test_processes import TWO, launched
@@ -276,6 +276,15 @@ def test_a_judge_that_cannot_be_read_is_told_of(small, typed, evaluated, monkeyp
         run_evaluate(small(*typed, "evaluation.temperatures=[1]"))
     assert "truth" in runs.read_json(asked.home / "results.json")["comparisons"]
     EVERY[0] = 2
+
+
+def test_two_policies_that_were_rated_but_never_compared_have_no_row():
+    found = judging.Judged({"a": {}, "b": {}})
+    scored = {("a", 1.0): [3.0, 4.0], ("b", 1.0): [2.0, 5.0]}  # as people rate without saying which is better
+    policies = [records.Policy(name, "", Path(), 0.1) for name in "ab"]
+    none = {(("a", 1.0), ("b", 1.0)): [None, None]}
+    judging.compare_all("human", [("a", "b")], none, scored, policies, found)
+    assert found.comparisons == {"human": []}
 
 
 EVERY = [2]  # of the answers of a judge that is mute now and then

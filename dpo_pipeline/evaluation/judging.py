@@ -182,7 +182,7 @@ def compare_all(
     for (a, b), won in games.items():
         one, other = (scored[side, 1.0] for side in (a, b)) if scored else (won, [0.5] * len(won))
         both = [(x, y) for x, y in zip(one, other, strict=True) if x is not None and y is not None]
-        if both:
+        if both and readable(won):
             test = paired(*map(list, zip(*both, strict=True)))
             rows.append({"one": a, "other": b, "win_rate": win_rate(readable(won)), **test})
     for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
