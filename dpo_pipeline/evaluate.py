@@ -135,7 +135,7 @@ def materials(run: Run, policies: "list[Policy]") -> "tuple[Material, Questions 
         ]
     if long := sum(len(ids) == how["room"] for ids in on.questions.ids):
         log.warning(
-            "%d of %d prompts fill the room that %d tokens leave in the model's context: longer ones are cut from their left",
+            "%d of %d prompts fill the room that %d tokens leave in the model's context: longer ones are cut",
             *(long, len(on.questions.ids), on.max_new_tokens),
         )
     return on, questions(run.evaluation.safety_file, "label"), questions(run.evaluation.bias_file, "template", "group")
