@@ -7,6 +7,13 @@ from collections.abc import Sequence
 Estimate = dict[str, float | int | None]
 
 
+def estimate(value: float, low: float | None, high: float | None, n: int) -> Estimate:
+    """An estimate whose interval holds its value: a rounding never puts `value` outside `low` and `high`."""
+    if low is not None and high is not None and not math.isnan(value):
+        low, high = min(low, value), max(high, value)
+    return {"value": value, "low": low, "high": high, "n": n}
+
+
 def mean(values: Sequence[float]) -> Estimate:
     """The mean with Student's t interval; of one value, or of equal values, the interval is what it can be.
 
@@ -19,10 +26,10 @@ def mean(values: Sequence[float]) -> Estimate:
         raise ValueError("the mean of no values")
     value = math.fsum(values) / n
     if n == 1:
-        return {"value": value, "low": None, "high": None, "n": 1}
+        return estimate(value, None, None, 1)
     error = math.sqrt(math.fsum((v - value) ** 2 for v in values) / (n - 1) / n)
     half = float(t.ppf(0.975, n - 1)) * error
-    return {"value": value, "low": value - half, "high": value + half, "n": n}
+    return estimate(value, value - half, value + half, n)
 
 
 def share(values: Sequence[float]) -> Estimate:
@@ -36,7 +43,7 @@ def share(values: Sequence[float]) -> Estimate:
     value, z = math.fsum(values) / n, 1.959963984540054
     centre = (value + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
-    return {"value": value, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": n}
+    return estimate(value, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
@@ -50,11 +57,11 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimat
     if not n or n != len(denominators):
         raise ValueError(f"the ratio of {n or 'no'} values to {len(denominators)}")
     if n == 1:
-        return {"value": numerators[0] / denominators[0], "low": None, "high": None, "n": 1}
+        return estimate(numerators[0] / denominators[0], None, None, 1)
     top, bottom = np.asarray(numerators, float), np.asarray(denominators, float)
     rows = np.random.default_rng(0).integers(0, n, (2000, n))
     low, high = np.quantile(top[rows].sum(1) / bottom[rows].sum(1), [0.025, 0.975])
-    return {"value": float(top.sum() / bottom.sum()), "low": float(low), "high": float(high), "n": n}
+    return estimate(float(top.sum() / bottom.sum()), float(low), float(high), n)
 
 
 def perplexity(answer_logprobs: Sequence[float], answer_tokens: Sequence[int]) -> Estimate:
@@ -93,7 +100,7 @@ def distinct(answers: Sequence[Sequence[int]], n: int) -> Estimate:
         raise ValueError(f"no answer has {n} tokens")
     value = len(together) / total
     if any(own.total() == total for own in counts):
-        return {"value": value, "low": None, "high": None, "n": size}
+        return estimate(value, None, None, size)
     without = [
         (len(together) - sum(together[gram] == times for gram, times in own.items())) / (total - own.total())
         for own in counts
@@ -101,7 +108,7 @@ def distinct(answers: Sequence[Sequence[int]], n: int) -> Estimate:
     centre = math.fsum(without) / size
     error = math.sqrt(math.fsum((each - centre) ** 2 for each in without) * (size - 1) / size)
     half = float(t.ppf(0.975, size - 1)) * error
-    return {"value": value, "low": max(0.0, value - half), "high": min(1.0, value + half), "n": size}
+    return estimate(value, max(0.0, value - half), min(1.0, value + half), size)
 
 
 def repetition(answer: Sequence[int], n: int = 3) -> float:

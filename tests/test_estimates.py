@@ -46,6 +46,25 @@ def test_share_has_the_wilson_interval(wins, n):
     assert found == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("share_of_wins", [0.0, 0.1, 1 / 3, 0.5, 0.97, 1.0])
+def test_an_interval_holds_its_value_at_every_size(share_of_wins):
+    """matplotlib refuses an error bar of a negative length, which one rounding made of a share of 1."""
+    for n in range(1, 1001):
+        wins = round(share_of_wins * n)
+        values = [1.0] * wins + [0.0] * (n - wins)
+        for found in (estimates.share(values), estimates.mean(values), estimates.accuracy(values)):
+            assert found["low"] is None or found["low"] <= found["value"] <= found["high"], (n, found)
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 10, 49, 300, 1000])
+def test_the_interval_of_equal_ratios_holds_their_ratio(n):
+    for numerator in (0.1, 0.7, 1 / 3):
+        found = estimates.ratio([numerator * 3] * n, [3.0] * n)
+        assert found["low"] <= found["value"] <= found["high"]
+        found = estimates.perplexity([-numerator] * n, [7] * n)
+        assert found["low"] <= found["value"] <= found["high"]
+
+
 def test_a_tie_counts_half_a_win_in_a_share():
     assert estimates.share([1.0, 0.5, 0.5, 0.0, 0.0, 0.5, 0.5, 0.0]) == estimates.share([1.0] * 3 + [0.0] * 5)
 

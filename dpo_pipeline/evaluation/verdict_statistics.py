@@ -38,7 +38,7 @@ def length_controlled(verdicts: list[float], length_differences: list[float]) ->
     won, lengths = np.asarray(verdicts), np.asarray(length_differences, float) / np.std(length_differences)
     weights, features = prompt_weights(len(won)), np.column_stack([np.ones(len(won)), lengths])
     intercepts = log_odds(weights * won, weights * (1 - won), features, ridge=[0.0, RIDGE])[:, 0]
-    return estimate(1 / (1 + np.exp(-intercepts)), len(won))
+    return with_quantiles(1 / (1 + np.exp(-intercepts)), len(won))
 
 
 def elo(verdicts: dict[tuple[str, str], list[float | None]], anchor: str) -> dict[str, Estimate]:
@@ -65,7 +65,7 @@ def elo(verdicts: dict[tuple[str, str], list[float | None]], anchor: str) -> dic
     # All strengths may be shifted alike: a ridge on the anchor's puts it at 0 and changes no difference.
     ratings = 1000 + 400 / np.log(10) * log_odds(wins, losses, features, ridge=[float(n == anchor) for n in names])
     counts = [int((~np.isnan(won[column != 0])).any(0).sum()) for column in features.T]
-    return {name: estimate(ratings[:, at], counts[at]) for at, name in enumerate(names)}
+    return {name: with_quantiles(ratings[:, at], counts[at]) for at, name in enumerate(names)}
 
 
 def prompt_weights(n: int) -> Any:
@@ -73,10 +73,10 @@ def prompt_weights(n: int) -> Any:
     return np.vstack([np.ones(n), np.random.default_rng(0).exponential(size=(DRAWS, n))])
 
 
-def estimate(values: Any, n: int) -> Estimate:
-    """Of a value and its draws after it; one prompt has no interval."""
+def with_quantiles(values: Any, n: int) -> Estimate:
+    """The estimate of a value and its draws after it; one prompt has no interval."""
     low, high = np.quantile(values[1:], [0.025, 0.975]).tolist() if n > 1 else (None, None)
-    return {"value": float(values[0]), "low": low, "high": high, "n": n}
+    return estimates.estimate(float(values[0]), low, high, n)
 
 
 def log_odds(wins: Any, losses: Any, features: Any, ridge: list[float]) -> Any:
