@@ -18,8 +18,9 @@ from typing import Any, NoReturn
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_pipeline.errors import OneRankError, PipelineError, explain, nearest
-from dpo_pipeline.machine import STOPS, is_main_process, processes
+from dpo_pipeline.distributed import is_main_process, processes
+from dpo_pipeline.errors import OneRankError, PipelineError, explain_config_error, nearest
+from dpo_pipeline.hardware import STOPS
 from dpo_pipeline.naming import loss_names, name_folders
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -30,7 +31,7 @@ CHOICES = {
     "sft_best": ("perplexity", "last"),
     "sft_target": (None, "chosen", "demonstration"),
     "length.prompt": ("left", "drop"),
-    "length.answer": ("drop", "keep_eos", "cut"),
+    "length.completion": ("drop", "keep_eos", "cut"),
     "guard.action": ("warn", "stop", "off"),
     "evaluation.opponent": ("chosen", "demonstration"),
     "report_to": ("none", "wandb", "tensorboard", "trackio", "mlflow"),
@@ -84,7 +85,7 @@ class Length:
     max: int | None = None
     max_prompt: int | None = None
     prompt: str = MISSING
-    answer: str = MISSING
+    completion: str = MISSING
 
 
 @dataclass
@@ -213,16 +214,16 @@ def main(stage: Callable[[Run], Any]) -> None:
 
         hydra_cfg = HydraConfig.get()
         if processes() > 1 and hydra_cfg.mode == RunMode.MULTIRUN:
-            fail(sweep_in_ranks())
+            exit_with_error(sweep_in_ranks())
         try:
-            stage(check(cfg, list(hydra_cfg.overrides.task), dict(hydra_cfg.runtime.choices)))
+            stage(validate(cfg, list(hydra_cfg.overrides.task), dict(hydra_cfg.runtime.choices)))
         except Exception as error:  # here, since Hydra prints a line of its own for what leaves a task
-            if sentence := sentence_for(error):
-                fail(sentence, alone=isinstance(error, OneRankError))
+            if sentence := explain_error(error):
+                exit_with_error(sentence, alone=isinstance(error, OneRankError))
             raise
 
     if (given := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":  # before TRL's arguments set it
-        fail(f"the launch file says mixed_precision: {given}: take that out, precision= alone says it")
+        exit_with_error(f"the launch file says mixed_precision: {given}: take that out, precision= alone says it")
     for each in STOPS:
         signal.signal(each, interrupt)
     try:
@@ -230,8 +231,8 @@ def main(stage: Callable[[Run], Any]) -> None:
     except KeyboardInterrupt:
         sys.exit(75)
     except Exception as error:
-        if sentence := sentence_for(error):
-            fail(sentence)
+        if sentence := explain_error(error):
+            exit_with_error(sentence)
         raise
 
 
@@ -254,7 +255,7 @@ def interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def fail(sentence: object, alone: bool = False) -> NoReturn:
+def exit_with_error(sentence: object, alone: bool = False) -> NoReturn:
     """End the process with 1 and one sentence: of rank 0, or of the rank that met an error `alone`."""
     lines = (line.strip() for line in str(sentence).splitlines())  # what a library said may have several
     told = f"error: {' '.join(line for line in lines if line)}"
@@ -276,17 +277,17 @@ def compose(overrides: list[str]) -> Run:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = hydra.compose("config", overrides, return_hydra_config=True)
     except Exception as error:
-        raise PipelineError(sentence_for(error) or str(error)) from error
-    return checked(cfg)
+        raise PipelineError(explain_error(error) or str(error)) from error
+    return compose_and_validate(cfg)
 
 
-def checked(cfg: DictConfig) -> Run:
+def compose_and_validate(cfg: DictConfig) -> Run:
     """The checked config of a composition that holds Hydra's own part."""
     ours = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-    return check(ours, list(cfg.hydra.overrides.task), dict(cfg.hydra.runtime.choices))
+    return validate(ours, list(cfg.hydra.overrides.task), dict(cfg.hydra.runtime.choices))
 
 
-def check(cfg: DictConfig, typed: list[str], choices: dict[str, str]) -> Run:
+def validate(cfg: DictConfig, typed: list[str], choices: dict[str, str]) -> Run:
     """The typed config, with every null that means a default of its own filled in.
 
     `typed` are the overrides of the command line, `choices` the option of each group: names and folders follow from
@@ -299,7 +300,7 @@ def check(cfg: DictConfig, typed: list[str], choices: dict[str, str]) -> Run:
             raise PipelineError(f"{key} has no value: type {key}=...")
         run: Run = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise PipelineError(sentence_for(error)) from error
+        raise PipelineError(explain_error(error)) from error
     for key, allowed in CHOICES.items():
         value = OmegaConf.select(merged, key)
         if value not in allowed:
@@ -309,13 +310,13 @@ def check(cfg: DictConfig, typed: list[str], choices: dict[str, str]) -> Run:
     for key in ("dataset", "sft_dataset"):
         if getattr(run, key) is not None:
             check_dataset(key, getattr(run, key))
-    check_places(run)
-    check_together(run)
+    check_paths(run)
+    check_combinations(run)
     if "truth" in run.judge and run.dataset["_target_"] != "dpo_pipeline.data.reviews.load":
         if any(item.startswith("judge") for item in typed):
             raise PipelineError("judge=truth knows the truth of dataset=reviews alone: leave it out")
         del run.judge["truth"]  # came with dataset@sft_dataset=reviews
-    fill(run, typed, choices)
+    resolve_defaults(run, typed, choices)
     return run
 
 
@@ -376,7 +377,7 @@ def check_numbers(merged: DictConfig) -> None:
             )
 
 
-def check_places(run: Run) -> None:
+def check_paths(run: Run) -> None:
     """Raise PipelineError where no folder can lie at the places named, or nothing is named."""
     if not run.root:
         raise PipelineError("root has no value: type root=...")
@@ -397,7 +398,7 @@ def check_places(run: Run) -> None:
         )
 
 
-def check_together(run: Run) -> None:
+def check_combinations(run: Run) -> None:
     """Raise PipelineError for values that are fine alone and cannot be together."""
     if run.quantization is not None and run.lora is None:
         raise PipelineError("quantized weights cannot be trained, only an adapter on them: add lora=r16")
@@ -436,7 +437,7 @@ def check_together(run: Run) -> None:
         )
 
 
-def fill(run: Run, typed: list[str], choices: dict[str, str]) -> None:
+def resolve_defaults(run: Run, typed: list[str], choices: dict[str, str]) -> None:
     """Replace in place each null that stands for a default: learning rates, the micro batch, names."""
     rates = dataclasses.asdict(run.model.learning_rate)
     for stage in ("sft", "dpo"):
@@ -476,7 +477,7 @@ def check_arguments(key: str, node: dict[str, Any]) -> None:
             raise PipelineError(f"{key}.{name}={value} is no number")
 
 
-def build(node: dict[str, Any], **extra: Any) -> Any:
+def instantiate_node(node: dict[str, Any], **extra: Any) -> Any:
     """What the `_target_` of a config node makes of its other keys and `extra`: the only call of Hydra's instantiate.
 
     Lists and dicts arrive as Python's own: PEFT could not save its config otherwise. Raises PipelineError where the
@@ -496,12 +497,12 @@ def build(node: dict[str, Any], **extra: Any) -> Any:
         raise
 
 
-def sentence_for(error: BaseException) -> str | None:
+def explain_error(error: BaseException) -> str | None:
     """One sentence for an error that a person caused, with the nearest names of ours; None for any other error."""
     groups = {
         folder.name: [file.stem for file in folder.glob("*.yaml")] for folder in CONF.iterdir() if folder.is_dir()
     }
-    return explain(error, known_keys(), groups)
+    return explain_config_error(error, known_keys(), groups)
 
 
 def known_keys() -> list[str]:

@@ -67,7 +67,7 @@ def explain_disk(error: BaseException) -> str | None:
     )
 
 
-def explain(error: BaseException, keys: list[str], groups: dict[str, list[str]]) -> str | None:
+def explain_config_error(error: BaseException, keys: list[str], groups: dict[str, list[str]]) -> str | None:
     """One sentence for an error of ours, of the disk, or the innermost of Hydra or OmegaConf; None for any other.
 
     `keys` are the config's dotted keys, `groups` the options of each group: what a misspelt name is held against.

@@ -32,7 +32,7 @@ def mean(values: Sequence[float]) -> Estimate:
     return estimate(value, value - half, value + half, n)
 
 
-def share(values: Sequence[float]) -> Estimate:
+def proportion(values: Sequence[float]) -> Estimate:
     """The mean of values 0, 0.5 (a tie) or 1, with Wilson's interval.
 
     A tie counts half a success: its variance is below that of a trial, so the interval is, if anything, too wide.
@@ -64,9 +64,9 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimat
     return estimate(float(top.sum() / bottom.sum()), float(low), float(high), n)
 
 
-def perplexity(answer_logprobs: Sequence[float], answer_tokens: Sequence[int]) -> Estimate:
-    """exp of the summed negative log-prob of all answer tokens over their number, all rows together."""
-    nats = ratio([-logprob for logprob in answer_logprobs], answer_tokens)
+def perplexity(completion_logprobs: Sequence[float], completion_tokens: Sequence[int]) -> Estimate:
+    """exp of the summed negative log-prob of all completion tokens over their number, all rows together."""
+    nats = ratio([-logprob for logprob in completion_logprobs], completion_tokens)
     return {key: value if key == "n" or value is None else math.exp(value) for key, value in nats.items()}
 
 
@@ -77,27 +77,28 @@ def scaled(estimate: Estimate, factor: float) -> Estimate:
 
 def accuracy(margins: Sequence[float]) -> Estimate:
     """Share of pairs whose margin is above 0; a tie counts half. Of a margin that is no number, so is the share."""
-    return share([m if math.isnan(m) else 1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins])
+    return proportion([m if math.isnan(m) else 1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins])
 
 
-def ngrams(answer: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    """The n-grams of an answer, in their order; an answer shorter than n has none."""
-    return list(zip(*(answer[start:] for start in range(n)), strict=False))
+def ngrams(completion: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    """The n-grams of a completion, in their order; a completion shorter than n has none."""
+    return list(zip(*(completion[start:] for start in range(n)), strict=False))
 
 
-def distinct(answers: Sequence[Sequence[int]], n: int) -> Estimate:
-    """distinct-n (arXiv:1510.03055): different n-grams over all n-grams, of all answers together.
+def distinct(completions: Sequence[Sequence[int]], n: int) -> Estimate:
+    """distinct-n (arXiv:1510.03055): different n-grams over all n-grams, of all completions together.
 
-    With a delete-one jackknife interval over answers: a bootstrap would draw answers twice, and find fewer different
-    ones. Where a single answer has all n-grams there is no interval. Raises ValueError where there is no n-gram.
+    With a delete-one jackknife interval over completions: a bootstrap would draw completions twice, and find fewer
+    different ones. Where a single completion has all n-grams there is no interval. Raises ValueError where there is no
+    n-gram.
     """
     from scipy.stats import t
 
-    counts = [Counter(ngrams(answer, n)) for answer in answers]
+    counts = [Counter(ngrams(completion, n)) for completion in completions]
     together = Counter(gram for own in counts for gram in own.elements())
-    total, size = together.total(), len(answers)
+    total, size = together.total(), len(completions)
     if not total:
-        raise ValueError(f"no answer has {n} tokens")
+        raise ValueError(f"no completion has {n} tokens")
     value = len(together) / total
     if any(own.total() == total for own in counts):
         return estimate(value, None, None, size)
@@ -111,7 +112,7 @@ def distinct(answers: Sequence[Sequence[int]], n: int) -> Estimate:
     return estimate(value, max(0.0, value - half), min(1.0, value + half), size)
 
 
-def repetition(answer: Sequence[int], n: int = 3) -> float:
-    """The share of an answer's n-grams that it has had before; 0 for an answer shorter than n."""
-    grams = ngrams(answer, n)
+def repetition(completion: Sequence[int], n: int = 3) -> float:
+    """The share of a completion's n-grams that it has had before; 0 for a completion shorter than n."""
+    grams = ngrams(completion, n)
     return 1 - len({*grams}) / len(grams) if grams else 0.0

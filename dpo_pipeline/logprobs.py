@@ -1,22 +1,22 @@
-"""Per-token log-probs of given answers under a model: the only place that computes them for measuring."""
+"""Per-token log-probs of given completions under a model: the only place that computes them for measuring."""
 
 from typing import Any
 
 from tqdm.auto import tqdm
 
 
-def answer_logprobs(
-    model: Any, prompts: list[list[int]], answers: list[list[int]], batch_size: int, label: str | None = None
+def completion_logprobs(
+    model: Any, prompts: list[list[int]], completions: list[list[int]], batch_size: int, label: str | None = None
 ) -> list[Any]:
-    """Log pi(token | prompt, answer so far) in nats, for every token of each answer.
+    """Log pi(token | prompt, completion so far) in nats, for every token of each completion.
 
-    Takes token ids, returns one float64 CPU tensor of shape [answer tokens] for each row, in the order given. A row's
-    values do not depend on the others beside it, up to the rounding of the model's dtype; softmax is taken in float32.
-    `label` names a progress bar.
+    Takes token ids, returns one float64 CPU tensor of shape [completion tokens] for each row, in the order given. A
+    row's values do not depend on the others beside it, up to the rounding of the model's dtype; softmax is taken in
+    float32. `label` names a progress bar.
     """
     import torch
 
-    lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
+    lengths = [len(p) + len(a) for p, a in zip(prompts, completions, strict=True)]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     results: list[Any] = [None] * len(lengths)
     bar = tqdm(total=len(lengths), desc=label, leave=False, disable=label is None)
@@ -29,7 +29,7 @@ def answer_logprobs(
             ids = torch.zeros(len(rows), width, dtype=torch.long)
             mask = torch.zeros_like(ids)
             for line, i in enumerate(rows):
-                ids[line, : lengths[i]] = torch.tensor(prompts[i] + answers[i])
+                ids[line, : lengths[i]] = torch.tensor(prompts[i] + completions[i])
                 mask[line, : lengths[i]] = 1
             ids, mask = ids.to(model.device), mask.to(model.device)
             with torch.inference_mode():

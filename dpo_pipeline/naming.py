@@ -26,16 +26,16 @@ def name_folders(run: "Run", typed: list[str], choices: dict[str, str]) -> None:
         model = Path(run.model.path).name
     if dataset == "json":
         dataset = Path(run.dataset["path"]).name.split(".")[0]
-    run.name = clean(run.name or f"{model}-{dataset}") + ("-debug" if run.debug else "")
+    run.name = clean_name(run.name or f"{model}-{dataset}") + ("-debug" if run.debug else "")
     adapter = [choices["lora"]] if run.lora is not None else []
     adapter += [choices["quantization"]] if run.quantization is not None else []
     if run.sft_variant is None:
         other = [choices["dataset@sft_dataset"]] if run.sft_dataset else []
-        run.sft_variant = clean("-".join([*(adapter or ["full"]), *other]))
+        run.sft_variant = clean_name("-".join([*(adapter or ["full"]), *other]))
     if run.variant is None:
         parts = ["+".join(loss_names(run)), f"beta{run.beta:g}", *adapter]
         parts += [policy_name(run.policy)] if run.policy != "sft" else []
-        run.variant = clean("-".join([*parts, f"seed{run.seed}", *typed_differences(typed)]))
+        run.variant = clean_name("-".join([*parts, f"seed{run.seed}", *override_labels(typed)]))
 
 
 def policy_name(policy: str) -> str:
@@ -54,17 +54,17 @@ def loss_names(run: "Run") -> list[str]:
     return names
 
 
-def typed_differences(typed: list[str]) -> list[str]:
+def override_labels(typed: list[str]) -> list[str]:
     """`key_value` for each typed key that is of DPO's identity and that no other part of the name tells."""
     told = r"(model|dataset|experiment|lora|quantization|loss|beta|seed|policy|dpo\.loss_type|.*path)$"
     ours = r"(model\.|dataset\.|dataset@dataset\.sets|lora\.|quantization\.|precision|reference|batch\.global_size|"
     ours += r"length\.|sft_variant|dpo\.|dpo_best|guard\.action=stop)"
     pairs = sorted(item.lstrip("+~").partition("=")[::2] for item in typed)
     parts = [(key, value) for key, value in pairs if re.match(ours, f"{key}={value}") and not re.match(told, key)]
-    return [f"{key}_{plain(value)}" for key, value in parts if key.split(".")[-1] not in NOT_IDENTITY]
+    return [f"{key}_{normalize_number(value)}" for key, value in parts if key.split(".")[-1] not in NOT_IDENTITY]
 
 
-def plain(value: str) -> str:
+def normalize_number(value: str) -> str:
     """A value as a sweep's job has it typed: Hydra writes 1e-4 there as 0.0001."""
     try:
         return value if value.lstrip("+-").isdigit() else str(float(value))
@@ -72,7 +72,7 @@ def plain(value: str) -> str:
         return value
 
 
-def clean(name: str) -> str:
+def clean_name(name: str) -> str:
     """A name that every file system takes; the end of one longer than 150 characters becomes a hash of it."""
     name = re.sub(r"[^A-Za-z0-9._+-]", "_", name)
     return name if len(name) <= 150 else f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -1,4 +1,4 @@
-"""Batched answers from a policy, each the same whatever is sampled beside it."""
+"""Batched completions from a policy, each the same whatever is sampled beside it."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 def sample(
     model: Any,
     prompts: list[list[int]],
-    ends: list[int],
+    eos_ids: list[int],
     pad: int,
     max_new_tokens: int,
     batch_size: int,
@@ -20,14 +20,14 @@ def sample(
     label: str | None = None,
     synced: bool = False,
 ) -> list[list[int]]:
-    """`draws` answers for each prompt, one prompt after the other, as token ids.
+    """`draws` completions for each prompt, one prompt after the other, as token ids.
 
     The last token is one of `ends` unless `max_new_tokens` came first. Drawn from the policy's own distribution at
     `temperature` (0: its likeliest token), with no top-k, top-p or penalty, whatever the model's generation config
-    says: so at 1 an answer's log-prob is that of its draw. The random numbers of an answer follow from `seed`, its
-    prompt and its number alone, so it is the same in any batch, in any process and beside any others, and two
-    policies answer with the same numbers; no other random state is touched. `synced`: the weights lie in parts, and
-    all processes sample the same prompts together. `label` names a progress bar.
+    says: so at 1 a completion's log-prob is that of its draw. The random numbers of a completion follow from `seed`,
+    its prompt and its number alone, so it is the same in any batch, in any process and beside any others, and two
+    policies completion with the same numbers; no other random state is touched. `synced`: the weights lie in parts,
+    and all processes sample the same prompts together. `label` names a progress bar.
     """
     import torch
     from transformers import GenerationConfig, LogitsProcessorList
@@ -36,9 +36,9 @@ def sample(
         ((i * draws + draw, prompt, draw) for i, prompt in enumerate(prompts) for draw in range(draws)),
         key=lambda row: len(row[1]),
     )
-    answers: list[list[int]] = [[] for _ in rows]
+    completions: list[list[int]] = [[] for _ in rows]
     plain = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, use_cache=True
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=pad, use_cache=True
     )
     bar = tqdm(total=len(rows), desc=label, leave=False, disable=label is None)
     was_training, own = model.training, model.generation_config
@@ -52,26 +52,28 @@ def sample(
                 width = max(len(prompt) for _, prompt, _ in batch)
                 ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for _, prompt, _ in batch])
                 mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for _, prompt, _ in batch])
-                draw = Draws([numbers(seed, p, d, max_new_tokens) for _, p, d in batch], width, temperature)
+                draw = InverseCdfProcessor(
+                    [uniform_draws(seed, p, d, max_new_tokens) for _, p, d in batch], width, temperature
+                )
                 out = model.generate(
                     input_ids=ids.to(model.device),
                     attention_mask=mask.to(model.device),
                     logits_processor=LogitsProcessorList([draw] if temperature else []),
                     synced_gpus=synced,
                 )
-                for (place, _, _), answer in zip(batch, out[:, width:].tolist(), strict=True):
-                    stop = next((at + 1 for at, token in enumerate(answer) if token in ends), len(answer))
-                    answers[place] = answer[:stop]
+                for (place, _, _), completion in zip(batch, out[:, width:].tolist(), strict=True):
+                    stop = next((at + 1 for at, token in enumerate(completion) if token in eos_ids), len(completion))
+                    completions[place] = completion[:stop]
                 bar.update(len(batch))
     finally:
         model.generation_config = own
         model.train(was_training)
         bar.close()
-    return answers
+    return completions
 
 
-def numbers(seed: int, prompt: list[int], draw: int, count: int) -> Any:
-    """The random numbers in [0, 1) that an answer is drawn with, float64: one for each of its tokens."""
+def uniform_draws(seed: int, prompt: list[int], draw: int, count: int) -> Any:
+    """The random numbers in [0, 1) that a completion is drawn with, float64: one for each of its tokens."""
     import torch
 
     digest = hashlib.sha256(json.dumps([seed, draw, prompt]).encode()).digest()
@@ -79,10 +81,10 @@ def numbers(seed: int, prompt: list[int], draw: int, count: int) -> Any:
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
-class Draws:
+class InverseCdfProcessor:
     """A logits processor that leaves one token a row: where the row's number falls in its cumulated probabilities.
 
-    `generate` draws with one random state for a whole batch, so that an answer would hang on those beside it.
+    `generate` draws with one random state for a whole batch, so that a completion would hang on those beside it.
     """
 
     def __init__(self, rows: list[Any], width: int, temperature: float):

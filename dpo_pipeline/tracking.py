@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_pipeline.config import Run
-from dpo_pipeline.machine import is_main_process
-from dpo_pipeline.runs import metrics, read_json, write_json
+from dpo_pipeline.distributed import is_main_process
+from dpo_pipeline.run_folder import metrics, read_json, write_json
 
 log = logging.getLogger(__name__)
 

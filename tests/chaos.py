@@ -30,7 +30,7 @@ from typing import Any
 
 import psutil
 
-from dpo_pipeline import runs
+from dpo_pipeline import run_folder
 from dpo_pipeline.config import CONF
 
 INTERVAL = 3  # steps between two logs; checkpoints come at every second step, so that some cut it
@@ -153,7 +153,7 @@ def torn(root: Path) -> list[str]:
     """The visible JSON files that are not whole; `.partial` and an incomplete checkpoint are not visible to a run."""
     found = []
     for file in (*root.rglob("*.json"), *root.rglob("*.jsonl")):
-        unfinished = file.parent.name.startswith("checkpoint-") and not runs.is_complete(file.parent)
+        unfinished = file.parent.name.startswith("checkpoint-") and not run_folder.is_complete(file.parent)
         if unfinished or ".partial" in str(file.relative_to(root)):
             continue
         text = file.read_text(encoding="utf-8")
@@ -186,7 +186,11 @@ def differences(command: Command, root: Path, resumed: Collection[int]) -> list[
     found = [file.name for file in weights if file.read_bytes() != (mine / "final" / file.name).read_bytes()]
     found += ["metrics.jsonl"] * (logged(theirs, resumed) != logged(mine, resumed))
     measured = [file.relative_to(command.peace) for name in MEASURED for file in command.peace.rglob(name)]
-    found += [str(file) for file in measured if runs.read_json(command.peace / file) != runs.read_json(root / file)]
+    found += [
+        str(file)
+        for file in measured
+        if run_folder.read_json(command.peace / file) != run_folder.read_json(root / file)
+    ]
     return [f"{name} differs" for name in found]
 
 
@@ -210,7 +214,7 @@ def survive(command: Command, root: Path, aims: list[str], rng: random.Random, k
         written = root.with_suffix(".writes")
         where = phase(written.read_text().splitlines()) if written.exists() else "start"
         kills[where] += 1
-        checkpoint = runs.newest_checkpoint(command.folder(root))
+        checkpoint = run_folder.newest_checkpoint(command.folder(root))
         print(f"{how} in {where} ({checkpoint.name if checkpoint else 'no checkpoint'})", end=", ", flush=True)
         resumed |= {int(checkpoint.name.rsplit("-", 1)[1])} if checkpoint else set()
         found += torn(root)

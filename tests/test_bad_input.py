@@ -20,13 +20,14 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 
-from dpo_pipeline import runs
+from dpo_pipeline import run_folder
 from dpo_pipeline.config import compose, main
+from dpo_pipeline.data import prepare
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.evaluation import records
+from dpo_pipeline.evaluation import measure
 from dpo_pipeline.sft import run_sft
-from dpo_pipeline.training import reference, start, trainer
+from dpo_pipeline.training import reference, trainer
 from dpo_pipeline.training.callbacks import Metrics
 
 STAGES = {"sft": run_sft, "dpo": run_dpo}
@@ -191,9 +192,11 @@ def run_of(stage, typed, state="done", pid=None):
         run = compose(typed.split())
         place = run.sft_folder if stage == "sft" else run.dpo_folder
         status = {"state": state, "step": 5, "error": None, "pid": pid or os.getpid(), "host": socket.gethostname()}
-        runs.write_json(place / "status.json", status)
-        runs.write_json(place / "manifest.json", {"identity": runs.identity(run, stage), "final": {"sha256": "x"}})
-        runs.write_json(place / "checkpoints" / "checkpoint-5" / "trainer_state.json", {})
+        run_folder.write_json(place / "status.json", status)
+        run_folder.write_json(
+            place / "manifest.json", {"identity": run_folder.identity(run, stage), "final": {"sha256": "x"}}
+        )
+        run_folder.write_json(place / "checkpoints" / "checkpoint-5" / "trainer_state.json", {})
         file("final/model.safetensors", "weights")(place, parts)
 
     return lay
@@ -219,7 +222,7 @@ def chat(template, rows=CHAT):
     return lambda here, parts: (lines(*rows)(here, parts), file("model/chat_template.jinja", template)(here, parts))
 
 
-NO_EOS = "the tokenizer has no end token, so no answer could end: set eos_token in its tokenizer_config.json"
+NO_EOS = "the tokenizer has no end token, so no completion could end: set eos_token in its tokenizer_config.json"
 BROKEN = lines(*ROWS[:2], '{"prompt": "a", "chosen": ', *ROWS[3:])
 CUT_GZIP = gzip.compress(json.dumps(ROWS).encode())[:-20]
 NO_PICKLE = file("model/pytorch_model.bin", "hello")
@@ -306,13 +309,13 @@ CASES = {
     "subsets as text": ("sft", f"{HHRLHF}. dataset.subsets=x",
         r"dataset.subsets=x is no list: type 'dataset.subsets=\[x\]'"),
     # Rows.
-    "identical answers": ("dpo", BASE, changed(ROWS, 3, rejected=ROWS[0]["chosen"]),
-        r"3 of 40 rows of pairs.jsonl teach nothing, more than 5%: 3 identical answers \(pairs.jsonl, line \d\): "
+    "identical completions": ("dpo", BASE, changed(ROWS, 3, rejected=ROWS[0]["chosen"]),
+        r"3 of 40 rows of pairs.jsonl teach nothing, more than 5%: 3 identical completions \(pairs.jsonl, line \d\): "
         "check that dataset= .*or take them out"),
-    "empty answers": ("sft", GIVEN, changed(ROWS, 3, chosen=" "),
-        r"3 of 40 rows of pairs.jsonl teach nothing, more than 5%: 3 empty answer \(pairs.jsonl, line \d\): check"),
+    "empty completions": ("sft", GIVEN, changed(ROWS, 3, chosen=" "),
+        r"3 of 40 rows of pairs.jsonl teach nothing, more than 5%: 3 empty completion \(pairs.jsonl, line \d\)"),
     "all identical": ("dpo", BASE, changed(ROWS, 40, rejected=ROWS[0]["chosen"]),
-        "40 of 40 rows of pairs.jsonl teach nothing, .*40 identical answers .*: check that"),
+        "40 of 40 rows of pairs.jsonl teach nothing, .*40 identical completions .*: check that"),
     "no reply": ("sft", f"{HHRLHF}pairs.jsonl", changed(HH, 3, chosen="hello"),
         r"3 of 40 rows of pairs.jsonl teach nothing, .*3 no reply \(pairs.jsonl, line \d\): check that"),
     "other prompts": ("sft", f"{HHRLHF}pairs.jsonl", changed(HH, 3, chosen="\n\nHuman: a\n\nAssistant: b"),
@@ -332,7 +335,7 @@ CASES = {
         "length.max=65 exceeds the model's context of 64 tokens: lower"),
     "prompt alone": ("sft", f"{GIVEN} length.max_prompt=48",
         "max_prompt=48 leaves no room for .* in length.max=48: lower it"),
-    "no room to answer": ("dpo", f"{BASE} evaluation.max_new_tokens=63",
+    "no room to complete": ("dpo", f"{BASE} evaluation.max_new_tokens=63",
         "=63 leaves no room for a prompt .*of 64 tokens: lower"),
     # Messages.
     "no template": ("sft", f"{GIVEN} dataset.form=messages", lines(*CHAT),
@@ -517,7 +520,7 @@ def test_up_to_5_percent_of_useless_rows_are_told_and_dropped(count, here, parts
     changed(ROWS, count, rejected=ROWS[0]["chosen"])(here, parts)
     monkeypatch.setattr(sys, "argv", ["dpo", *BASE.split(), "dataset.split_seed=1", "check=true"])
     main(run_dpo)
-    assert ("| 2 identical answers |" in capfd.readouterr().out) == (count > 0)
+    assert ("| 2 identical completions |" in capfd.readouterr().out) == (count > 0)
     assert not (here / DPO).exists()
 
 
@@ -542,16 +545,16 @@ def test_what_the_disk_refuses_is_one_sentence(name, here, monkeypatch, capfd):
     """Each as it is raised while the stage goes on, and as a library hands it on as the cause of its own error."""
     error, sentence = DISK[name]
     for raised in (error, wrapped(error)):
-        monkeypatch.setattr(start, "prepare_base", raising(raised))
+        monkeypatch.setattr(prepare, "prepare_base", raising(raised))
         told = end_of("sft", GIVEN, monkeypatch)
         assert re.match(f"error: {sentence}", told.replace(" while /x was written", "")), told
         assert "\n" not in told
     assert "Error executing job" not in capfd.readouterr().err  # Hydra's own line
-    assert runs.state(here / SFT) == "failed"
+    assert run_folder.run_state(here / SFT) == "failed"
 
 
 def test_what_a_library_says_in_several_lines_is_one(here, monkeypatch):
-    monkeypatch.setattr(start, "prepare_base", raising(PipelineError("TRL refuses it:\n  one  reason\n\n  another")))
+    monkeypatch.setattr(prepare, "prepare_base", raising(PipelineError("TRL refuses it:\n  one  reason\n\n  another")))
     assert end_of("sft", GIVEN, monkeypatch) == "error: TRL refuses it: one  reason another"
 
 
@@ -579,7 +582,7 @@ def test_a_bug_shows_its_traceback(bug, where, here, monkeypatch):
 
     of_the_past = PermissionError(errno.EACCES, "tried before", "/y")
     bug.__context__ = of_the_past  # what a library tried before is not what failed
-    monkeypatch.setattr(*((start, "prepare_base") if where == "stage" else (json_file, "read")), raising(bug))
+    monkeypatch.setattr(*((prepare, "prepare_base") if where == "stage" else (json_file, "read_source")), raising(bug))
     monkeypatch.setattr(sys, "argv", ["sft", *GIVEN.split()])
     with pytest.raises(Exception, match=".") as raised:
         main(run_sft)
@@ -615,7 +618,7 @@ def test_a_full_disk_ends_a_run_with_one_sentence_and_the_same_command_goes_on(h
         main(run_sft)
         printed = capfd.readouterr().out
         assert "resuming from disk/run/sft/full/checkpoints/checkpoint-2" in printed
-        assert runs.state(disk / "run" / "sft" / "full") == "done"
+        assert run_folder.run_state(disk / "run" / "sft" / "full") == "done"
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -633,12 +636,15 @@ def interrupting(module, name, when=lambda *args, **kwargs: True):
 
 
 STOPS = {
-    "sft before training": ("sft", lambda: interrupting(start, "prepared")),
+    "sft before training": ("sft", lambda: interrupting(prepare, "prepare_tables")),
     "sft training": ("sft", lambda: interrupting(Metrics, "on_step_end", at_step_3)),
     "sft saving": ("sft", lambda: interrupting(trainer, "save_final")),
-    "dpo reference pass": ("dpo", lambda: interrupting(reference, "computed", lambda *args: len(args) == 3)),
+    "dpo reference pass": (
+        "dpo",
+        lambda: interrupting(reference, "compute_reference_logps", lambda *args: len(args) == 3),
+    ),
     "dpo training": ("dpo", lambda: interrupting(Metrics, "on_step_end", at_step_3)),
-    "dpo measuring": ("dpo", lambda: interrupting(records, "sample")),
+    "dpo measuring": ("dpo", lambda: interrupting(measure, "sample")),
 }
 
 
@@ -656,11 +662,11 @@ def test_ctrl_c_ends_with_75_anywhere_and_the_same_command_goes_on(name, here, m
     printed = capfd.readouterr()
     assert "Traceback" not in printed.out + printed.err
     assert "interrupted: type the same command to go on from" in printed.out
-    assert runs.state(own) == "interrupted"
+    assert run_folder.run_state(own) == "interrupted"
     main(STAGES[stage])
-    assert runs.state(own) == "done"
+    assert run_folder.run_state(own) == "done"
     assert (own / "final" / "model.safetensors").is_file()
-    assert stage == "sft" or "dpo/run" in runs.read_json(here / "outputs/run/results.json")["policies"]
+    assert stage == "sft" or "dpo/run" in run_folder.read_json(here / "outputs/run/results.json")["policies"]
 
 
 def test_the_process_itself_ends_with_these_codes(here, parts):
@@ -675,7 +681,7 @@ def test_the_process_itself_ends_with_these_codes(here, parts):
     (here / "pairs.jsonl").write_bytes(good)
     process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
-    while (status := runs.read_json(here / SFT / "status.json")) is None or status["pid"] != process.pid:
+    while (status := run_folder.read_json(here / SFT / "status.json")) is None or status["pid"] != process.pid:
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
@@ -683,7 +689,7 @@ def test_the_process_itself_ends_with_these_codes(here, parts):
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 75
     assert "Traceback" not in printed
-    assert runs.state(here / SFT) == "interrupted"
+    assert run_folder.run_state(here / SFT) == "interrupted"
     again = subprocess.run(call, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert runs.state(here / SFT) == "done"
+    assert run_folder.run_state(here / SFT) == "done"

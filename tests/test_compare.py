@@ -10,10 +10,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from dpo_pipeline import printing, runs
-from dpo_pipeline.dpo import prepared, run_dpo
-from dpo_pipeline.evaluation import compare, material, records, tables
-from dpo_pipeline.policies import load_tokenizer
+from dpo_pipeline import formatting, run_folder
+from dpo_pipeline.dpo import prepare_dpo, run_dpo
+from dpo_pipeline.evaluation import compare, eval_set, measure, tables
+from dpo_pipeline.models import load_tokenizer
 
 STEPS = ("++dpo.max_steps=2", "dpo.learning_rate=1e-3", "lora=none")
 
@@ -21,13 +21,13 @@ STEPS = ("++dpo.max_steps=2", "dpo.learning_rate=1e-3", "lora=none")
 @pytest.fixture
 def sampled(monkeypatch):
     """The names of the policies that are sampled from while a test runs."""
-    labels, sample = [], records.sample
+    labels, sample = [], measure.sample
 
     def counted(*args):
         labels.append(args[-1].removeprefix("sampling ").split(",")[0])
         return sample(*args)
 
-    monkeypatch.setattr(records, "sample", counted)
+    monkeypatch.setattr(measure, "sample", counted)
     return labels
 
 
@@ -56,7 +56,7 @@ def test_base_and_sft_are_measured_once_for_a_name_each_dpo_with_its_own_beta(sm
 def test_the_base_against_itself_and_the_shape_of_eval_json(small, sft):
     run = small("variant=shape", *STEPS)
     run_dpo(run)
-    base, dpo = (runs.read_json(folder / "eval.json") for folder in (run.home / "base", run.dpo_folder))
+    base, dpo = (run_folder.read_json(folder / "eval.json") for folder in (run.home / "base", run.dpo_folder))
     itself = base["against"]["base"]
     assert itself["preference_accuracy"]["value"] == itself["length_normalised_accuracy"]["value"] == 0.5
     assert [itself[key]["value"] for key in ("margin", "margin_nats", "kl", "kl_per_token")] == [0] * 4
@@ -75,19 +75,19 @@ def test_the_base_against_itself_and_the_shape_of_eval_json(small, sft):
         assert all(set(block[key]) == {"value", "low", "high", "n"} for key in estimates)
         assert set(block["accuracy_by_source"]) == {"reviews"}
         assert sum(part["accuracy"]["n"] for part in block["accuracy_by_length_difference"]) == 20
-    assert {"perplexity_chosen", "stop_rate", "answer_tokens", "repetition", "score.truth"} <= set(dpo["own"])
+    assert {"perplexity_chosen", "stop_rate", "completion_tokens", "repetition", "score.truth"} <= set(dpo["own"])
     assert (dpo["policy"], dpo["dataset"]) == ("dpo/shape", "reviews")
 
 
 SHOWN = {**tables.ROWS, **tables.MORE}
 
 
-def loop(model, prompt, answer):
-    """The summed log-prob of an answer, token by token, in float64."""
+def loop(model, prompt, completion):
+    """The summed log-prob of a completion, token by token, in float64."""
     total = 0.0
-    for at, token in enumerate(answer):
+    for at, token in enumerate(completion):
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + answer[:at]])).logits[0, -1].double()
+            logits = model(torch.tensor([prompt + completion[:at]])).logits[0, -1].double()
         total += float(logits.log_softmax(-1)[token])
     return total
 
@@ -95,9 +95,9 @@ def loop(model, prompt, answer):
 def test_every_estimate_of_pairs_and_samples_is_that_of_a_plain_loop(small, sft):
     run = small("variant=loop", *STEPS)
     run_dpo(run)
-    result = runs.read_json(run.dpo_folder / "eval.json")
+    result = run_folder.read_json(run.dpo_folder / "eval.json")
     tokenizer = load_tokenizer(run.model)
-    _, (_, on) = prepared(run, tokenizer)
+    _, (_, on) = prepare_dpo(run, tokenizer)
     on = on["eval.json"]
     models = {
         name: AutoModelForCausalLM.from_pretrained(path)
@@ -123,7 +123,7 @@ def test_every_estimate_of_pairs_and_samples_is_that_of_a_plain_loop(small, sft)
         assert found["length_normalised_accuracy"] == sum(per_token) / 20
         change = sum(chosen) / sum(n for n, _ in tokens)
         assert found["logprob_change_chosen_per_token"] == pytest.approx(change, abs=1e-5)
-        asked = list(zip(on.questions.ids, samples_of(run, on), strict=True))
+        asked = list(zip(on.prompt_set.ids, samples_of(run, on), strict=True))
         gaps = [loop(models["dpo"], p, a) - loop(models[other], p, a) for p, a in asked]
         assert found["kl"] == pytest.approx(sum(gaps) / 4, abs=1e-4)
         error = math.sqrt(sum((gap - sum(gaps) / 4) ** 2 for gap in gaps) / 3 / 4)
@@ -140,16 +140,18 @@ def test_every_estimate_of_pairs_and_samples_is_that_of_a_plain_loop(small, sft)
             assert part["from"] == pytest.approx(by_margin[5 * i][0], abs=1e-3)
     perplexity = math.exp(-sum(c for c, _ in sums["dpo"]) / sum(len(c) for _, c, _ in pairs))
     assert result["own"]["perplexity_chosen"]["value"] == pytest.approx(perplexity, rel=1e-5)
-    rows = runs.read_json(run.dpo_folder / "pairs.json")
+    rows = run_folder.read_json(run.dpo_folder / "pairs.json")
     assert rows[3]["logprobs"]["policy"]["rejected"] == pytest.approx(sums["dpo"][3][1], abs=1e-4)
     assert (rows[3]["source"], rows[3]["chosen_tokens"]) == ("reviews", len(on.chosen[3]))
 
 
 def samples_of(run, on):
-    """The ids of the answers that a policy's numbers are of."""
-    shown = [row["answer"] for row in runs.read_json(run.dpo_folder / "samples.json")]
-    found = [runs.read_json(file) for file in (run.dpo_folder / "records").glob("answers-*.json")]
-    return next(ids for ids in found if [answer.text for answer in on.answers(on.questions, ids)] == shown)
+    """The ids of the completions that a policy's numbers are of."""
+    shown = [row["answer"] for row in run_folder.read_json(run.dpo_folder / "samples.json")]
+    found = [run_folder.read_json(file) for file in (run.dpo_folder / "records").glob("answers-*.json")]
+    return next(
+        ids for ids in found if [completion.text for completion in on.completions(on.prompt_set, ids)] == shown
+    )
 
 
 def test_bins_keep_equal_values_together_and_hold_every_pair():
@@ -161,21 +163,21 @@ def test_bins_keep_equal_values_together_and_hold_every_pair():
     assert compare.by_source(["b", "a", "b", "a", "a", "a", "a", "a"], margins)["b"]["value"] == 1.0
 
 
-def test_prompts_leave_room_for_the_answer_in_the_context():
+def test_prompts_leave_room_for_the_completion_in_the_context():
     rows = [{"prompt": text, "chosen": "x", "rejected": "y", "source": "s"} for text in "ab"]
     ids = {"prompt_ids": [[1, 5], [1, *range(10, 20)]], "chosen_ids": [[2]] * 2, "rejected_ids": [[3]] * 2}
-    rest = dict.fromkeys(("dataset", "ends", "max_new_tokens", "seed", "loading", "batch_size"))
+    rest = dict.fromkeys(("dataset", "eos_ids", "max_new_tokens", "seed", "loading", "batch_size"))
     rest["tokenizer"] = SimpleNamespace(batch_decode=lambda rows, **_: [" ".join(map(str, ids)) for ids in rows])
-    made = material.material(Dataset.from_dict({**ids, "row": [1, 0]}), rows, pairs=9, prompts=9, room=4, **rest)
-    assert made.questions.ids == [[1, 5], [1, 17, 18, 19]]
+    made = eval_set.make_eval_set(Dataset.from_dict({**ids, "row": [1, 0]}), rows, pairs=9, prompts=9, room=4, **rest)
+    assert made.prompt_set.ids == [[1, 5], [1, 17, 18, 19]]
     assert made.prompts[1] == [1, *range(10, 20)]
-    assert (made.questions.prompts, made.questions.human[1].prompt) == (["b", "a"], "a")
-    assert made.questions.human[0].text == " 2"  # as it stands behind its prompt
+    assert (made.prompt_set.prompts, made.prompt_set.human[1].prompt) == (["b", "a"], "a")
+    assert made.prompt_set.human[0].text == " 2"  # as it stands behind its prompt
 
 
 def test_tables_are_markdown_with_aligned_columns():
-    table = printing.grid(
-        [["", "base"], ["accuracy", printing.shown({"value": 0.5, "low": None, "high": 1234.5, "n": 1})]]
+    table = formatting.markdown_table(
+        [["", "base"], ["accuracy", formatting.format_estimate({"value": 0.5, "low": None, "high": 1234.5, "n": 1})]]
     )
     assert table.splitlines() == [
         "|          | base               |",
@@ -194,7 +196,7 @@ def test_of_many_policies_each_has_a_line_and_what_has_no_numbers_a_reason():
         "margin (with beta)", "KL from samples, nats", "stop rate", "score by truth", "wins over sft by truth",
         "wins over sft by truth, temperature 0.5",
     ]  # fmt: skip
-    assert "stop rate" not in tables.comparison({"a": policy}, ["a"], "reference", alone=False)
+    assert "stop rate" not in tables.comparison({"a": policy}, ["a"], "reference", with_own=False)
     names = list("abcde")
     many = tables.comparison(dict.fromkeys(names, policy), names, "base").splitlines()
     assert [row.split("|")[1].strip() for row in many[2:]] == names

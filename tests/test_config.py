@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from dpo_pipeline.config import CONF, ROW_KEYS, build, check_arguments, compose
+from dpo_pipeline.config import CONF, ROW_KEYS, check_arguments, compose, instantiate_node
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.judges.judge import Answer
+from dpo_pipeline.judges.judge import Completion
 
 OPTIONS = sorted(
     (folder.name, file.stem) for folder in CONF.iterdir() if folder.is_dir() for file in folder.glob("*.yaml")
@@ -49,7 +49,7 @@ def test_every_loader_takes_exactly_what_its_option_lists(dataset):
 
 @pytest.mark.parametrize("lora", [name for name in options("lora") if name != "none"])
 def test_every_adapter_option_makes_a_lora_config_that_can_be_saved(lora, tmp_path):
-    made = build(compose([f"lora={lora}"]).lora)
+    made = instantiate_node(compose([f"lora={lora}"]).lora)
     made.save_pretrained(tmp_path)
     assert made.r == int(lora[1:])
     assert (tmp_path / "adapter_config.json").is_file()
@@ -141,7 +141,9 @@ def test_a_known_truth_judges_the_embedded_task_alone():
 
 def test_the_judge_and_the_builder_of_the_tiny_model_take_what_their_options_list():
     run = compose([])
-    ((_, score),) = build(run.judge["truth"]).score([Answer("", "the cast was superb .", True, (1,), (2,))])
+    ((_, score),) = instantiate_node(run.judge["truth"]).score(
+        [Completion("", "the cast was superb .", True, (1,), (2,))]
+    )
     assert score > 0.9
     check_arguments("builder", {**run.model.builder, "folder": "x"})
     with pytest.raises(PipelineError, match="builder.layer is no option of .*did you mean layers"):

@@ -1,4 +1,4 @@
-"""Rows reach the trainer as they should: prompt, answer, one end token, splits that share no prompt."""
+"""Rows reach the trainer as they should: prompt, completion, one end token, splits that share no prompt."""
 
 import gzip
 import json
@@ -7,19 +7,18 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_pipeline.config import Length, build, compose
-from dpo_pipeline.data import hh_rlhf, tokens
-from dpo_pipeline.data.account import Account
-from dpo_pipeline.data.lengths import Lengths
+from dpo_pipeline.config import Length, compose, instantiate_node
+from dpo_pipeline.data import hh_rlhf, prepare, tokens
+from dpo_pipeline.data.lengths import LengthLimits
+from dpo_pipeline.data.report import DataReport
 from dpo_pipeline.data.splits import hold_out, load_splits
-from dpo_pipeline.data.tokens import encoded, end_tokens, tokenize
+from dpo_pipeline.data.tokens import encode_rows, eos_ids_of, tokenize
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.policies import load_tokenizer
-from dpo_pipeline.runs import content_hash
-from dpo_pipeline.training import start
+from dpo_pipeline.models import load_tokenizer
+from dpo_pipeline.run_folder import content_hash
 from dpo_pipeline.training.tiny import word_tokenizer
 
-WIDE = Lengths(512, 256)
+WIDE = LengthLimits(512, 256)
 PAIR = ("chosen", "rejected")
 CHATML = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
@@ -50,17 +49,17 @@ def rows_of(*rows: dict) -> list[dict]:
     return [{"source": "s", "origin": f"row {i}", **row} for i, row in enumerate(rows)]
 
 
-def told(table) -> Account:
-    account = Account()
-    account.read["s"] = json.loads(table.info.description)["fitted"]
-    account.hear(json.loads(table.info.description))
-    return account
+def told(table) -> DataReport:
+    data_report = DataReport()
+    data_report.read["s"] = json.loads(table.info.description)["rows_measured"]
+    data_report.merge(json.loads(table.info.description))
+    return data_report
 
 
-def splits_of(path, *overrides: str, answers: tuple[str, ...] = PAIR, **kwargs):
+def splits_of(path, *overrides: str, completions: tuple[str, ...] = PAIR, **kwargs):
     """What `dataset=json` makes of a file."""
     node = compose(["dataset=json", f"dataset.path={path}", "dataset.test_rows=2", *overrides]).dataset
-    return load_splits(node, answers, False, **kwargs)
+    return load_splits(node, completions, False, **kwargs)
 
 
 def pairs(count: int, prompts: int | None = None) -> list[dict]:
@@ -69,7 +68,7 @@ def pairs(count: int, prompts: int | None = None) -> list[dict]:
     ]
 
 
-def test_prompt_ids_are_those_of_the_prompt_alone_and_answers_end_once():
+def test_prompt_ids_are_those_of_the_prompt_alone_and_completions_end_once():
     tokenizer = word_tokenizer()
     end = tokenizer.eos_token_id
     rows = rows_of(
@@ -86,18 +85,18 @@ def test_prompt_ids_are_those_of_the_prompt_alone_and_answers_end_once():
         assert tokenizer.decode(ids[:-1]) == rows[0][name].replace("</s>", "").strip()
 
 
-def test_an_answer_that_holds_the_end_token_before_its_end_is_dropped():
+def test_a_completion_that_holds_the_end_token_before_its_end_is_dropped():
     rows = rows_of(
         {"prompt": "the", "chosen": " i see </s> it was flat", "rejected": " it </s>"},
         {"prompt": "the", "chosen": " i see </s>", "rejected": " it"},
     )
     table = tokenize(rows, PAIR, word_tokenizer(), [2], WIDE)
     assert table["row"] == [1]
-    assert told(table).dropped["s"] == {"answer without its one end token": 1}
+    assert told(table).dropped["s"] == {"completion without its one end token": 1}
     assert table[0]["chosen_ids"].count(2) == 1
 
 
-def test_an_answer_is_tokenized_with_its_prompt_before_it():
+def test_a_completion_is_tokenized_with_its_prompt_before_it():
     tokenizer = characters(eos_token="</s>")
     tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")  # as Llama 2 marks where a text begins
     assert tokenizer.tokenize("ab") == ["_", "ab"]
@@ -106,13 +105,13 @@ def test_an_answer_is_tokenized_with_its_prompt_before_it():
     assert tokenizer.convert_ids_to_tokens(joined[0]["chosen_ids"]) == ["ab", "</s>"]
 
 
-def test_an_answer_that_merges_into_its_prompt_is_tokenized_alone_and_told():
+def test_a_completion_that_merges_into_its_prompt_is_tokenized_alone_and_told():
     tokenizer = characters(eos_token="</s>")
     table = tokenize(rows_of({"prompt": "xa", "chosen": "b", "rejected": "c"}), PAIR, tokenizer, [0], WIDE)
     assert tokenizer.convert_ids_to_tokens(table[0]["prompt_ids"]) == ["x", "a"]
     assert tokenizer.convert_ids_to_tokens(table[0]["chosen_ids"]) == ["b", "</s>"]
-    assert told(table).merged == 1
-    assert "1 of 1 rows: the prompt's tokens change" in told(table).doubts(512)[0]
+    assert told(table).retokenized == 1
+    assert "1 of 1 rows: the prompt's tokens change" in told(table).warnings(512)[0]
 
 
 TALK = "\n\nHuman: a, b?\n  then\tc\n\nAssistant: it's d.\n\nHuman: and é 1234?\n\nAssistant:"
@@ -129,14 +128,16 @@ TEXTS = [
 
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace", "unigram", "over lines", "words"])
 def test_ids_are_those_of_the_whole_text_tokenized_at_once(kind, monkeypatch):
-    """However much of a prompt is tokenized with its answers: what comes out is what a plain loop makes."""
+    """However much of a prompt is tokenized with its completions: what comes out is what a plain loop makes."""
     tokenizer = trained(kind)
     behind = []
-    ids_of = tokens.ids_of
-    monkeypatch.setattr(tokens, "ids_of", lambda texts, tokenizer: behind.append(texts) or ids_of(texts, tokenizer))
+    ids_of = tokens.tokenize_texts
+    monkeypatch.setattr(
+        tokens, "tokenize_texts", lambda texts, tokenizer: behind.append(texts) or ids_of(texts, tokenizer)
+    )
     opening = tokenizer("a")["input_ids"][: 1 if tokenizer.bos_token else 0]
     rows, seen = rows_of(*TEXTS), []
-    for row, (prompt, answers, merged, _) in zip(rows, encoded(rows, PAIR, tokenizer, [0]), strict=True):
+    for row, (prompt, completions, merged, _) in zip(rows, encode_rows(rows, PAIR, tokenizer, [0]), strict=True):
         plain = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
         assert prompt == opening + plain
         whole = [tokenizer(row["prompt"] + row[name], add_special_tokens=False)["input_ids"] for name in PAIR]
@@ -145,7 +146,7 @@ def test_ids_are_those_of_the_whole_text_tokenized_at_once(kind, monkeypatch):
             expected = [tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in PAIR]
         else:
             expected = [ids[len(plain) :] for ids in whole]
-        assert answers == [[*ids, 0] for ids in expected]
+        assert completions == [[*ids, 0] for ids in expected]
         seen.append(merged)
     longest = max(len(text) for texts in behind for text in texts)
     assert (longest < len(TALK + TEXTS[0]["chosen"])) == (kind in ("byte-level", "metaspace", "words"))
@@ -190,21 +191,25 @@ def test_a_prompt_is_cut_from_the_left_only_where_the_pair_is_too_long_and_keeps
     rows = rows_of(
         {"prompt": " ".join(words), "chosen": " i see", "rejected": " it"},  # 9 + 3 fits 12
         {"prompt": " ".join(words), "chosen": " it", "rejected": " i would see"},  # 9 + 4 does not: cut to 5
-        {"prompt": "the film", "chosen": " i" * 9, "rejected": " it"},  # 3 + 10: the prompt is short, the answer long
+        {
+            "prompt": "the film",
+            "chosen": " i" * 9,
+            "rejected": " it",
+        },  # 3 + 10: the prompt is short, the completion long
     )
-    table = tokenize(rows, PAIR, tokenizer, [end], Lengths(12, 5))
+    table = tokenize(rows, PAIR, tokenizer, [end], LengthLimits(12, 5))
     assert [len(ids) for ids in table["prompt_ids"]] == [9, 5]
     assert tokenizer.decode(table[1]["prompt_ids"]) == "<s> hidden lonely crimson distant"
-    account = told(table)
-    assert account.cut["s"] == {"prompt cut": 1}
-    assert account.dropped["s"] == {"too long": 1}
-    assert account.examples == {"prompt cut": ["row 1"], "too long": ["row 2"]}
-    assert account.keeps == 13
-    account = told(tokenize(rows, PAIR, tokenizer, [end], Lengths(12, 5, prompt="drop")))
-    assert account.dropped["s"] == {"too long": 2}
+    data_report = told(table)
+    assert data_report.cut["s"] == {"prompt cut": 1}
+    assert data_report.dropped["s"] == {"too long": 1}
+    assert data_report.examples == {"prompt cut": ["row 1"], "too long": ["row 2"]}
+    assert data_report.p99_length == 13
+    data_report = told(tokenize(rows, PAIR, tokenizer, [end], LengthLimits(12, 5, prompt="drop")))
+    assert data_report.dropped["s"] == {"too long": 2}
 
 
-def test_an_answer_too_long_is_dropped_or_cut_with_or_without_its_end():
+def test_a_completion_too_long_is_dropped_or_cut_with_or_without_its_end():
     tokenizer = word_tokenizer()
     rows = rows_of(
         {"prompt": "the film", "chosen": " i" * 9, "rejected": " it"},  # 3 + 10 of 8: 5 are left
@@ -212,32 +217,32 @@ def test_an_answer_too_long_is_dropped_or_cut_with_or_without_its_end():
         {"prompt": "the " * 6, "chosen": " i it", "rejected": " it i"},  # 7 + 3 of 8: one is left
     )
     known = tokenizer.convert_tokens_to_ids(["i", "it"])
-    kept = tokenize(rows, PAIR, tokenizer, [2], Lengths(8, 7, answer="keep_eos"))
+    kept = tokenize(rows, PAIR, tokenizer, [2], LengthLimits(8, 7, completion="keep_eos"))
     assert kept["row"] == [0]
     assert (kept[0]["chosen_ids"], kept[0]["rejected_ids"]) == ([known[0]] * 4 + [2], [known[1], 2])
-    assert told(kept).dropped["s"] == {"identical after cutting": 1, "no answer token left": 1}
-    assert told(kept).cut["s"] == {"answer cut": 1}
-    cut = tokenize(rows, PAIR, tokenizer, [2], Lengths(8, 7, answer="cut"))
+    assert told(kept).dropped["s"] == {"identical after cutting": 1, "no completion token left": 1}
+    assert told(kept).cut["s"] == {"completion cut": 1}
+    cut = tokenize(rows, PAIR, tokenizer, [2], LengthLimits(8, 7, completion="cut"))
     assert cut["row"] == [0, 2]
     assert (cut[0]["chosen_ids"], cut[1]["rejected_ids"]) == ([known[0]] * 5, [known[1]])
     assert told(cut).dropped["s"] == {"identical after cutting": 1}
 
 
 def test_what_is_too_long_is_warned_of_above_5_percent_and_ends_a_run_above_half():
-    def account(long: int) -> Account:
+    def data_report(long: int) -> DataReport:
         rows = rows_of(*({"prompt": "x", "chosen": " i" * (9 if i < long else 2)} for i in range(100)))
-        return told(tokenize(rows, ("chosen",), word_tokenizer(), [2], Lengths(6, 3)))
+        return told(tokenize(rows, ("chosen",), word_tokenizer(), [2], LengthLimits(6, 3)))
 
-    assert (account(5).doubts(64), account(5).stops(64)) == ([], [])
-    assert account(6).doubts(64) == [
+    assert (data_report(5).warnings(64), data_report(5).errors(64)) == ([], [])
+    assert data_report(6).warnings(64) == [
         "6% of 100 rows are too long: 6 dropped, 0 cut: `length.max=12` would keep 99% of them whole"
     ]
-    assert not account(50).stops(64)
-    assert account(51).stops(8) == [
+    assert not data_report(50).errors(64)
+    assert data_report(51).errors(8) == [
         "51% of 100 rows are too long: 51 dropped, 0 cut: `length.max=12` would keep 99% of them whole, and the "
         "model reads 8: `length.max=8`, or a model of longer context, keeps most"
     ]
-    assert not account(51).doubts(64)
+    assert not data_report(51).warnings(64)
 
 
 def test_a_prompt_without_a_token_or_with_two_bos_is_dropped():
@@ -256,13 +261,13 @@ def test_a_split_that_keeps_no_row_is_an_error(tmp_path):
 
 
 def test_lengths_default_to_the_context_and_may_not_exceed_it():
-    asked = Length(prompt="drop", answer="cut")
-    assert Lengths.of(asked, 2048) == Lengths(512, 256, "drop", "cut")
-    assert Lengths.of(asked, 256) == Lengths(256, 128, "drop", "cut")
+    asked = Length(prompt="drop", completion="cut")
+    assert LengthLimits.resolve(asked, 2048) == LengthLimits(512, 256, "drop", "cut")
+    assert LengthLimits.resolve(asked, 256) == LengthLimits(256, 128, "drop", "cut")
     with pytest.raises(PipelineError, match="length.max=300 exceeds the model's context of 256"):
-        Lengths.of(Length(300), 256)
-    with pytest.raises(PipelineError, match="leaves no room for an answer"):
-        Lengths.of(Length(100, 100), 256)
+        LengthLimits.resolve(Length(300), 256)
+    with pytest.raises(PipelineError, match="leaves no room for a completion"):
+        LengthLimits.resolve(Length(100, 100), 256)
 
 
 def test_messages_go_through_the_template_once_and_end_at_the_end_of_turn():
@@ -292,16 +297,16 @@ def test_end_tokens_are_the_tokenizers_and_the_generation_configs():
     from transformers import GenerationConfig
 
     tokenizer = characters(bos_token="<s>", eos_token="</s>")
-    assert end_tokens(tokenizer, GenerationConfig(eos_token_id=[7, 1])) == [1, 7]
-    assert end_tokens(tokenizer, GenerationConfig(eos_token_id=None)) == [1]
+    assert eos_ids_of(tokenizer, GenerationConfig(eos_token_id=[7, 1])) == [1, 7]
+    assert eos_ids_of(tokenizer, GenerationConfig(eos_token_id=None)) == [1]
     with pytest.raises(PipelineError, match="no end token"):
-        end_tokens(characters(unk_token="?"), GenerationConfig())
+        eos_ids_of(characters(unk_token="?"), GenerationConfig())
 
 
 def loaded(option: str, *overrides: str, chat: bool = False) -> dict:
     node = compose([f"dataset={option}", *overrides]).dataset
     keys = ("test_rows", "split_seed", "sft_target", "form", "on_bad_row")
-    return build({k: v for k, v in node.items() if k not in keys}, chat=chat, source="s")
+    return instantiate_node({k: v for k, v in node.items() if k not in keys}, chat=chat, source="s")
 
 
 def test_hh_splits_at_the_last_reply_and_finds_prompts_that_differ(tmp_path):
@@ -379,8 +384,8 @@ def test_hold_out_of_more_than_there_is_takes_all():
     assert hold_out(pairs(3), 9, random.Random(0))[0] == []
 
 
-def adds_up(account: Account) -> bool:
-    parts = account.as_json()["sources"].values()
+def adds_up(data_report: DataReport) -> bool:
+    parts = data_report.as_json()["sources"].values()
     return all(part["read"] == sum(part["kept"].values()) + sum(part["dropped"].values()) for part in parts)
 
 
@@ -396,26 +401,26 @@ BAD = [
 
 def test_rows_that_teach_nothing_are_dropped_and_counted(tmp_path):
     path = write(tmp_path / "pairs.jsonl", [*BAD, *pairs(94)])
-    splits, account = splits_of(path)
+    splits, data_report = splits_of(path)
     assert sum(map(len, splits.values())) == 95
-    assert account.dropped["pairs.jsonl"] == {
-        "identical answers": 1, "empty answer": 1, "contradiction": 2, "exact duplicate": 1
+    assert data_report.dropped["pairs.jsonl"] == {
+        "identical completions": 1, "empty completion": 1, "contradiction": 2, "exact duplicate": 1
     }  # fmt: skip
-    assert account.examples["empty answer"] == [f"{path}, line 2"]
-    assert account.read["pairs.jsonl"] == 100
-    assert adds_up(account)
+    assert data_report.examples["empty completion"] == [f"{path}, line 2"]
+    assert data_report.read["pairs.jsonl"] == 100
+    assert adds_up(data_report)
 
 
 def test_more_than_5_percent_that_teach_nothing_end_a_run(tmp_path):
     path = write(tmp_path / "pairs.jsonl", [*BAD, *pairs(70)])
     with pytest.raises(PipelineError, match=r"4 of 76 rows of pairs.jsonl teach nothing, more than 5%: .*line 2\)"):
         splits_of(path)
-    _, account = splits_of(path, strict=False)
-    assert adds_up(account)
+    _, data_report = splits_of(path, strict=False)
+    assert adds_up(data_report)
     # Two alike cost one row and damn no set.
     twice = write(tmp_path / "twice.jsonl", pairs(40) * 2)
-    _, account = splits_of(twice)
-    assert account.dropped["twice.jsonl"] == {"exact duplicate": 40}
+    _, data_report = splits_of(twice)
+    assert data_report.dropped["twice.jsonl"] == {"exact duplicate": 40}
 
 
 @pytest.mark.parametrize("i", range(4))
@@ -426,18 +431,18 @@ def test_a_bad_row_ends_the_run_where_it_is_to(i, tmp_path):
         splits_of(path, "dataset.on_bad_row=error")
 
 
-def test_sft_learns_one_answer_of_each_prompt_the_last_sound_one(tmp_path):
+def test_sft_learns_one_completion_of_each_prompt_the_last_sound_one(tmp_path):
     rows = [{"prompt": "a", "chosen": f" {text}", "rejected": " x"} for text in ("one", "two", "three", " ")]
     path = write(tmp_path / "pairs.jsonl", [*rows, *pairs(90)])
-    splits, account = splits_of(path, answers=("chosen",))
+    splits, data_report = splits_of(path, completions=("chosen",))
     assert [row["chosen"] for part in splits.values() for row in part if row["prompt"] == "a"] == [" three"]
-    assert account.dropped["pairs.jsonl"] == {"empty answer": 1, "another answer of its prompt": 2}
+    assert data_report.dropped["pairs.jsonl"] == {"empty completion": 1, "another completion of its prompt": 2}
 
 
 def test_sft_and_dpo_hold_out_the_same_prompts_whatever_each_drops(tmp_path):
     rows = [{**row, "chosen": row["rejected"]} if i % 25 == 0 else row for i, row in enumerate(pairs(100))]
     path = write(tmp_path / "a.jsonl", rows)
-    sft, dpo = (splits_of(path, "dataset.test_rows=20", answers=names)[0] for names in (("chosen",), PAIR))
+    sft, dpo = (splits_of(path, "dataset.test_rows=20", completions=names)[0] for names in (("chosen",), PAIR))
     assert sum(map(len, sft.values())) == 100
     assert sum(map(len, dpo.values())) == 96
     for split in ("train", "validation", "test"):
@@ -446,18 +451,18 @@ def test_sft_and_dpo_hold_out_the_same_prompts_whatever_each_drops(tmp_path):
 
 def test_a_prompt_of_the_sets_own_test_split_is_not_trained_on(tmp_path):
     train, test = write(tmp_path / "a.jsonl", pairs(50)), write(tmp_path / "b.jsonl", pairs(7))
-    splits, account = splits_of(train, f"dataset.test_path={test}")
+    splits, data_report = splits_of(train, f"dataset.test_path={test}")
     assert len(splits["train"]) + len(splits["validation"]) == 43
     assert not {row["prompt"] for row in splits["train"]} & {row["prompt"] for row in splits["test"]}
-    assert account.dropped["a.jsonl"] == {"prompt also in test": 7}
-    assert adds_up(account)
+    assert data_report.dropped["a.jsonl"] == {"prompt also in test": 7}
+    assert adds_up(data_report)
 
 
 def test_a_file_named_as_a_test_split_is_told(tmp_path):
     for name, count in (("latest.jsonl", 0), ("test.jsonl.gz", 1), ("hh_test-00.jsonl", 1), ("contest.jsonl", 0)):
-        _, account = splits_of(write(tmp_path / name, pairs(50)))
-        assert len(account.notes) == count, name
-    assert "contest" not in str(account.doubts(512))
+        _, data_report = splits_of(write(tmp_path / name, pairs(50)))
+        assert len(data_report.notes) == count, name
+    assert "contest" not in str(data_report.warnings(512))
 
 
 def mixed(tmp_path, *overrides: str):
@@ -469,9 +474,9 @@ def mixed(tmp_path, *overrides: str):
 
 
 def test_a_mixture_keeps_its_sources_apart_and_shares_no_prompt(tmp_path):
-    splits, account = mixed(tmp_path)
-    assert account.read == {"a": 60, "b": 100}
-    assert adds_up(account)
+    splits, data_report = mixed(tmp_path)
+    assert data_report.read == {"a": 60, "b": 100}
+    assert adds_up(data_report)
     prompts = [{row["prompt"] for row in rows} for rows in splits.values()]
     assert len(set.union(*prompts)) == sum(map(len, prompts))  # 30 prompts are in both sets
     assert {row["source"] for row in splits["test"]} == {"a", "b"}
@@ -480,16 +485,16 @@ def test_a_mixture_keeps_its_sources_apart_and_shares_no_prompt(tmp_path):
 
 def test_a_mixture_draws_by_weight_and_at_most_so_many_rows(tmp_path):
     # Of train 50 and 80 rows are left; 3 to 1 in weight is 50 and 17. All of test is kept.
-    splits, account = mixed(tmp_path, "dataset.weights={a: 3, b: 1}")
-    assert adds_up(account)
-    assert account.dropped["b"]["not drawn"] == 80 - 17
+    splits, data_report = mixed(tmp_path, "dataset.weights={a: 3, b: 1}")
+    assert adds_up(data_report)
+    assert data_report.dropped["b"]["not drawn"] == 80 - 17
     assert len(splits["test"]) == 30
-    assert "not drawn" not in account.dropped["a"]
+    assert "not drawn" not in data_report.dropped["a"]
     other, _ = mixed(tmp_path, "dataset.weights={a: 3, b: 1}", "dataset.seed=1")
     assert other["train"] != splits["train"]
-    _, account = mixed(tmp_path, "dataset.rows={b: 5}")
-    assert account.dropped["b"]["not drawn"] == 75
-    assert adds_up(account)
+    _, data_report = mixed(tmp_path, "dataset.rows={b: 5}")
+    assert data_report.dropped["b"]["not drawn"] == 75
+    assert adds_up(data_report)
 
 
 @pytest.mark.parametrize(
@@ -522,7 +527,7 @@ def test_subsets_of_one_file_are_refused(tmp_path):
 def test_a_data_set_without_demonstrations_says_what_to_type(tmp_path):
     path = write(tmp_path / "pairs.jsonl", pairs(9))
     with pytest.raises(PipelineError, match="no column 'demonstration'.*sft_target=chosen"):
-        splits_of(path, answers=("demonstration",))
+        splits_of(path, completions=("demonstration",))
 
 
 def test_a_content_hash_follows_names_and_bytes(tmp_path):
@@ -536,19 +541,19 @@ def test_a_content_hash_follows_names_and_bytes(tmp_path):
 
 
 def test_sft_on_another_set_leaves_out_what_dpo_is_tested_on(tmp_path):
-    from dpo_pipeline.training.start import load_rows
+    from dpo_pipeline.data.prepare import load_rows
 
     paths = [write(tmp_path / "pairs.jsonl", pairs(60)), write(tmp_path / "other.jsonl", pairs(90))]
     sets = [f"dataset.path={paths[0]}", "dataset@sft_dataset=json", f"sft_dataset.path={paths[1]}"]
     run = compose(["dataset=json", *sets, "dataset.test_rows=20", "sft_dataset.test_rows=5"])
-    sft, account = load_rows(run, "sft", word_tokenizer())
+    sft, data_report = load_rows(run, "sft", word_tokenizer())
     dpo, _ = load_rows(run, "dpo", word_tokenizer())
     tested = {row["prompt"] for row in dpo["test"]}
     assert len(tested) == 20
     assert not tested & {row["prompt"] for split in ("train", "validation") for row in sft[split]}
     assert not {row["prompt"] for row in dpo["validation"]} & {row["prompt"] for row in sft["train"]}
-    assert account.dropped["other.jsonl"]["prompt held out for DPO"] >= 15
-    assert adds_up(account)
+    assert data_report.dropped["other.jsonl"]["prompt held out for DPO"] >= 15
+    assert adds_up(data_report)
 
 
 def test_rows_are_tokenized_once_and_accounted_for_each_time(small, tmp_path, monkeypatch):
@@ -557,47 +562,51 @@ def test_rows_are_tokenized_once_and_accounted_for_each_time(small, tmp_path, mo
     )
     given = ["dataset=json", f"dataset.path={path}", "dataset.test_rows=9", "length.max=24", f"root={tmp_path}"]
     run = small(*given)
-    start.prepare_base(run)
+    prepare.prepare_base(run)
     seen = []
-    monkeypatch.setattr(start, "tokenize", lambda *args: seen.append(1) or tokenize(*args))
+    monkeypatch.setattr(prepare, "tokenize", lambda *args: seen.append(1) or tokenize(*args))
     tokenizer = load_tokenizer(run.model)
-    (tables, account), (again, same) = (start.prepared(run, "dpo", tokenizer, "train", "test") for _ in range(2))
+    (tables, data_report), (again, same) = (
+        prepare.prepare_tables(run, "dpo", tokenizer, "train", "test") for _ in range(2)
+    )
     assert len(seen) == 2
     assert again["train"].to_dict() == tables["train"].to_dict()
-    assert (same.as_json(), dict(same.examples)) == (account.as_json(), dict(account.examples))
-    assert account.dropped["pairs.jsonl"]["too long"] > 5
-    assert adds_up(account)
-    start.prepared(small(*given, "length.answer=keep_eos"), "dpo", tokenizer, "train", "test")
+    assert (same.as_json(), dict(same.examples)) == (data_report.as_json(), dict(data_report.examples))
+    assert data_report.dropped["pairs.jsonl"]["too long"] > 5
+    assert adds_up(data_report)
+    prepare.prepare_tables(small(*given, "length.completion=keep_eos"), "dpo", tokenizer, "train", "test")
     assert len(seen) == 4
 
 
-def test_answers_cut_without_their_end_are_trained_on_where_asked(small, tmp_path):
-    """As the DPO authors did; preflight, which wants one end token of every answer, lets these pass and no others."""
+def test_completions_cut_without_their_end_are_trained_on_where_asked(small, tmp_path):
+    """As the DPO authors did; preflight, which wants one end token of each completion, lets these pass, no others."""
     from dpo_pipeline.sft import run_sft
 
-    run = small("length.answer=cut", "length.max=39", "length.max_prompt=16", "++sft.max_steps=2", f"root={tmp_path}")
+    run = small(
+        "length.completion=cut", "length.max=39", "length.max_prompt=16", "++sft.max_steps=2", f"root={tmp_path}"
+    )
     folder = run_sft(run)
     cut = json.loads((folder / "manifest.json").read_text())["sources"]["reviews"]["cut"]
-    assert cut["answer cut"] > 20
+    assert cut["completion cut"] > 20
     assert json.loads((folder / "status.json").read_text())["state"] == "done"
 
 
-def test_answers_that_nothing_cut_are_not_said_to_be_cut():
+def test_completions_that_nothing_cut_are_not_said_to_be_cut():
     tokenizer = characters(bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = CHATML.replace("m.content", "m.content | trim")
     prompt = [{"role": "user", "content": "hi"}]
     table = tokenize(rows_of({"prompt": prompt, "chosen": "ok", "rejected": "ok\n"}), PAIR, tokenizer, [1], WIDE)
-    assert told(table).dropped["s"] == {"identical answers": 1}
+    assert told(table).dropped["s"] == {"identical completions": 1}
 
 
 def test_faults_are_weighed_against_the_rows_in_which_they_were_looked_for(tmp_path):
-    """Neither debug, which draws 100 of the rows, nor SFT's one answer for each prompt makes 2% of faults 50%."""
+    """Neither debug, which draws 100 of the rows, nor SFT's one completion for each prompt makes 2% of faults 50%."""
     rows = [{**row, "chosen": " "} if i % 50 == 0 else row for i, row in enumerate(pairs(1000, prompts=60))]
     path = write(tmp_path / "pairs.jsonl", rows)
     assert splits_of(path, debug=True)[1].dropped["pairs.jsonl"]["debug=true"] > 700
-    _, account = splits_of(path, answers=("chosen",))
-    assert account.dropped["pairs.jsonl"]["another answer of its prompt"] > 800
-    assert adds_up(account)
+    _, data_report = splits_of(path, completions=("chosen",))
+    assert data_report.dropped["pairs.jsonl"]["another completion of its prompt"] > 800
+    assert adds_up(data_report)
 
 
 def test_a_set_without_test_rows_costs_a_mixture_none(tmp_path):
@@ -611,20 +620,20 @@ def test_a_test_split_trained_on_by_another_road_is_told(typed, tmp_path):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "0000.jsonl", pairs(100)[:50] if name == "test" else pairs(100)[50:])
     path = tmp_path if typed else tmp_path / "validation" / "0000.jsonl"
-    _, account = splits_of(path, *typed)
-    assert len(account.notes) == 1
+    _, data_report = splits_of(path, *typed)
+    assert len(data_report.notes) == 1
 
 
 def test_rows_left_out_by_the_half_are_told(tmp_path):
     rows = [{**row, "votes": i % 4} for i, row in enumerate(pairs(80))]
-    _, account = splits_of(write(tmp_path / "a.jsonl", rows), "dataset.at_least={votes: 3}")
-    assert account.doubts(512) == [
+    _, data_report = splits_of(write(tmp_path / "a.jsonl", rows), "dataset.at_least={votes: 3}")
+    assert data_report.warnings(512) == [
         f"60 of 80 rows of a.jsonl are left out: votes below 3 (such as {tmp_path}/a.jsonl, line 1)"
     ]
 
 
 def test_what_is_done_with_bad_rows_is_no_part_of_what_a_run_is(tmp_path):
-    from dpo_pipeline.runs import identity
+    from dpo_pipeline.run_folder import identity
 
     path = write(tmp_path / "pairs.jsonl", pairs(9))
     given = ["dataset=json", f"dataset.path={path}", "dataset@sft_dataset=json", f"sft_dataset.path={path}"]
@@ -648,46 +657,46 @@ def test_two_mixtures_have_two_folders(tmp_path):
 
 def test_token_tables_of_other_code_are_not_taken(small, tmp_path, monkeypatch):
     run = small("dataset.rows=32", f"root={tmp_path}")
-    start.prepare_base(run)
+    prepare.prepare_base(run)
     seen = []
-    monkeypatch.setattr(start, "tokenize", lambda *args: seen.append(1) or tokenize(*args))
+    monkeypatch.setattr(prepare, "tokenize", lambda *args: seen.append(1) or tokenize(*args))
     for release in ("1", "1", "2"):
-        monkeypatch.setattr(start, "version", lambda name, release=release: release)
-        start.prepared(run, "dpo", load_tokenizer(run.model), "train")
+        monkeypatch.setattr(prepare, "version", lambda name, release=release: release)
+        prepare.prepare_tables(run, "dpo", load_tokenizer(run.model), "train")
     assert len(seen) == 2
 
 
 def test_a_dialogue_cut_at_a_bos_has_one_and_a_prompt_at_its_limit_is_not_cut():
-    answers = [[8] * 6]
-    assert Lengths(9, 4).fit([1, 5, 1, 6, 7], answers, 1, 2) == ([1, 6, 7], answers, "prompt cut", "")
-    assert Lengths(10, 4).fit([1, 5, 9, 6, 7], answers, 1, 2) == ([1, 9, 6, 7], answers, "prompt cut", "")
-    assert Lengths(9, 4).fit([1, 5, 6, 7], [[8] * 6], 1, 2)[2:] == ("", "too long")
-    assert Lengths(9, 4, answer="keep_eos").fit([1, 5, 6, 7], answers, 1, 2) == (
+    completions = [[8] * 6]
+    assert LengthLimits(9, 4).fit([1, 5, 1, 6, 7], completions, 1, 2) == ([1, 6, 7], completions, "prompt cut", "")
+    assert LengthLimits(10, 4).fit([1, 5, 9, 6, 7], completions, 1, 2) == ([1, 9, 6, 7], completions, "prompt cut", "")
+    assert LengthLimits(9, 4).fit([1, 5, 6, 7], [[8] * 6], 1, 2)[2:] == ("", "too long")
+    assert LengthLimits(9, 4, completion="keep_eos").fit([1, 5, 6, 7], completions, 1, 2) == (
         [1, 5, 6, 7],
         [[8] * 4 + [2]],
-        "answer cut",
+        "completion cut",
         "",
     )
-    assert Lengths(9, 5, prompt="drop").fit([1, 5, 6, 7, 9], [[8] * 6], 1, 2)[3] == "too long"
-    assert Lengths(9, 5, "drop", "cut").fit([1, 5, 6, 7, 9], [[8] * 6], 1, 2)[1] == [[8] * 4]
+    assert LengthLimits(9, 5, prompt="drop").fit([1, 5, 6, 7, 9], [[8] * 6], 1, 2)[3] == "too long"
+    assert LengthLimits(9, 5, "drop", "cut").fit([1, 5, 6, 7, 9], [[8] * 6], 1, 2)[1] == [[8] * 4]
 
 
-def test_an_answer_ends_at_the_first_of_all_end_tokens():
-    assert tokens.end_once([5, 7, 3, 1], [1, 7]) == [5, 7]
-    assert tokens.end_once([5, 1, 3, 7], [1, 7]) == [5, 1]
-    assert tokens.end_once([5, 3], [7, 1]) == [5, 3, 7]
+def test_a_completion_ends_at_the_first_of_all_end_tokens():
+    assert tokens.append_eos_once([5, 7, 3, 1], [1, 7]) == [5, 7]
+    assert tokens.append_eos_once([5, 1, 3, 7], [1, 7]) == [5, 1]
+    assert tokens.append_eos_once([5, 3], [7, 1]) == [5, 3, 7]
 
 
 @pytest.mark.parametrize("count", [1, 7, 99, 100, 101, 250])
 def test_the_limit_named_is_the_smallest_that_keeps_99_percent(count):
     lengths = [3 + (7 * i) % 19 for i in range(count)]
     rows = rows_of(*({"prompt": "x", "chosen": " i" * n} for n in lengths))
-    account = told(tokenize(rows, ("chosen",), word_tokenizer(), [2], WIDE))
-    total = [2 + n + 1 for n in lengths]  # BOS and x, the answer, its end
-    assert account.keeps == min(n for n in total if sum(m <= n for m in total) >= 0.99 * count)
+    data_report = told(tokenize(rows, ("chosen",), word_tokenizer(), [2], WIDE))
+    total = [2 + n + 1 for n in lengths]  # BOS and x, the completion, its end
+    assert data_report.p99_length == min(n for n in total if sum(m <= n for m in total) >= 0.99 * count)
     more = told(tokenize(rows_of({"prompt": "x", "chosen": " i"}), ("chosen",), word_tokenizer(), [2], WIDE))
-    account.hear(more.told())
-    assert account.keeps == min(n for n in total if sum(m <= n for m in total) >= 0.99 * count)
+    data_report.merge(more.to_dict())
+    assert data_report.p99_length == min(n for n in total if sum(m <= n for m in total) >= 0.99 * count)
 
 
 def test_faults_are_not_weighed_against_what_a_filter_left_out(tmp_path):
@@ -702,10 +711,10 @@ def test_faults_are_not_weighed_against_what_a_filter_left_out(tmp_path):
 def test_a_mixture_keeps_the_reasons_of_its_sets(tmp_path):
     path = write(tmp_path / "votes.jsonl", [{**row, "votes": i % 2} for i, row in enumerate(pairs(80))])
     more = ["+dataset@dataset.sets.c=json", f"dataset.sets.c.path={path}", "dataset.sets.c.at_least={votes: 1}"]
-    _, account = mixed(tmp_path, *more, "dataset.sets.c.test_rows=0", "dataset.rows={c: 10}")
-    assert account.dropped["c"]["votes below 1"] == 40
-    assert account.dropped["c"]["not drawn"] == 30
-    assert adds_up(account)
+    _, data_report = mixed(tmp_path, *more, "dataset.sets.c.test_rows=0", "dataset.rows={c: 10}")
+    assert data_report.dropped["c"]["votes below 1"] == 40
+    assert data_report.dropped["c"]["not drawn"] == 30
+    assert adds_up(data_report)
 
 
 def test_turns_of_one_speaker_are_one_message(tmp_path):

@@ -40,7 +40,7 @@ def test_mean_of_equal_values_is_exact():
 
 @pytest.mark.parametrize(("wins", "n"), [(0, 1), (1, 1), (0, 20), (20, 20), (7, 20), (531, 1000)])
 def test_share_has_the_wilson_interval(wins, n):
-    found = estimates.share([1.0] * wins + [0.0] * (n - wins))
+    found = estimates.proportion([1.0] * wins + [0.0] * (n - wins))
     interval = binomtest(wins, n).proportion_ci(0.95, method="wilson")
     expected = {"value": wins / n, "low": interval.low, "high": interval.high, "n": n}
     assert found == pytest.approx(expected, abs=1e-12)
@@ -52,7 +52,7 @@ def test_an_interval_holds_its_value_at_every_size(share_of_wins):
     for n in range(1, 1001):
         wins = round(share_of_wins * n)
         values = [1.0] * wins + [0.0] * (n - wins)
-        for found in (estimates.share(values), estimates.mean(values), estimates.accuracy(values)):
+        for found in (estimates.proportion(values), estimates.mean(values), estimates.accuracy(values)):
             assert found["low"] is None or found["low"] <= found["value"] <= found["high"], (n, found)
 
 
@@ -66,11 +66,13 @@ def test_the_interval_of_equal_ratios_holds_their_ratio(n):
 
 
 def test_a_tie_counts_half_a_win_in_a_share():
-    assert estimates.share([1.0, 0.5, 0.5, 0.0, 0.0, 0.5, 0.5, 0.0]) == estimates.share([1.0] * 3 + [0.0] * 5)
+    assert estimates.proportion([1.0, 0.5, 0.5, 0.0, 0.0, 0.5, 0.5, 0.0]) == estimates.proportion(
+        [1.0] * 3 + [0.0] * 5
+    )
 
 
 def test_accuracy_is_the_share_above_0_with_ties_half():
-    assert estimates.accuracy([2.0, 1e-9, -0.1, 0.0]) == estimates.share([1.0, 1.0, 0.0, 0.5])
+    assert estimates.accuracy([2.0, 1e-9, -0.1, 0.0]) == estimates.proportion([1.0, 1.0, 0.0, 0.5])
     assert estimates.accuracy([2.0, 1e-9, -0.1, 0.0])["value"] == 0.625
     assert estimates.accuracy([0.0, -0.0, 0.0])["value"] == 0.5
     assert estimates.accuracy([-5.0, -1e-9])["value"] == 0.0
@@ -139,7 +141,7 @@ def test_scaling_an_estimate_is_estimating_scaled_values(scale):
     assert estimates.scaled(estimates.mean(VALUES), scale) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("estimate", [estimates.mean, estimates.share, estimates.accuracy])
+@pytest.mark.parametrize("estimate", [estimates.mean, estimates.proportion, estimates.accuracy])
 def test_no_values_are_refused(estimate):
     with pytest.raises(ValueError, match="no values"):
         estimate([])
@@ -162,44 +164,44 @@ def test_a_margin_that_is_no_number_is_not_a_loss():
     assert math.isnan(estimates.accuracy([1.0, math.nan])["value"])
 
 
-def answers_of(rng, count, vocabulary=12):
+def completions_of(rng, count, vocabulary=12):
     return [rng.integers(0, vocabulary, rng.integers(1, 9)).tolist() for _ in range(count)]
 
 
-def counted_distinct(answers, n):
-    seen = [tuple(answer[at : at + n]) for answer in answers for at in range(len(answer) - n + 1)]
+def counted_distinct(completions, n):
+    seen = [tuple(completion[at : at + n]) for completion in completions for at in range(len(completion) - n + 1)]
     return len(set(seen)) / len(seen)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("count", [4, 40])
-def test_distinct_has_the_interval_of_leaving_each_answer_out(n, count):
-    answers = [[5, 5, 5, 5, 5], [5, 5, 5], [77] * 6, *answers_of(np.random.default_rng(n), count)]
-    without = [counted_distinct(answers[:i] + answers[i + 1 :], n) for i in range(len(answers))]
-    value, half = counted_distinct(answers, n), np.std(without) * math.sqrt(len(answers) - 1)
-    low, high = t.interval(0.95, len(answers) - 1, value, half)
-    found = estimates.distinct(answers, n)
-    expected = {"value": value, "low": max(0.0, low), "high": min(1.0, high), "n": len(answers)}
+def test_distinct_has_the_interval_of_leaving_each_completion_out(n, count):
+    completions = [[5, 5, 5, 5, 5], [5, 5, 5], [77] * 6, *completions_of(np.random.default_rng(n), count)]
+    without = [counted_distinct(completions[:i] + completions[i + 1 :], n) for i in range(len(completions))]
+    value, half = counted_distinct(completions, n), np.std(without) * math.sqrt(len(completions) - 1)
+    low, high = t.interval(0.95, len(completions) - 1, value, half)
+    found = estimates.distinct(completions, n)
+    expected = {"value": value, "low": max(0.0, low), "high": min(1.0, high), "n": len(completions)}
     assert found == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_interval_of_distinct_holds_what_as_many_answers_have_on_average():
+def test_the_interval_of_distinct_holds_what_as_many_completions_have_on_average():
     rng = np.random.default_rng(0)
-    found = [estimates.distinct(answers_of(rng, 40), 2) for _ in range(200)]
+    found = [estimates.distinct(completions_of(rng, 40), 2) for _ in range(200)]
     average = np.mean([each["value"] for each in found])
     assert 0.92 <= np.mean([each["low"] < average < each["high"] for each in found]) <= 0.995
 
 
-def test_distinct_of_equal_answers_of_different_ones_and_of_a_single_one():
+def test_distinct_of_equal_completions_of_different_ones_and_of_a_single_one():
     assert estimates.distinct([[1, 2, 3]] * 4, 2) == {"value": 0.25, "low": 0.25, "high": 0.25, "n": 4}
     assert estimates.distinct([[1, 2], [3, 4], [5, 6]], 2) == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 3}
     assert estimates.distinct([[1, 2, 1, 2], [7]], 2) == {"value": 2 / 3, "low": None, "high": None, "n": 2}
 
 
-def test_distinct_of_answers_without_an_n_gram_is_refused():
-    for answers in ([], [[1], [2, 3], []]):
-        with pytest.raises(ValueError, match="no answer has 3 tokens"):
-            estimates.distinct(answers, 3)
+def test_distinct_of_completions_without_an_n_gram_is_refused():
+    for completions in ([], [[1], [2, 3], []]):
+        with pytest.raises(ValueError, match="no completion has 3 tokens"):
+            estimates.distinct(completions, 3)
 
 
 def test_repetition_is_the_share_of_n_grams_had_before():

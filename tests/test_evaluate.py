@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from dpo_pipeline import runs
+from dpo_pipeline import run_folder
 from dpo_pipeline.config import main
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.evaluate import materials, run_evaluate
-from dpo_pipeline.evaluation import judging, line_up, records
-from dpo_pipeline.judges import built, verdicts
+from dpo_pipeline.evaluate import load_eval_sets, run_evaluate
+from dpo_pipeline.evaluation import judging, measure, policies_to_compare
+from dpo_pipeline.judges import build, verdicts
 from dpo_pipeline.judges.judge import Judge
 from tests.test_processes import TWO, launched
 
@@ -45,13 +45,13 @@ def evaluated(small, typed):
 @pytest.fixture
 def made(monkeypatch):
     """The records that are made while a test runs, not found on disk."""
-    files, write = [], records.write_json
+    files, write = [], measure.write_json
 
     def counted(file, content, **options):
         files.append(f"{file.parent.parent.name}/{file.name.rsplit('-', 1)[0]}")
         write(file, content, **options)
 
-    monkeypatch.setattr(records, "write_json", counted)
+    monkeypatch.setattr(measure, "write_json", counted)
     return files
 
 
@@ -59,9 +59,9 @@ def test_a_whole_name_is_measured_against_the_base_and_each_dpo_against_its_own(
     policies = evaluated["policies"]
     assert set(policies) == {"base", "sft/full", "sft/r8", "dpo/none", "dpo/r8"}
     home = small(*typed).home
-    assert evaluated == runs.read_json(home / "results.json")
+    assert evaluated == run_folder.read_json(home / "results.json")
     for name, result in policies.items():
-        assert result == runs.read_json((home / "base" if name == "base" else home / name) / "eval.json")
+        assert result == run_folder.read_json((home / "base" if name == "base" else home / name) / "eval.json")
         assert "kl" in result["against"]["base"]
         assert ("reference" in result["against"]) == name.startswith("dpo/")
     assert policies["base"]["against"]["base"]["kl"]["value"] == 0
@@ -74,7 +74,7 @@ def test_a_whole_name_is_measured_against_the_base_and_each_dpo_against_its_own(
                 assert f"length_controlled_{key}{at}" not in own  # of six prompts it would say nothing
         assert own[f"elo.{judge}"]["n"] == 6
     assert "win_rate.truth.sft" not in policies["sft/full"]["own"]  # itself
-    samples = runs.read_json(home / "generation_samples.json")
+    samples = run_folder.read_json(home / "generation_samples.json")
     assert len(samples) == 6
     assert set(samples[0]["answers"]) == set(policies)
 
@@ -82,7 +82,8 @@ def test_a_whole_name_is_measured_against_the_base_and_each_dpo_against_its_own(
 def test_win_rates_are_those_of_the_scores_by_hand(small, typed, evaluated):
     home = small(*typed).home
     rows = {
-        name: runs.read_json(home / name / "samples.json") for name in ("dpo/none", "dpo/r8", "sft/full", "sft/r8")
+        name: run_folder.read_json(home / name / "samples.json")
+        for name in ("dpo/none", "dpo/r8", "sft/full", "sft/r8")
     }
     for dpo, sft in (("dpo/none", "sft/full"), ("dpo/r8", "sft/r8")):
         for judge in ("truth", "length"):
@@ -123,7 +124,7 @@ def test_the_second_time_nothing_is_measured_and_another_temperature_only_sample
     assert made == []
     run_evaluate(small(*typed, "evaluation.temperatures=[0.5]"))
     assert made == [f"{name}/answers-t0.5" for name in ("none", "r8", "full", "r8", "base")]
-    own = runs.read_json(run.dpo_folder / "eval.json")["own"]
+    own = run_folder.read_json(run.dpo_folder / "eval.json")["own"]
     assert {key for key in own if key.startswith("win_rate.truth.sft")} == {"win_rate.truth.sft.t0.5"}
     run_evaluate(run)
 
@@ -131,15 +132,15 @@ def test_the_second_time_nothing_is_measured_and_another_temperature_only_sample
 def test_what_another_command_has_measured_stays_in_eval_json(small, typed, evaluated):
     run = small(*typed, "lora=none", "variant=none", *STEPS)
     run_dpo(run)  # already done: prints its own table
-    assert "win_rate.truth.sft" in runs.read_json(run.dpo_folder / "eval.json")["own"]
-    assert "comparisons" in runs.read_json(run.home / "results.json")
+    assert "win_rate.truth.sft" in run_folder.read_json(run.dpo_folder / "eval.json")["own"]
+    assert "comparisons" in run_folder.read_json(run.home / "results.json")
 
 
 def test_the_numbers_do_not_hang_on_the_batch_nor_on_the_processes(small, typed, evaluated, tmp_path):
     def numbers(home):
         return {
             f"{name} {block} {key}": estimate["value"]
-            for name, result in runs.read_json(home / "results.json")["policies"].items()
+            for name, result in run_folder.read_json(home / "results.json")["policies"].items()
             for block, found in (("own", result["own"]), *result["against"].items())
             for key, estimate in found.items()
             if isinstance(estimate, dict) and "value" in estimate
@@ -197,11 +198,11 @@ def test_without_a_reference_a_folder_is_measured_against_what_it_was_trained_fr
 def test_a_dpo_of_an_sft_that_was_trained_anew_is_left_out(small, typed, evaluated, tmp_path, caplog):
     shutil.copytree(small(*typed).home, tmp_path / "small", ignore=shutil.ignore_patterns("evaluated"))
     file = tmp_path / "small" / "sft" / "full" / "manifest.json"
-    manifest = runs.read_json(file)
-    runs.write_json(file, {**manifest, "final": {**manifest["final"], "sha256": "another"}})
+    manifest = run_folder.read_json(file)
+    run_folder.write_json(file, {**manifest, "final": {**manifest["final"], "sha256": "another"}})
     (tmp_path / "small" / "sft" / "r8" / "final" / "adapter_model.safetensors").unlink()
     with caplog.at_level("WARNING"):
-        policies = line_up.of_name(small(*typed[1:], f"root={tmp_path}", "dataset.split_seed=3"))
+        policies = policies_to_compare.policies_of_name(small(*typed[1:], f"root={tmp_path}", "dataset.split_seed=3"))
     assert [policy.name for policy in policies] == ["sft/full", "base"]
     assert "dpo/none started from another" in caplog.text
     assert "sft/r8 holds no weights in final/" in caplog.text
@@ -209,7 +210,7 @@ def test_a_dpo_of_an_sft_that_was_trained_anew_is_left_out(small, typed, evaluat
 
 def test_a_dpo_of_other_data_is_told_of(small, typed, evaluated, caplog):
     with caplog.at_level("WARNING"):
-        line_up.of_name(small(*typed, "dataset.split_seed=3"))
+        policies_to_compare.policies_of_name(small(*typed, "dataset.split_seed=3"))
     assert "dpo/none was trained with other data" in caplog.text
     assert "dataset.split_seed was 0, is 3 here" in caplog.text
 
@@ -223,35 +224,38 @@ def test_two_folders_of_one_name_stay_two(small, typed, evaluated, tmp_path):
         config = OmegaConf.load(file)
         config.policy = str(tmp_path / name / "full" / "final")
         OmegaConf.save(config, file)
-    lines = [line_up.of_dpo(tmp_path / "dpo" / name, small(*typed), None, places) for name in ("one", "two")]
+    lines = [
+        policies_to_compare.dpo_with_references(tmp_path / "dpo" / name, small(*typed), None, places)
+        for name in ("one", "two")
+    ]
     assert [line[0].reference for line in lines] == ["policy/full", "policy/full-2"]
     assert [Path(line[1].path).parts[-3] for line in lines] == ["one", "two"]
 
 
-def test_the_data_s_own_answers_look_like_sampled_ones(small, typed, evaluated):
+def test_the_data_s_own_completions_look_like_sampled_ones(small, typed, evaluated):
     run = small(*typed)
-    on, _, _ = materials(run, line_up.of_name(run))
-    ids = [list(answer.ids) for answer in on.questions.human]
-    again = on.answers(on.questions, ids)
-    assert [answer.text for answer in again] == [answer.text for answer in on.questions.human]
-    assert all(answer.text.startswith(" ") for answer in again)
-    assert [answer.text.split() for answer in again] == [on.rows[i]["chosen"].split() for i in range(6)]
+    on, _, _ = load_eval_sets(run, policies_to_compare.policies_of_name(run))
+    ids = [list(completion.ids) for completion in on.prompt_set.human]
+    again = on.completions(on.prompt_set, ids)
+    assert [completion.text for completion in again] == [completion.text for completion in on.prompt_set.human]
+    assert all(completion.text.startswith(" ") for completion in again)
+    assert [completion.text.split() for completion in again] == [on.rows[i]["chosen"].split() for i in range(6)]
 
 
-def test_an_sft_on_chosen_answers_is_named_preferred_ft(small, typed, evaluated, tmp_path):
+def test_an_sft_on_chosen_completions_is_named_preferred_ft(small, typed, evaluated, tmp_path):
     shutil.copytree(small(*typed).home / "sft", tmp_path / "small" / "sft")
     file = tmp_path / "small" / "sft" / "full" / "config.yaml"
     file.write_text(file.read_text().replace("sft_target: demonstration", "sft_target: chosen"))
-    policies = line_up.of_name(small(*typed[1:], f"root={tmp_path}"))
-    assert line_up.preferred(policies) == ["sft/full"]
+    policies = policies_to_compare.policies_of_name(small(*typed[1:], f"root={tmp_path}"))
+    assert policies_to_compare.preferred_ft_names(policies) == ["sft/full"]
 
 
-def test_best_of_n_draws_other_answers_than_the_policy_s_own(small, typed, evaluated):
+def test_best_of_n_draws_other_completions_than_the_policy_s_own(small, typed, evaluated):
     folder = small(*typed).home / "sft" / "full" / "records"
-    (pool,) = (runs.read_json(file) for file in folder.glob("best_of-0-*.json"))
-    own = [runs.read_json(file) for file in folder.glob("answers-*.json")]
+    (pool,) = (run_folder.read_json(file) for file in folder.glob("best_of-0-*.json"))
+    own = [run_folder.read_json(file) for file in folder.glob("completions-*.json")]
     assert len(pool) == 24
-    assert not any(pool[::4] == answers for answers in own)
+    assert not any(pool[::4] == completions for completions in own)
 
 
 def test_what_an_earlier_evaluation_said_of_another_judge_is_not_shown_again(small, typed, evaluated):
@@ -262,32 +266,38 @@ def test_what_an_earlier_evaluation_said_of_another_judge_is_not_shown_again(sma
 
 
 def test_a_judge_that_cannot_be_read_is_told_of(small, typed, evaluated, monkeypatch, capsys):
-    def mute(answers, every):
-        return ((i, None if i % every == 0 else 0.5) for i, _ in enumerate(answers))
+    def mute(completions, every):
+        return ((i, None if i % every == 0 else 0.5) for i, _ in enumerate(completions))
 
-    real = built.built
-    monkeypatch.setattr(built, "built", lambda run, loading: {
-        "mute": Judge(lambda answers: mute(answers, EVERY[0])), "truth": real(run, loading)["truth"]})  # fmt: skip
+    real = build.build_judges
+    monkeypatch.setattr(
+        build,
+        "build_judges",
+        lambda run, loading: {
+            "mute": Judge(lambda completions: mute(completions, EVERY[0])),
+            "truth": real(run, loading)["truth"],
+        },
+    )
     asked = small(*typed, "evaluation.temperatures=[1]", "best_of.n=2", "best_of.judge=truth")
     run_evaluate(asked)
     assert "mute: " in capsys.readouterr().out
     EVERY[0] = 1
     with pytest.raises(PipelineError, match=r"judge mute: none of its \d+ results could be read"):
         run_evaluate(small(*typed, "evaluation.temperatures=[1]"))
-    assert "truth" in runs.read_json(asked.home / "results.json")["comparisons"]
+    assert "truth" in run_folder.read_json(asked.home / "results.json")["comparisons"]
     EVERY[0] = 2
 
 
 def test_two_policies_that_were_rated_but_never_compared_have_no_row():
-    found = judging.Judged({"a": {}, "b": {}})
+    found = judging.JudgeResults({"a": {}, "b": {}})
     scored = {("a", 1.0): [3.0, 4.0], ("b", 1.0): [2.0, 5.0]}  # as people rate without saying which is better
-    policies = [records.Policy(name, "", Path(), 0.1) for name in "ab"]
+    policies = [measure.Policy(name, "", Path(), 0.1) for name in "ab"]
     none = {(("a", 1.0), ("b", 1.0)): [None, None]}
-    judging.compare_all("human", [("a", "b")], none, scored, policies, found)
+    judging.pairwise_ratings("human", [("a", "b")], none, scored, policies, found)
     assert found.comparisons == {"human": []}
 
 
-EVERY = [2]  # of the answers of a judge that is mute now and then
+EVERY = [2]  # of the completions of a judge that is mute now and then
 
 
 def test_a_policy_against_itself_is_even_in_everything(small, typed, evaluated, tmp_path):
@@ -323,7 +333,7 @@ def test_a_prompts_file_safety_and_bias(small, typed, evaluated, tmp_path, capsy
     assert "win_rate.truth.chosen" not in own
     assert own["score.truth"]["n"] == 3
     assert set(results["safety"]) == set(results["bias"]) == set(results["policies"])
-    assert results["bias"]["base"]["answer_tokens"]["templates"] == 3
+    assert results["bias"]["base"]["completion_tokens"]["templates"] == 3
     printed = capsys.readouterr().out
     assert "Prompts labelled safe and unsafe" in printed
     assert "over-refusal" in printed
@@ -334,7 +344,7 @@ def test_a_judge_that_fails_costs_no_other_result(small, typed, evaluated, monke
     with pytest.raises(PipelineError, match=r"judge implicit_reward: .*all other results are written") as told:
         run_evaluate(small(*typed[:2], *asked))
     assert "\n" not in str(told.value)
-    results = runs.read_json(small(*typed).home / "results.json")
+    results = run_folder.read_json(small(*typed).home / "results.json")
     assert "truth" in results["comparisons"]
     assert "implicit_reward" not in results["comparisons"]
 
@@ -349,7 +359,7 @@ def test_the_implicit_reward_of_the_dpo_named_is_a_judge(small, typed, evaluated
 
 def test_an_evaluation_that_was_stopped_goes_on_where_it_was(small, typed, evaluated, made, monkeypatch):
     asked = ("evaluation.temperatures=[0.75]",)
-    answered, calls = records.answered, []
+    answered, calls = measure.sample_completions, []
 
     def stopped(*args):
         calls.append(args)
@@ -357,7 +367,7 @@ def test_an_evaluation_that_was_stopped_goes_on_where_it_was(small, typed, evalu
             raise KeyboardInterrupt
         return answered(*args)
 
-    monkeypatch.setattr(records, "answered", stopped)
+    monkeypatch.setattr(measure, "sample_completions", stopped)
     with pytest.raises(KeyboardInterrupt):
         run_evaluate(small(*typed, *asked))
     assert len(made) == 2
@@ -382,7 +392,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_measured_stays(small, typed, e
             main(run_evaluate)
         (disk / "filler").unlink()
         main(run_evaluate)
-        own = runs.read_json(disk / "small" / "dpo" / "none" / "eval.json")["own"]
+        own = run_folder.read_json(disk / "small" / "dpo" / "none" / "eval.json")["own"]
         assert "win_rate.truth.sft.t0.33" in own
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -459,7 +469,7 @@ def test_the_command_itself(small, typed, evaluated):
     call = [sys.executable, "-m", "dpo_pipeline.evaluate", *given, *typed, "name=small", "variant=none"]
     done = subprocess.run(call, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "All against the base model: 20 test pairs and 6 sampled answers of reviews" in done.stdout
+    assert "All against the base model: 20 test pairs and 6 sampled completions of reviews" in done.stdout
     assert "| reference margin" in done.stdout
     assert "Preferred-FT" not in done.stdout  # its SFT learnt demonstrations
     assert "Traceback" not in done.stderr
@@ -467,12 +477,12 @@ def test_the_command_itself(small, typed, evaluated):
 
 
 def test_verdicts_of_a_scoring_judge_are_not_asked_twice(small, typed, evaluated, monkeypatch):
-    asked, results = [], verdicts.results
+    asked, results = [], verdicts.cached_results
 
     def counted(ask, items, *rest):
         asked.append(len(items))
         return results(ask, items, *rest)
 
-    monkeypatch.setattr(verdicts, "results", counted)
+    monkeypatch.setattr(verdicts, "cached_results", counted)
     run_evaluate(small(*typed, "variant=none"))
     assert len(asked) == 2  # one call for each judge, of all sides together

@@ -8,10 +8,10 @@ import shlex
 import pytest
 import torch
 
-from dpo_pipeline import runs
+from dpo_pipeline import run_folder
 from dpo_pipeline.config import CONF, compose
 from dpo_pipeline.dpo import run_dpo
-from dpo_pipeline.logprobs import answer_logprobs
+from dpo_pipeline.logprobs import completion_logprobs
 from dpo_pipeline.sft import run_sft
 
 FILES = {file.stem: file.read_text().splitlines() for file in sorted((CONF / "experiment").glob("*.yaml"))}
@@ -65,7 +65,7 @@ def write_instructions(folder):
     return ["dataset.test_rows=16"]
 
 
-# By recipe: who writes its rows, a prompt as the model sees it and what comes before each answer, what SFT learns.
+# By recipe: who writes its rows, a prompt as the model sees it and what comes before each completion, what SFT learns.
 RECIPES = {
     "gpt2_hh": (write_hh, "\n\nHuman: test 3?\n\nAssistant:", " ", GOOD),
     "gpt2_instruction_preference": (
@@ -79,14 +79,16 @@ RECIPES = {
 
 
 def logprobs_of(folder, prompt: str, before: str) -> dict[str, float]:
-    """Log-probs of the three answers to a prompt, under a policy as plain libraries load it."""
+    """Log-probs of the three completions to a prompt, under a policy as plain libraries load it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    answers = (GOOD, BAD, OUTPUT)
-    ids = [tokenizer(before + answer)["input_ids"] for answer in answers]
-    rows = answer_logprobs(AutoModelForCausalLM.from_pretrained(folder), [tokenizer(prompt)["input_ids"]] * 3, ids, 3)
-    return dict(zip(answers, (float(row.sum()) for row in rows), strict=True))
+    completions = (GOOD, BAD, OUTPUT)
+    ids = [tokenizer(before + completion)["input_ids"] for completion in completions]
+    rows = completion_logprobs(
+        AutoModelForCausalLM.from_pretrained(folder), [tokenizer(prompt)["input_ids"]] * 3, ids, 3
+    )
+    return dict(zip(completions, (float(row.sum()) for row in rows), strict=True))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -135,13 +137,13 @@ def test_a_recipe_runs_whole_and_teaches_what_it_promises(name, gpt2, tmp_path, 
     samples = json.loads((home / "generation_samples.json").read_text())
     assert [set(row["answers"]) for row in samples] == [set(policies)] * 4
 
-    # SFT imitates the answer that the recipe names: the chosen one of HH, the instruction's own output.
-    sft, dpo = (runs.read_json(home / stage / "manifest.json") for stage in ("sft/full", "dpo/it"))
+    # SFT imitates the completion that the recipe names: the chosen one of HH, the instruction's own output.
+    sft, dpo = (run_folder.read_json(home / stage / "manifest.json") for stage in ("sft/full", "dpo/it"))
     assert sft["rows"] == dpo["rows"] == {"train": 76, "validation": 4}
     imitated = logprobs_of(home / "sft/full/final", *asked)
     assert max(imitated, key=imitated.get) == learnt
 
-    # DPO goes on from there towards the chosen answer; another beta starts from the same SFT.
+    # DPO goes on from there towards the chosen completion; another beta starts from the same SFT.
     assert dpo["starting_policy"] == str(run.sft_folder / "final")
     cautious = run_dpo(compose([*typed, "variant=other", "beta=0.3"]))["policies"]["dpo/other"]
     for variant, beta, measured in (("it", 0.1, policies["dpo/it"]), ("other", 0.3, cautious)):

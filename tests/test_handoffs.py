@@ -10,14 +10,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from dpo_pipeline import runs
+from dpo_pipeline import run_folder
+from dpo_pipeline.data import prepare
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.policies import load_policy
+from dpo_pipeline.models import load_policy
 from dpo_pipeline.sft import run_sft
-from dpo_pipeline.training import handoff, start
+from dpo_pipeline.training import starting_policy
 from dpo_pipeline.training.arguments import training_arguments
-from dpo_pipeline.training.handoff import loading
+from dpo_pipeline.training.starting_policy import load_options
 from dpo_pipeline.training.trainer import build_dpo
 
 ROADS = {
@@ -57,7 +58,7 @@ SFT_FIRST = {  # what a road starts from, beside the fixture's two
 
 def named_base(run) -> str | None:
     """The base that the adapter of a finished DPO names; None where it is a whole model."""
-    config = runs.read_json(run.dpo_folder / "final" / "adapter_config.json")
+    config = run_folder.read_json(run.dpo_folder / "final" / "adapter_config.json")
     return config and config["base_model_name_or_path"]
 
 
@@ -81,7 +82,7 @@ def test_a_road_starts_at_its_reference_and_all_reference_modes_agree(road, smal
             assert log[0][key] == pytest.approx(0, abs=1e-5)
         losses[mode] = [row["loss"] for row in log]
         assert abs(losses[mode][-1] - math.log(2)) > 1e-4  # the policy has moved
-        manifest = runs.read_json(run.dpo_folder / "manifest.json")
+        manifest = run_folder.read_json(run.dpo_folder / "manifest.json")
         starting = {"base": run.model.path, "sft": run.sft_folder / "final"}.get(run.policy, run.policy)
         assert manifest["starting_policy"] == str(starting)
         assert manifest["reference"] == f"{starting} ({mode})"
@@ -100,8 +101,8 @@ def test_a_road_starts_at_its_reference_and_all_reference_modes_agree(road, smal
 def test_the_sft_policy_is_not_the_base(lora, small, sft):
     run = small(f"lora={lora}")
     ids = torch.tensor([[1, 5, 9, 20]])
-    base = load_policy(run.model.path, loading(run))
-    policy = load_policy(sft[lora] / "final", loading(run))
+    base = load_policy(run.model.path, load_options(run))
+    policy = load_policy(sft[lora] / "final", load_options(run))
     assert (base(ids).logits - policy(ids).logits).abs().max() > 0.01
 
 
@@ -133,10 +134,10 @@ def test_final_loads_with_plain_libraries_from_another_directory(typed, small, s
     call = [sys.executable, "-c", code, str(final), str(run.lora is not None), str(out)]
     call.append(str(run.quantization is not None))
     subprocess.run(call, cwd=tmp_path, check=True, capture_output=True)
-    ours = load_policy(final, loading(run))
+    ours = load_policy(final, load_options(run))
     ids = AutoTokenizer.from_pretrained(final)("film : the wild river . review :", return_tensors="pt").input_ids
     assert torch.equal(torch.load(out), ours(ids).logits)
-    assert runs.read_json(run.dpo_folder / "manifest.json")["final"]["reload_difference_nats"] < 1e-5
+    assert run_folder.read_json(run.dpo_folder / "manifest.json")["final"]["reload_difference_nats"] < 1e-5
     assert not (final / "ref").exists()
     expected = (
         {"adapter_config.json", "adapter_model.safetensors"} if run.lora else {"config.json", "model.safetensors"}
@@ -156,11 +157,11 @@ def test_an_adapter_trains_in_float32_and_starts_as_it_was_saved_whatever_it_lie
     from safetensors.torch import load_file
 
     run = small("lora=r8", *typed.split(), f"policy={policy.format(**sft)}")
-    begin = handoff.dpo_start(run)
-    tokenizer = handoff.tokenizer_of(run, begin.source)
-    rows = start.prepared(run, "dpo", tokenizer, "train", "validation")[0]
+    begin = starting_policy.dpo_start(run)
+    tokenizer = starting_policy.tokenizer_of(run, begin.source)
+    rows = prepare.prepare_tables(run, "dpo", tokenizer, "train", "validation")[0]
     args = training_arguments(run, "dpo", tmp_path)
-    dpo = build_dpo(handoff.load_start(run, begin), None, begin.lora, tokenizer, args, rows)
+    dpo = build_dpo(starting_policy.load_start(run, begin), None, begin.lora, tokenizer, args, rows)
     trained = {name: weight for name, weight in dpo.model.named_parameters() if weight.requires_grad}
     assert {weight.dtype for weight in trained.values()} == {torch.float32}
     if policy != "base":
@@ -184,7 +185,7 @@ def test_a_policy_with_another_chat_template_than_its_base_is_refused(small, sft
 def test_a_run_in_16_bits_loads_back_as_it_was_trained(lora, small):
     run = small(f"lora={lora}", "precision=bf16", "sft_variant=bf16-" + lora, "++sft.max_steps=4")
     run_sft(run)
-    manifest = runs.read_json(run.sft_folder / "manifest.json")
+    manifest = run_folder.read_json(run.sft_folder / "manifest.json")
     assert manifest["precision"] == "bf16"
     assert manifest["final"]["reload_difference_nats"] < 1e-5
 
@@ -205,11 +206,11 @@ def test_a_policy_that_does_not_load_back_as_trained_is_refused(small, sft, monk
     from dpo_pipeline.training import trainer
 
     run = small("lora=r8", "variant=broken", *STEPS)
-    bare = load_policy(run.model.path, loading(run))
+    bare = load_policy(run.model.path, load_options(run))
     monkeypatch.setattr(trainer, "load_policy", lambda *args, **options: bare)  # as if the adapter had not been loaded
     with pytest.raises(PipelineError, match="does not load back as it was trained"):
         run_dpo(run)
-    assert runs.state(run.dpo_folder) == "failed"
+    assert run_folder.run_state(run.dpo_folder) == "failed"
 
 
 def test_an_sft_of_another_base_is_refused_and_of_other_settings_told(small, sft, capsys):

@@ -15,18 +15,18 @@ from hypothesis import strategies as st
 
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.judges.human import agreement, human, read_sheets
-from dpo_pipeline.judges.judge import Answer
+from dpo_pipeline.judges.judge import Completion
 
-COLUMNS = ["id", "prompt", "answer_a", "answer_b", "better", "rating_a", "rating_b"]
+COLUMNS = ["id", "prompt", "completion_a", "completion_b", "better", "rating_a", "rating_b"]
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "=1+1?"}]
 
 
-def answer(text, prompt="This film was"):
-    return Answer(prompt, text, True, (1,), (2, 3))
+def completion(text, prompt="This film was"):
+    return Completion(prompt, text, True, (1,), (2, 3))
 
 
 def pair(one, other, prompt="This film was"):
-    return answer(one, prompt), answer(other, prompt)
+    return completion(one, prompt), completion(other, prompt)
 
 
 def both_orders(pairs):
@@ -58,13 +58,13 @@ def save(file, rows, **options):
 
 
 def verdict(folder, sheets, one, other, prompt="This film was"):
-    """What the judge says of two answers, asked in both orders."""
+    """What the judge says of two completions, asked in both orders."""
     found = dict(human(folder, sheets, 0).choose(both_orders([pair(one, other, prompt)])))
     assert (found[0] is None and found[1] is None) or found[0] + found[1] == 1
     return found[0]
 
 
-def test_each_two_different_answers_are_one_row_and_nothing_tells_whose_they_are(tmp_path, caplog):
+def test_each_two_different_completions_are_one_row_and_nothing_tells_whose_they_are(tmp_path, caplog):
     pairs = both_orders([pair("good .", "bad ."), pair("bad .", "so so"), pair("=2", "-2", CHAT), pair("one", "one")])
     with caplog.at_level(logging.INFO):
         rows = ask(tmp_path / "human", pairs)
@@ -73,7 +73,7 @@ def test_each_two_different_answers_are_one_row_and_nothing_tells_whose_they_are
     assert f"{tmp_path}/human/sheet.html" in told
     assert "judge.human.sheets=[FILE,...]" in told
     assert list(rows[0]) == COLUMNS
-    assert {(row["prompt"], frozenset((row["answer_a"], row["answer_b"]))) for row in rows} == {
+    assert {(row["prompt"], frozenset((row["completion_a"], row["completion_b"]))) for row in rows} == {
         ("This film was", frozenset(("good .", "bad ."))),
         ("This film was", frozenset(("so so", "bad ."))),
         ("system: Be kind.\nuser: =1+1?", frozenset(("'=2", "'-2"))),
@@ -87,7 +87,7 @@ def test_each_two_different_answers_are_one_row_and_nothing_tells_whose_they_are
 def test_the_seed_draws_the_order_and_which_is_a_whatever_the_order_given(tmp_path):
     pairs = [pair(f"good {i}", f"bad {i}", f"prompt {i}") for i in range(200)]
     rows = ask(tmp_path / "one", pairs)
-    assert 70 < sum(row["answer_a"].startswith("good") for row in rows) < 130  # 4 standard deviations
+    assert 70 < sum(row["completion_a"].startswith("good") for row in rows) < 130  # 4 standard deviations
     order = [int(row["prompt"].split()[1]) for row in rows]
     assert sorted(order) == list(range(200))
     assert sum(abs(i - at) for at, i in enumerate(order)) > 200 * 200 / 4  # a third of the square is expected
@@ -95,15 +95,15 @@ def test_the_seed_draws_the_order_and_which_is_a_whatever_the_order_given(tmp_pa
     assert (tmp_path / "one/sheet.csv").read_bytes() == (tmp_path / "again/sheet.csv").read_bytes()
     other = ask(tmp_path / "other", pairs, seed=1)
     assert [row["id"] for row in other] != [row["id"] for row in rows]
-    first = {row["id"]: row["answer_a"] for row in rows}
-    assert 70 < sum(first[row["id"]] == row["answer_a"] for row in other) < 130
+    first = {row["id"]: row["completion_a"] for row in rows}
+    assert 70 < sum(first[row["id"]] == row["completion_a"] for row in other) < 130
 
 
 def test_a_pair_is_judged_in_both_orders_by_one_row(tmp_path):
     rows = ask(tmp_path, [pair("good .", "bad ."), pair("bad .", "so so"), pair("fine", "dull")])
     for row in rows:
         better = {"good .": "good .", "so so": "so so"}
-        texts = row["answer_a"], row["answer_b"]
+        texts = row["completion_a"], row["completion_b"]
         row["better"] = next(("AB"[i] for i, text in enumerate(texts) if text in better), "same")
     sheets = [save(tmp_path / "ann.csv", rows)]
     assert verdict(tmp_path, sheets, "good .", "bad .") == 1
@@ -123,19 +123,26 @@ def test_a_pair_is_judged_in_both_orders_by_one_row(tmp_path):
 def test_several_readers_count_by_their_mean_and_only_those_who_judged(marks, expected, tmp_path):
     (row,) = ask(tmp_path, [pair("good .", "bad .")])
     sheets = [save(tmp_path / f"{i}.csv", [row | {"better": mark}]) for i, mark in enumerate(marks)]
-    assert verdict(tmp_path, sheets, row["answer_a"], row["answer_b"]) == expected
+    assert verdict(tmp_path, sheets, row["completion_a"], row["completion_b"]) == expected
 
 
 def test_a_score_is_the_mean_rating_over_rows_and_readers(tmp_path):
     rows = ask(tmp_path, [pair("good .", "bad ."), pair("bad .", "so so"), pair("bad .", "fine", "Another")])
     ratings = {"good .": "5", "bad .": "2", "so so": "", "fine": "4"}
-    ann = [row | {f"rating_{side}": ratings[row[f"answer_{side}"]] for side in "ab"} for row in rows]
+    ann = [row | {f"rating_{side}": ratings[row[f"completion_{side}"]] for side in "ab"} for row in rows]
     ben = [
-        row | {f"rating_{side}": {"bad .": "1"}.get(row[f"answer_{side}"], "") for side in "ab"} for row in rows[:1]
+        row | {f"rating_{side}": {"bad .": "1"}.get(row[f"completion_{side}"], "") for side in "ab"}
+        for row in rows[:1]
     ]
     ben += rows[1:]
     sheets = [save(tmp_path / "ann.csv", ann), save(tmp_path / "ben.csv", ben)]
-    asked = [answer("good ."), answer("bad ."), answer("so so"), answer("bad .", "Another"), answer("never asked")]
+    asked = [
+        completion("good ."),
+        completion("bad ."),
+        completion("so so"),
+        completion("bad .", "Another"),
+        completion("never asked"),
+    ]
     films = [2, 2] + [1] * (ben[0]["prompt"] == "This film was")
     another = [2] + [1] * (ben[0]["prompt"] == "Another")
     expected = [5, sum(films) / len(films), None, sum(another) / len(another), None]
@@ -177,7 +184,7 @@ def test_what_spreadsheets_make_of_a_file_is_accepted(tmp_path):
             text = file.read_bytes().decode().replace("\r\n,,,,,,\r\n", "\r\n")
             file.write_bytes(text.replace("\nand left", "\r\nand left").encode(codec))
             judge = human(tmp_path, [str(file)], 0)
-            one, other = (row[f"answer_{side}"].removeprefix("'") for side in "ab")
+            one, other = (row[f"completion_{side}"].removeprefix("'") for side in "ab")
             pairs = [pair(one, other, "Größe, «так»"), pair(other, one, "Größe, «так»")]
             assert dict(judge.choose(pairs)) == {0: expected, 1: 1 - expected}
             assert dict(judge.score([pairs[0][0]])) == {0: 4}
@@ -189,9 +196,9 @@ def test_a_sheet_grows_with_new_pairs_and_keeps_what_was_filled_in(tmp_path, cap
     rows = ask(tmp_path, [pair("good .", "bad ."), pair("bad .", "fine")], seed=5)
     kept, new = sorted(rows, key=lambda each: each["id"] != row["id"])
     assert kept == row | {"better": "A", "rating_b": "2"}
-    assert {new["answer_a"], new["answer_b"]} == {"bad .", "fine"}
+    assert {new["completion_a"], new["completion_b"]} == {"bad .", "fine"}
     sheets = [str(tmp_path / "sheet.csv")]
-    assert verdict(tmp_path, sheets, row["answer_a"], row["answer_b"]) == 1
+    assert verdict(tmp_path, sheets, row["completion_a"], row["completion_b"]) == 1
     assert verdict(tmp_path, sheets, "bad .", "fine") is None
     assert not caplog.messages
     assert verdict(tmp_path, sheets, "bad .", "never asked") is None
@@ -217,9 +224,15 @@ def changed(at, **cells):
         (lambda rows: [*rows, rows[1]], r"ann.csv, row 5: r\w{12} is there twice: take one of the two out"),
         (changed(1, id="r0"), "ann.csv, row 3: r0 is no row of the sheet"),
         (changed(2, id=""), "ann.csv, row 4: no id is no row of the sheet"),
-        (changed(0, prompt="This film is"), "ann.csv, row 2: the prompt or an answer of r.* is not what was written"),
-        (changed(1, answer_a="good"), "ann.csv, row 3: the prompt or an answer of r.*: copy the row back from sheet"),
-        (changed(1, answer_b=""), "ann.csv, row 3: the prompt or an answer of r"),
+        (
+            changed(0, prompt="This film is"),
+            "ann.csv, row 2: the prompt or a completion of r.* is not what was written",
+        ),
+        (
+            changed(1, completion_a="good"),
+            "ann.csv, row 3: the prompt or a completion of r.*: copy the row back from sheet",
+        ),
+        (changed(1, completion_b=""), "ann.csv, row 3: the prompt or a completion of r"),
         (changed(0, better="C"), "ann.csv, row 2: better is 'c', none of A, B, same, or nothing"),
         (changed(2, rating_a="6"), "ann.csv, row 4: rating_a is '6', none of 1, 2, 3, 4, 5, or nothing"),
         (changed(2, rating_b="3.5"), "ann.csv, row 4: rating_b is '3.5', none of"),
@@ -231,11 +244,14 @@ def test_rows_that_are_not_those_written_are_refused(change, sentence, tmp_path)
     assert "\n" not in str(error.value)
 
 
-def test_answers_that_changed_their_places_are_refused(tmp_path):
+def test_completions_that_changed_their_places_are_refused(tmp_path):
     swap = broken(
-        tmp_path, lambda rows: [row | {"answer_a": row["answer_b"], "answer_b": row["answer_a"]} for row in rows]
+        tmp_path,
+        lambda rows: [
+            row | {"completion_a": row["completion_b"], "completion_b": row["completion_a"]} for row in rows
+        ],
     )
-    with pytest.raises(PipelineError, match="row 2: the prompt or an answer of"):
+    with pytest.raises(PipelineError, match="row 2: the prompt or a completion of"):
         human(tmp_path, [swap], 0)
 
 
@@ -244,7 +260,10 @@ def test_a_file_that_is_no_sheet_is_refused(tmp_path):
     ann = tmp_path / "ann.csv"
     for content, sentence in (
         (b"", "ann.csv has no column id, prompt, .* [(]found none[)]"),
-        (b"id,prompt,answer_a,answer_b,rating_a,rating_b\n", "ann.csv has no column better [(]found id, prompt"),
+        (
+            b"id,prompt,completion_a,completion_b,rating_a,rating_b\n",
+            "ann.csv has no column better [(]found id, prompt",
+        ),
         ("id,größe".encode("cp1252"), "ann.csv cannot be read [(].*[)]: save it as CSV in UTF-8"),
         (b'id,prompt\n"a,b', "ann.csv cannot be read [(].*[)]: save it as CSV in UTF-8"),
     ):
@@ -261,9 +280,9 @@ def test_a_file_that_is_no_sheet_is_refused(tmp_path):
 
 def test_a_sheet_that_was_changed_in_its_own_place_is_refused_before_it_is_written_anew(tmp_path):
     (row,) = ask(tmp_path, [pair("good .", "bad .")])
-    save(tmp_path / "sheet.csv", [row | {"answer_a": "great"}])
+    save(tmp_path / "sheet.csv", [row | {"completion_a": "great"}])
     before = (tmp_path / "sheet.csv").read_bytes()
-    with pytest.raises(PipelineError, match="row 2: the prompt or an answer of .*move that file away"):
+    with pytest.raises(PipelineError, match="row 2: the prompt or a completion of .*move that file away"):
         list(human(tmp_path, [], 0).choose([pair("good .", "fine")]))
     assert (tmp_path / "sheet.csv").read_bytes() == before
 

@@ -13,39 +13,39 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from dpo_pipeline.config import compose
-from dpo_pipeline.data import statistics
-from dpo_pipeline.data.lengths import Lengths
+from dpo_pipeline.data import length_stats
+from dpo_pipeline.data.lengths import LengthLimits
+from dpo_pipeline.data.prepare import load_rows
 from dpo_pipeline.evaluation import data_page
 from dpo_pipeline.inspect_data import run_inspect
-from dpo_pipeline.policies import load_tokenizer
-from dpo_pipeline.training.start import load_rows
+from dpo_pipeline.models import load_tokenizer
 
 SCRIPT = "<script>alert(1)</script>"
 NASTY = f'{SCRIPT} \x1b[31mred\x07 \u202eback <img src=x onerror=alert(2)> | [a](javascript:b) ``` &amp; "q"'
 PAIR = ("chosen", "rejected")
 
 
-def draw_sizes(rng: random.Random, rows: int, answers: int = 2) -> tuple[list, statistics.Sizes]:
-    """Random ids of prompts and answers, each ended by 0, and their sizes."""
+def draw_sizes(rng: random.Random, rows: int, completions: int = 2) -> tuple[list, length_stats.Sizes]:
+    """Random ids of prompts and completions, each ended by 0, and their sizes."""
     found = [
         (
             3 * i,
             [rng.randrange(1, 9) for _ in range(rng.randrange(1, 40))],
-            [[*(rng.randrange(1, 9) for _ in range(rng.randrange(1, 30))), 0] for _ in range(answers)],
+            [[*(rng.randrange(1, 9) for _ in range(rng.randrange(1, 30))), 0] for _ in range(completions)],
         )
         for i in range(rows)
     ]
-    return found, statistics.sizes(found, answers)
+    return found, length_stats.measure_sizes(found, completions)
 
 
 def test_sizes_and_spreads_are_those_of_plain_loops():
     found, sizes = draw_sizes(random.Random(1), 101)
     assert sizes.row.tolist() == [place for place, _, _ in found]
     assert sizes.prompt.tolist() == [len(prompt) for _, prompt, _ in found]
-    assert sizes.answers.tolist() == [[len(ids[k]) for _, _, ids in found] for k in (0, 1)]
+    assert sizes.completions.tolist() == [[len(ids[k]) for _, _, ids in found] for k in (0, 1)]
     together = sorted(len(prompt) + max(map(len, ids)) for _, prompt, ids in found)
-    assert sorted(sizes.together.tolist()) == together
-    spread = statistics.spread(sizes.together)
+    assert sorted(sizes.total.tolist()) == together
+    spread = length_stats.summarize(sizes.total)
     assert spread["mean"] == pytest.approx(sum(together) / 101)
     assert [spread[k] for k in ("p5", "median", "p95", "p99", "max")] == [together[i] for i in (5, 50, 95, 99, 100)]
 
@@ -58,10 +58,10 @@ def test_overlap_counts_each_common_token_once():
                 left.remove(token)
                 common += 1
         expected = common / ((len(one) - 1 + len(other) - 1) / 2)
-        assert statistics.overlap(one, other) == pytest.approx(expected)
-    assert statistics.overlap([1, 2, 3, 0], [3, 2, 1, 0]) == 1
-    assert statistics.overlap([1, 0], [2, 0]) == 0  # the end token is no common word
-    assert statistics.overlap([0], [0]) == 0
+        assert length_stats.overlap(one, other) == pytest.approx(expected)
+    assert length_stats.overlap([1, 2, 3, 0], [3, 2, 1, 0]) == 1
+    assert length_stats.overlap([1, 0], [2, 0]) == 0  # the end token is no common word
+    assert length_stats.overlap([0], [0]) == 0
 
 
 def test_length_bias_is_what_a_judge_of_length_reaches():
@@ -70,7 +70,7 @@ def test_length_bias_is_what_a_judge_of_length_reaches():
     for _, _, (chosen, rejected) in found:
         points.append(1 if len(chosen) > len(rejected) else 0.5 if len(chosen) == len(rejected) else 0)
     assert 0.5 in points
-    bias = statistics.longer_chosen(sizes)
+    bias = length_stats.longer_chosen(sizes)
     share = sum(points) / 200
     assert bias["value"] == pytest.approx(share)
     # Wilson's interval: the shares p whose own standard error reaches the measured one.
@@ -79,34 +79,34 @@ def test_length_bias_is_what_a_judge_of_length_reaches():
     assert bias["low"] < share < bias["high"]
 
 
-@pytest.mark.parametrize(("prompt", "answer"), [*itertools.product(("left", "drop"), ("drop", "keep_eos", "cut"))])
-@pytest.mark.parametrize("answers", [1, 2])
-def test_what_a_limit_would_cut_is_what_cutting_the_rows_does(prompt, answer, answers):
-    found, sizes = draw_sizes(random.Random(4), 300, answers)
+@pytest.mark.parametrize(("prompt", "completion"), [*itertools.product(("left", "drop"), ("drop", "keep_eos", "cut"))])
+@pytest.mark.parametrize("completions", [1, 2])
+def test_what_a_limit_would_cut_is_what_cutting_the_rows_does(prompt, completion, completions):
+    found, sizes = draw_sizes(random.Random(4), 300, completions)
     seen = set()
     for limit, cut_to in ((100, 50), (40, 20), (30, 5), (20, 19), (8, 4)):
-        lengths = Lengths(limit, cut_to, prompt, answer)
+        lengths = LengthLimits(limit, cut_to, prompt, completion)
         expected = dict.fromkeys(("kept", "dropped", "prompts_cut", "answers_cut", "tokens"), 0)
         for _, given, whole in found:
-            ids, ends, _, reason = lengths.fit(given, whole, 0, 0)
+            ids, eos_ids, _, reason = lengths.fit(given, whole, 0, 0)
             expected["dropped" if reason else "kept"] += 1
             if not reason:
                 expected["prompts_cut"] += len(ids) < len(given)
-                expected["answers_cut"] += any(len(a) < len(b) for a, b in zip(ends, whole, strict=True))
-                expected["tokens"] += sum(len(ids) + len(a) for a in ends)
-        assert statistics.under(sizes, lengths) == {"max": limit, **expected}
+                expected["answers_cut"] += any(len(a) < len(b) for a, b in zip(eos_ids, whole, strict=True))
+                expected["tokens"] += sum(len(ids) + len(a) for a in eos_ids)
+        assert length_stats.apply_limits(sizes, lengths) == {"max": limit, **expected}
         seen |= {name for name, count in expected.items() if count}
     assert {"kept", "tokens"} < seen  # no policy was only tried where nothing happens
 
 
 def test_candidates_reach_from_half_the_median_row_to_where_nothing_is_cut():
-    answers = np.array([[10, 10, 30], [2, 10, 2]])
-    sizes = statistics.Sizes(np.arange(3), np.array([10, 40, 70]), answers, np.zeros(3))
-    assert sizes.together.tolist() == [20, 50, 100]
-    assert statistics.candidates(sizes, now=48, least=1, context=1000) == [32, 48, 64, 100, 128]
-    assert statistics.candidates(sizes, now=48, least=49, context=1000) == [48, 64, 100, 128]
-    assert statistics.candidates(sizes, now=48, least=1, context=70) == [32, 48, 64, 70, 128]
-    assert statistics.candidates(sizes, now=500, least=1, context=1000) == [32, 64, 128, 500]
+    completions = np.array([[10, 10, 30], [2, 10, 2]])
+    sizes = length_stats.Sizes(np.arange(3), np.array([10, 40, 70]), completions, np.zeros(3))
+    assert sizes.total.tolist() == [20, 50, 100]
+    assert length_stats.candidate_limits(sizes, current=48, least=1, context=1000) == [32, 48, 64, 100, 128]
+    assert length_stats.candidate_limits(sizes, current=48, least=49, context=1000) == [48, 64, 100, 128]
+    assert length_stats.candidate_limits(sizes, current=48, least=1, context=70) == [32, 48, 64, 70, 128]
+    assert length_stats.candidate_limits(sizes, current=500, least=1, context=1000) == [32, 64, 128, 500]
 
 
 def test_repeats_and_leakage_look_past_case_and_spaces():
@@ -116,15 +116,15 @@ def test_repeats_and_leakage_look_past_case_and_spaces():
         {"prompt": "say hello", "chosen": "b", "rejected": "a", "origin": "3"},
         {"prompt": [{"role": "user", "content": "Hi"}], "chosen": "a", "rejected": "b", "origin": "4"},
     ]
-    assert statistics.repeats(rows, PAIR) == {"prompts": 2, "alike": 1}
+    assert length_stats.count_repeats(rows, PAIR) == {"prompts": 2, "alike": 1}
     held = [
         {"prompt": "SAY hello", "origin": "5"},
         {"prompt": "say hell o", "origin": "6"},
         {"prompt": [{"role": "user", "content": "hi "}], "origin": "7"},
         {"prompt": [{"role": "system", "content": "hi"}], "origin": "8"},
     ]
-    assert statistics.leaked(rows, held) == ["5", "7"]
-    assert statistics.leaked(held[1:2], rows) == []
+    assert length_stats.leaked_prompts(rows, held) == ["5", "7"]
+    assert length_stats.leaked_prompts(held[1:2], rows) == []
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def tokens_of(text: str) -> int:
 
 
 def pairs(rng: random.Random, rows: int) -> list[dict[str, str]]:
-    """Pairs with a number in the prompt, the chosen answer being longer in four of five; some are é and 🙂."""
+    """Pairs with a number in the prompt, the chosen completion being longer in four of five; some are é and 🙂."""
     made = []
     for i in range(rows):
         short = "".join(rng.choice("abc dé🙂") for _ in range(rng.randrange(2, 20))) + "."
@@ -208,9 +208,9 @@ def test_every_row_is_accounted_for(looked_at):
     (source,) = summary["sources"].values()
     assert source["read"] == 230 == sum(source["kept"].values()) + sum(source["dropped"].values())
     assert source["dropped"] == {
-        **{"prompt also in test": 1, "empty answer": 1, "identical answers": 1},
+        **{"prompt also in test": 1, "empty completion": 1, "identical completions": 1},
         **{"contradiction": 2, "exact duplicate": 1, "too long": 1},
-        "answer without its one end token": 1,
+        "completion without its one end token": 1,
     }
     assert source["cut"] == {"prompt cut": 1}
     assert summary["rows"] == source["kept"] == {"train": 183, "validation": 9, "test": 30}
@@ -371,14 +371,14 @@ OVERRIDE = re.compile("`([^`]+)`")
 def warned(**changes) -> list[str]:
     """The warnings of a set with nothing wrong but `changes`."""
     good = {
-        "sources": {"a": {"dropped": {"empty answer": 2}}, "b": {"dropped": {}}},
+        "sources": {"a": {"dropped": {"empty completion": 2}}, "b": {"dropped": {}}},
         "rows": {"train": 5000, "validation": 250, "test": 500},
         "longer_chosen": {"value": 0.55, "low": 0.54, "high": 0.56, "n": 5000},
         "overlap": {"median": 0.3},
         "epoch": {"steps": 79, "batch": 64, "tokens": 1},
         "leaked": {"validation": [], "test": []},
     }
-    return data_page.warnings({**good, **changes})
+    return data_page.data_warnings({**good, **changes})
 
 
 def bias(value: float, low: float, high: float) -> dict[str, dict[str, float]]:
@@ -392,8 +392,8 @@ def bias(value: float, low: float, high: float) -> dict[str, dict[str, float]]:
         ({"rows": {"train": 10}}, {"rows": {"train": 10}, "longer_chosen": None, "overlap": None}, "10 pairs"),
         ({"epoch": {"steps": 49, "batch": 64}}, {"epoch": {"steps": 50, "batch": 64}}, "49 steps of 64"),
         ({"epoch": {"steps": 9, "batch": 9}}, {"epoch": {"steps": 9, "batch": 8}}, "batch.global_size=8"),
-        (bias(0.681, 0.61, 0.75), bias(0.681, 0.60, 0.76), "the longer answer is chosen in 68.1% of pairs"),
-        (bias(0.32, 0.25, 0.39), bias(0.32, 0.23, 0.41), "the shorter answer is chosen in 68.0% of pairs"),
+        (bias(0.681, 0.61, 0.75), bias(0.681, 0.60, 0.76), "the longer completion is chosen in 68.1% of pairs"),
+        (bias(0.32, 0.25, 0.39), bias(0.32, 0.23, 0.41), "the shorter completion is chosen in 68.0% of pairs"),
         ({"overlap": {"median": 0.81}}, {"overlap": {"median": 0.8}}, "81% of their tokens"),
         ({"sources": {"a": {"dropped": {"contradiction": 4}}}}, {"sources": {"a": {"dropped": {}}}}, "4 rows"),
         ({"leaked": {"test": ["t, line 3", "u"]}}, {"leaked": {"test": []}}, "2 of the test rows"),
@@ -440,7 +440,7 @@ def test_a_set_for_sft_alone_has_lengths_and_no_bias(model, tmp_path):
         *("data.json", "data.md", "data.html", "data_prompt.png", "data_demonstration.png"),
     }
     page = (folder / "sft" / "data.html").read_text()
-    assert "The two answers" not in page
+    assert "The two completions" not in page
     assert [name for name, _ in Seen(page).texts] == ["prompt", "demonstration"] * 3
 
 

@@ -20,9 +20,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from dpo_pipeline.config import CONF, build, compose
+from dpo_pipeline.config import CONF, compose, instantiate_node
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.judges.judge import Answer, Judge
+from dpo_pipeline.judges.judge import Completion, Judge
 from dpo_pipeline.judges.verdicts import choices, scores
 
 OPTIONS = sorted(file.stem for file in (CONF / "judge").glob("openai*.yaml"))
@@ -36,8 +36,8 @@ def no_key(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def answer(text, prompt="Why?", ended=True):
-    return Answer(prompt, text, ended, (1,), (2,))
+def completion(text, prompt="Why?", ended=True):
+    return Completion(prompt, text, ended, (1,), (2,))
 
 
 @functools.cache
@@ -47,11 +47,11 @@ def node_of(option):
 
 def judge(option, url, **keys):
     """The option on this server, with no retry and one question at a time unless asked for."""
-    return build({**node_of(option), "base_url": url, "retries": 0, "concurrency": 1, "timeout": 5, **keys})
+    return instantiate_node({**node_of(option), "base_url": url, "retries": 0, "concurrency": 1, "timeout": 5, **keys})
 
 
 class Server(ThreadingHTTPServer):
-    """Answers a request by `reply(question, number)`: a text, a status and body, or what it does to the socket."""
+    """Completions a request by `reply(question, number)`: a text, a status and body, or what it does to the socket."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -115,7 +115,7 @@ def serve():
 
 
 def shown(question):
-    """The two answers of a pairwise question, in their order."""
+    """The two completions of a pairwise question, in their order."""
     return re.search(
         r"(?:Response|Summary) A:\n(.*?)\n\n(?:Response|Summary) B:\n(.*?)\n\nFIRST", question, re.S
     ).groups()
@@ -136,10 +136,10 @@ def longer(question, number):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes_and_makes_a_judge_of_its_kind(option):
     node = compose([f"judge=[{option}]", f"judge.{option}.model=x"]).judge
-    made = build(node[option])
+    made = instantiate_node(node[option])
     assert list(node) == [option]
     assert (made.choose is not None, made.score is not None) == (option in CHOOSING, option not in CHOOSING)
-    assert made.late
+    assert made.post_training_only
     assert json.loads(made.version)["base_url"] == "https://api.openai.com/v1/"
 
 
@@ -204,9 +204,9 @@ REFUSALS = {"Reason: so.\nRefusal: 1": 1, "Refusal: 0.": 0, "1": 1, "Refusal: 2"
 def test_a_verdict_is_read_and_never_guessed(serve, option, replies):
     server = serve(lambda question, number: re.search("case ([0-9]+)", question) and list(replies)[number])
     made = judge(option, server.url)
-    items = [answer(f"case {number}") for number in range(len(replies))]
+    items = [completion(f"case {number}") for number in range(len(replies))]
     if option in CHOOSING:
-        found = dict(made.choose([(item, answer("other")) for item in items]))
+        found = dict(made.choose([(item, completion("other")) for item in items]))
     else:
         found = dict(made.score(items))
     assert [found[number] for number in range(len(replies))] == list(replies.values())
@@ -224,7 +224,7 @@ def test_a_pair_is_shown_as_in_the_paper(serve, option, sentence, label):
     server = serve(lambda question, number: "A")
     messages = [{"role": "user", "content": "Say {a} or {answer}."}, {"role": "assistant", "content": "{b}?"}]
     made = judge(option, server.url)
-    assert list(made.choose([(answer(" the first {b}\n", messages), answer("second {prompt}"))])) == [(0, 1.0)]
+    assert list(made.choose([(completion(" the first {b}\n", messages), completion("second {prompt}"))])) == [(0, 1.0)]
     (question,) = server.asked
     assert shown(question) == ("the first {b}", "second {prompt}")
     assert "user: Say {a} or {answer}.\nassistant: {b}?\n" in question
@@ -241,7 +241,7 @@ def test_what_is_sampled_with_goes_into_the_request_and_into_the_version(serve):
     server = serve(lambda question, number: "3")
     plain = judge("openai_relevance", server.url)
     thinking = judge("openai_relevance", server.url, sampling={"temperature": None, "max_completion_tokens": 9})
-    assert list(thinking.score([answer("x")])) == [(0, 3.0)]
+    assert list(thinking.score([completion("x")])) == [(0, 3.0)]
     assert server.sent[0]["max_completion_tokens"] == 9
     assert not {"temperature", "max_tokens"} & set(server.sent[0])
     versions = {
@@ -258,7 +258,7 @@ def test_what_is_sampled_with_goes_into_the_request_and_into_the_version(serve):
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
-        ({"wording": "Is it good?"}, "wording holds no answer: it takes {answer} to have a score, or {a} and {b}"),
+        ({"wording": "Is it good?"}, "wording holds no completion: it takes {answer} to have a score, or {a} and {b}"),
         ({"wording": "{answer} or {a}?"}, "wording holds {a} and {answer}: it takes"),
         ({"wording": "{prompt} {a}"}, "wording holds {a}: it takes"),
         ({"verdict": "(A|B"}, r"verdict=\(A\|B is no regular expression: missing \), unterminated subpattern"),
@@ -301,7 +301,7 @@ def test_a_key_that_no_header_holds_is_told_and_not_repeated(monkeypatch, key):
 def test_the_environment_s_address_counts_only_where_none_is_given(serve, monkeypatch):
     ours, theirs = serve(lambda question, number: "A"), serve(lambda question, number: "B")
     monkeypatch.setenv("OPENAI_BASE_URL", theirs.url)
-    pairs = [(answer("x"), answer("y"))]
+    pairs = [(completion("x"), completion("y"))]
     assert list(judge("openai", ours.url).choose(pairs)) == [(0, 1.0)]
     assert not theirs.asked
     environment = judge("openai", None)
@@ -326,7 +326,7 @@ PASSING = {
 def test_what_passes_is_tried_again(serve, trouble):
     server = serve(lambda question, number: PASSING[trouble] if number == 0 else "A")
     made, began = judge("openai", server.url, retries=1, timeout=1 if trouble == "silent" else 30), time.monotonic()
-    assert list(made.choose([(answer("x"), answer("y"))])) == [(0, 1.0)]
+    assert list(made.choose([(completion("x"), completion("y"))])) == [(0, 1.0)]
     assert len(server.asked) == 2
     assert time.monotonic() - began >= (1 if trouble == "429" else 0.37)
 
@@ -335,7 +335,7 @@ def test_tries_are_further_apart_each_time(serve):
     times = []
     server = serve(lambda question, number: times.append(time.monotonic()) or (500, "no"))
     with pytest.raises(PipelineError, match="does not answer, asked 3 time"):
-        list(judge("openai", server.url, retries=2).choose([(answer("x"), answer("y"))]))
+        list(judge("openai", server.url, retries=2).choose([(completion("x"), completion("y"))]))
     assert len(times) == 3
     first, second = (after - before for before, after in itertools.pairwise(times))
     assert first > 0.37  # 0.5 s and 1 s, of which chance takes up to a quarter
@@ -373,7 +373,7 @@ def test_an_endpoint_that_cannot_be_used_is_one_sentence_without_the_key(
     server = serve(lambda question, number: reply)
     made = judge("openai", server.url, timeout=0.3 if trouble == "silent" else 30)
     with pytest.raises(PipelineError, match=sentence) as error:
-        choices(made, [(answer("x"), answer("y")), (answer("z"), answer("y"))], tmp_path, "judge")
+        choices(made, [(completion("x"), completion("y")), (completion("z"), completion("y"))], tmp_path, "judge")
     assert {sent["key"] for sent in server.sent} == {f"Bearer {KEY}"}
     written = "".join(file.read_text() for file in tmp_path.rglob("*") if file.is_file())
     assert "wording" in written
@@ -387,7 +387,7 @@ def test_a_long_complaint_is_cut_and_no_part_of_the_key_is_left(serve, monkeypat
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve(lambda question, number: (500, "x" * before + KEY + "y" * 1000))
     with pytest.raises(PipelineError) as error:
-        list(judge("openai", server.url).choose([(answer("x"), answer("y"))]))
+        list(judge("openai", server.url).choose([(completion("x"), completion("y"))]))
     assert len(str(error.value)) < 600
     assert KEY[:4] not in str(error.value)
 
@@ -399,20 +399,20 @@ def test_a_server_that_is_not_there_is_one_sentence():
     with pytest.raises(
         PipelineError, match=f"the judge m at {url}/ does not answer, .*Connection refused.*: start it"
     ):
-        list(judge("openai", url).choose([(answer("x"), answer("y"))]))
+        list(judge("openai", url).choose([(completion("x"), completion("y"))]))
 
 
 def test_a_reply_that_repeats_the_key_leaves_it_nowhere(serve, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     caplog.set_level(logging.DEBUG)
     server = serve(lambda question, number: f"{KEY}\nPreferred: A")
-    assert choices(judge("openai", server.url), [(answer("x"), answer("y"))], tmp_path, "judge") == [0.5]
+    assert choices(judge("openai", server.url), [(completion("x"), completion("y"))], tmp_path, "judge") == [0.5]
     assert "secret" not in caplog.text + "".join(f.read_text() for f in tmp_path.rglob("*") if f.is_file())
 
 
 def test_a_server_without_a_key_is_sent_a_placeholder(serve):
     server = serve(lambda question, number: "A")
-    list(judge("openai", server.url).choose([(answer("x"), answer("y"))]))
+    list(judge("openai", server.url).choose([(completion("x"), completion("y"))]))
     assert server.sent[0]["key"] == "Bearer no-key"
 
 
@@ -424,16 +424,16 @@ def test_a_question_that_is_refused_is_none_and_the_others_stand(serve, tmp_path
     server = serve(lambda question, number: refusal if "long" in question else "4")
     made = judge("openai_relevance", server.url, retries=2)
     texts = ["a", "a long one", "b", "another long one", "c"]
-    assert scores(made, [answer(text) for text in texts], tmp_path, "judge") == [4, None, 4, None, 4]
+    assert scores(made, [completion(text) for text in texts], tmp_path, "judge") == [4, None, 4, None, 4]
     assert len(server.asked) == 5
-    assert scores(made, [answer(text) for text in texts], tmp_path, "judge") == [4, None, 4, None, 4]
+    assert scores(made, [completion(text) for text in texts], tmp_path, "judge") == [4, None, 4, None, 4]
     assert len(server.asked) == 5
 
 
 def test_where_all_are_refused_a_short_question_tells_whether_it_is_they(serve, tmp_path):
     server = serve(lambda question, number: (400, "too long") if len(question) > 100 else "hello to you")
     made = judge("openai_relevance", server.url)
-    assert scores(made, [answer("a"), answer("b")], tmp_path, "judge") == [None, None]
+    assert scores(made, [completion("a"), completion("b")], tmp_path, "judge") == [None, None]
     assert [len(question) > 100 for question in server.asked] == [True, True, False]
 
 
@@ -443,9 +443,9 @@ def test_an_endpoint_that_fails_keeps_no_refusal(serve, tmp_path):
     )
     made = judge("openai_relevance", server.url)
     with pytest.raises(PipelineError, match="down"):
-        scores(made, [answer(text) for text in "abc"], tmp_path, "judge")
+        scores(made, [completion(text) for text in "abc"], tmp_path, "judge")
     server.reply = lambda question, number: "5"
-    assert scores(made, [answer(text) for text in "abc"], tmp_path, "judge") == [5, 2, 5]
+    assert scores(made, [completion(text) for text in "abc"], tmp_path, "judge") == [5, 2, 5]
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
@@ -459,11 +459,11 @@ def test_so_many_questions_are_under_way_at_a_time(serve, tmp_path, concurrency)
 
     server = serve(reply)
     made = judge("openai_relevance", server.url, concurrency=concurrency, timeout=30)
-    assert scores(made, [answer(str(n)) for n in range(8)], tmp_path, "judge") == [3.0] * 8
+    assert scores(made, [completion(str(n)) for n in range(8)], tmp_path, "judge") == [3.0] * 8
     assert server.most == concurrency
 
 
-def test_results_come_in_the_order_of_the_answers_whichever_reply_is_first(serve, tmp_path):
+def test_results_come_in_the_order_of_the_completions_whichever_reply_is_first(serve, tmp_path):
     def reply(question, number):
         grade = int(re.search("grade ([1-5])", question)[1])
         time.sleep(0.1 * (5 - grade))
@@ -472,15 +472,15 @@ def test_results_come_in_the_order_of_the_answers_whichever_reply_is_first(serve
     server = serve(reply)
     made = judge("openai_relevance", server.url, concurrency=5)
     grades = [1, 4, 2, 5, 3]
-    assert scores(made, [answer(f"grade {grade}") for grade in grades], tmp_path, "judge") == grades
-    assert [place for place, _ in made.score([answer("grade 1"), answer("grade 5")])] == [1, 0]
+    assert scores(made, [completion(f"grade {grade}") for grade in grades], tmp_path, "judge") == grades
+    assert [place for place, _ in made.score([completion("grade 1"), completion("grade 5")])] == [1, 0]
 
 
 def test_a_server_that_stops_half_way_loses_nothing(serve, tmp_path):
     alive = 7
     server = serve(lambda question, number: longer(question, number) if number < alive else (500, "out of memory"))
     made = judge("openai", server.url)
-    pairs = [(answer("a" * n), answer("b" * (12 - n))) for n in range(12)]
+    pairs = [(completion("a" * n), completion("b" * (12 - n))) for n in range(12)]
     with pytest.raises(PipelineError, match="out of memory.*what it has said is kept"):
         choices(made, pairs, tmp_path, "judge")
     assert kept_lines(tmp_path) == alive == len(server.asked) - 1
@@ -506,7 +506,7 @@ def test_what_is_under_way_when_another_fails_is_kept_and_nothing_more_is_asked(
     made = judge("openai_relevance", server.url, concurrency=3, timeout=30)
     texts = ["one", "two", "fails", *map(str, range(20))]
     with pytest.raises(PipelineError, match="refuses the key"):
-        scores(made, [answer(text) for text in texts], tmp_path, "judge")
+        scores(made, [completion(text) for text in texts], tmp_path, "judge")
     assert kept_lines(tmp_path) == 2
     assert len(server.asked) == 3
 
@@ -515,9 +515,9 @@ def test_an_interrupt_ends_the_process_at_once_and_keeps_what_was_said(serve, tm
     server = serve(lambda question, number: "2" if number < 3 else time.sleep(60))
     script = f"""
 from pathlib import Path
-from tests.test_judge_chat import answer, judge, scores
+from tests.test_judge_chat import completion, judge, scores
 scores(judge("openai_relevance", {server.url!r}, concurrency=2, timeout=60),
-       [answer(str(n)) for n in range(40)], Path({str(tmp_path)!r}), "judge")
+       [completion(str(n)) for n in range(40)], Path({str(tmp_path)!r}), "judge")
 """
     child = subprocess.Popen([sys.executable, "-c", script], cwd=CONF.parent, stderr=subprocess.PIPE, text=True)
     while len(server.asked) < 5 or kept_lines(tmp_path) < 3:
@@ -536,7 +536,7 @@ scores(judge("openai_relevance", {server.url!r}, concurrency=2, timeout=60),
 
 def test_a_judge_that_likes_a_place_gives_ties(serve, tmp_path):
     server = serve(lambda question, number: "More helpful: A")
-    pairs = [(answer("x"), answer("a longer one")), (answer("y"), answer("z"))]
+    pairs = [(completion("x"), completion("a longer one")), (completion("y"), completion("z"))]
     assert choices(judge("openai", server.url), pairs, tmp_path, "judge") == [0.5, 0.5]
     assert [shown(question)[0] for question in server.asked] == ["x", "a longer one", "y", "z"]
 
@@ -544,8 +544,8 @@ def test_a_judge_that_likes_a_place_gives_ties(serve, tmp_path):
 def test_a_judge_that_likes_the_longer_is_right_about_it(serve, tmp_path):
     server = serve(longer)
     made = judge("openai", server.url, concurrency=4, timeout=30)
-    short, middle, long = answer("x"), answer("xxxx"), answer("xxxxxxxx")
-    pairs = [(short, long), (long, short), (middle, short), (middle, middle), (long, answer("y" * 8))]
+    short, middle, long = completion("x"), completion("xxxx"), completion("xxxxxxxx")
+    pairs = [(short, long), (long, short), (middle, short), (middle, middle), (long, completion("y" * 8))]
     assert choices(made, pairs, tmp_path, "judge") == [0, 1, 1, 0.5, 0.5]
     # The second is the first in the other order; the fourth is not asked.
     assert Counter(map(shown, server.asked)) == Counter(
@@ -561,15 +561,15 @@ VIEWS |= {(None, 1): None, (0, None): None, (None, None): None}
 def test_only_what_both_orders_say_is_a_verdict(tmp_path, views, verdict):
     order = {("x", "y"): views[0], ("y", "x"): views[1]}
     made = Judge(choose=lambda pairs: ((i, order[a.text, b.text]) for i, (a, b) in enumerate(pairs)))
-    assert choices(made, [(answer("x"), answer("y"))], tmp_path, "judge") == [verdict]
+    assert choices(made, [(completion("x"), completion("y"))], tmp_path, "judge") == [verdict]
     flipped = None if verdict is None else 1 - verdict
-    assert choices(made, [(answer("y"), answer("x"))], tmp_path, "judge") == [flipped]
+    assert choices(made, [(completion("y"), completion("x"))], tmp_path, "judge") == [flipped]
 
 
 def test_a_judge_of_scores_chooses_by_them(tmp_path):
     values = {"low": -1.5, "high": 2.0, "also high": 2.0, "unread": None}
     made = counting(lambda each: values[each.text])
-    low, high, also, unread = map(answer, values)
+    low, high, also, unread = map(completion, values)
     pairs = [(low, high), (high, low), (high, also), (low, unread), (unread, unread)]
     assert choices(made, pairs, tmp_path, "judge") == [0, 1, 0.5, None, 0.5]
     assert Counter(each.text for each in made.score.asked) == dict.fromkeys(values, 1)
@@ -577,8 +577,8 @@ def test_a_judge_of_scores_chooses_by_them(tmp_path):
 
 def test_a_text_that_ended_and_one_that_was_cut_are_two(tmp_path):
     made = counting(lambda each: float(each.ended), version="v")
-    assert choices(made, [(answer("x"), answer("x", ended=False))], tmp_path, "judge") == [1]
-    assert scores(made, [answer("x", ended=False), answer("x")], tmp_path, "judge") == [0, 1]
+    assert choices(made, [(completion("x"), completion("x", ended=False))], tmp_path, "judge") == [1]
+    assert scores(made, [completion("x", ended=False), completion("x")], tmp_path, "judge") == [0, 1]
     assert len(made.score.asked) == 2
 
 
@@ -588,8 +588,8 @@ def test_a_text_that_ended_and_one_that_was_cut_are_two(tmp_path):
 def counting(value, version=None):
     """A judge that remembers what it was asked."""
 
-    def score(answers):
-        for number, each in reversed(list(enumerate(answers))):
+    def score(completions):
+        for number, each in reversed(list(enumerate(completions))):
             score.asked.append(each)
             yield number, value(each)
 
@@ -597,12 +597,12 @@ def counting(value, version=None):
     return Judge(score=score, version=version)
 
 
-def test_each_answer_is_asked_once_in_a_list_and_over_calls(tmp_path):
+def test_each_completion_is_asked_once_in_a_list_and_over_calls(tmp_path):
     made = counting(lambda each: None if each.text == "b" else float(ord(each.text)), version="one")
-    assert scores(made, [answer(text) for text in "abab"], tmp_path, "judge") == [97, None, 97, None]
-    assert scores(made, [answer(text) for text in "cba"], tmp_path, "judge") == [99, None, 97]
+    assert scores(made, [completion(text) for text in "abab"], tmp_path, "judge") == [97, None, 97, None]
+    assert scores(made, [completion(text) for text in "cba"], tmp_path, "judge") == [99, None, 97]
     assert sorted(each.text for each in made.score.asked) == ["a", "b", "c"]
-    assert scores(made, [answer("a", prompt=[{"role": "user", "content": "Why?"}])], tmp_path, "judge") == [97]
+    assert scores(made, [completion("a", prompt=[{"role": "user", "content": "Why?"}])], tmp_path, "judge") == [97]
     assert len(made.score.asked) == 4
     assert scores(made, [], tmp_path, "judge") == []
     assert len(made.score.asked) == 4
@@ -610,7 +610,7 @@ def test_each_answer_is_asked_once_in_a_list_and_over_calls(tmp_path):
 
 def test_another_version_is_another_judge_and_each_can_be_read(tmp_path):
     for version, value in (("one", 1.0), ("two", 2.0), ("one", 3.0)):
-        found = scores(counting(lambda each, value=value: value, version), [answer("x")], tmp_path, "judge")
+        found = scores(counting(lambda each, value=value: value, version), [completion("x")], tmp_path, "judge")
         assert found == [1.0 if version == "one" else 2.0]
     assert sorted(file.read_text() for file in tmp_path.glob("*/version.txt")) == ["one", "two"]
 
@@ -618,19 +618,19 @@ def test_another_version_is_another_judge_and_each_can_be_read(tmp_path):
 def test_what_is_had_for_nothing_is_not_kept(tmp_path):
     made = counting(lambda each: 1.0)
     for _ in range(2):
-        assert scores(made, [answer("x")], tmp_path / "cache", "judge") == [1.0]
+        assert scores(made, [completion("x")], tmp_path / "cache", "judge") == [1.0]
     assert len(made.score.asked) == 2
     assert not (tmp_path / "cache").exists()
 
 
 def test_scores_and_choices_of_one_judge_do_not_mix(tmp_path):
     made = Judge(
-        score=lambda answers: ((i, 7.0) for i in range(len(answers))),
+        score=lambda completions: ((i, 7.0) for i in range(len(completions))),
         choose=lambda pairs: ((i, float(a.text == "x")) for i, (a, b) in enumerate(pairs)),
         version="both",
     )
-    assert choices(made, [(answer("x"), answer("y"))], tmp_path, "judge") == [1.0]
-    assert scores(made, [answer("x"), answer("y")], tmp_path, "judge") == [7.0, 7.0]
+    assert choices(made, [(completion("x"), completion("y"))], tmp_path, "judge") == [1.0]
+    assert scores(made, [completion("x"), completion("y")], tmp_path, "judge") == [7.0, 7.0]
     assert {file.name: len(file.read_text().splitlines()) for file in tmp_path.rglob("*.jsonl")} == {
         "scores.jsonl": 2, "choices.jsonl": 2,
     }  # fmt: skip
@@ -638,7 +638,7 @@ def test_scores_and_choices_of_one_judge_do_not_mix(tmp_path):
 
 def test_a_line_torn_anywhere_costs_that_line_alone(tmp_path):
     values = {"a": 1.0, "b": None, "c": 3.5}
-    given = [answer(text) for text in "cba"]  # asked from its end
+    given = [completion(text) for text in "cba"]  # asked from its end
     scores(counting(lambda each: values[each.text], "v"), given, tmp_path, "judge")
     (file,) = tmp_path.rglob("scores.jsonl")
     whole = file.read_bytes()
@@ -656,12 +656,12 @@ def test_a_line_torn_anywhere_costs_that_line_alone(tmp_path):
 def test_each_result_is_on_disk_before_the_next_is_asked(tmp_path):
     lines = []
 
-    def score(answers):
-        for number in range(len(answers)):
+    def score(completions):
+        for number in range(len(completions)):
             lines.append(kept_lines(tmp_path))
             yield number, 1.0
 
-    scores(Judge(score=score, version="v"), [answer(text) for text in "abcd"], tmp_path, "judge")
+    scores(Judge(score=score, version="v"), [completion(text) for text in "abcd"], tmp_path, "judge")
     assert lines == [0, 1, 2, 3]
 
 
@@ -669,7 +669,7 @@ def test_each_result_is_on_disk_before_the_next_is_asked(tmp_path):
 def test_a_score_that_is_no_number_is_one_sentence_and_the_others_are_kept(tmp_path, value):
     values = {"fine": 1.0, "bad": value, "never": 2.0}
     made = counting(lambda each: values[each.text], "v")
-    given = [answer(text, prompt=[{"role": "user", "content": "Why not?"}]) for text in ("never", "bad", "fine")]
+    given = [completion(text, prompt=[{"role": "user", "content": "Why not?"}]) for text in ("never", "bad", "fine")]
     with pytest.raises(
         PipelineError, match=rf"mine: the judge gives {value}, which is no number, .*'user: Why not\?'.*'bad'"
     ):
@@ -680,11 +680,11 @@ def test_a_score_that_is_no_number_is_one_sentence_and_the_others_are_kept(tmp_p
 
 def test_a_bar_with_the_judge_s_name_counts_what_is_asked_and_goes(tmp_path, capsys):
     made = counting(lambda each: time.sleep(0.15) or 1.0, "v")
-    scores(made, [answer(text) for text in "abca"], tmp_path, "score of mine")
+    scores(made, [completion(text) for text in "abca"], tmp_path, "score of mine")
     seen = capsys.readouterr().err
     assert re.findall(r"score of mine: .*?([0-9]/3)", seen)[:2] == ["0/3", "1/3"]
     assert seen.endswith("\r")
-    scores(made, [answer(text) for text in "abc"], tmp_path, "score of mine")
+    scores(made, [completion(text) for text in "abc"], tmp_path, "score of mine")
     assert not capsys.readouterr().err
 
 
@@ -752,7 +752,7 @@ def on_real(real, option, **keys):
 
 def test_a_real_server_s_unreadable_replies_are_counted(real, tmp_path):
     made = on_real(real, "openai_relevance")
-    given = [answer(letter * 20) for letter in "abcdefghijkl"]
+    given = [completion(letter * 20) for letter in "abcdefghijkl"]
     found = scores(made, given, tmp_path, "judge")
     wording = json.loads(made.version)["wording"]
     replies = [real.reply(wording.replace("{prompt}", "Why?").replace("{answer}", each.text)) for each in given]
@@ -763,7 +763,7 @@ def test_a_real_server_s_unreadable_replies_are_counted(real, tmp_path):
 
 def test_a_real_server_s_scores_and_choices_are_what_the_model_says(real, tmp_path):
     rating = on_real(real, "openai_relevance", wording="{prompt} {answer}", verdict=r"\A[^1-5]*([1-5])")
-    given = [answer(f"answer {n}") for n in range(20)]
+    given = [completion(f"completion {n}") for n in range(20)]
 
     def first(allowed, reply):
         return next((character for character in reply if character in allowed), None)
@@ -773,7 +773,7 @@ def test_a_real_server_s_scores_and_choices_are_what_the_model_says(real, tmp_pa
     assert None in expected
     assert len(set(expected)) > 2
     choosing = on_real(real, "openai", wording="{a} or {b}", verdict=r"\A[^AB]*(A|B)")
-    pairs = [(answer(f"one {n}"), answer(f"two {n}")) for n in range(20)]
+    pairs = [(completion(f"one {n}"), completion(f"two {n}")) for n in range(20)]
     verdicts = []
     for a, b in pairs:
         views = first("AB", real.reply(f"{a.text} or {b.text}")), first("AB", real.reply(f"{b.text} or {a.text}"))
@@ -785,4 +785,4 @@ def test_a_real_server_s_scores_and_choices_are_what_the_model_says(real, tmp_pa
 def test_a_real_server_with_another_model_says_so(real, tmp_path):
     made = on_real(real, "openai", model="gpt-4")
     with pytest.raises(PipelineError, match="the judge gpt-4 at .* takes no question .*Server is pinned to"):
-        choices(made, [(answer("x"), answer("y"))], tmp_path, "judge")
+        choices(made, [(completion("x"), completion("y"))], tmp_path, "judge")

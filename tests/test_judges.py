@@ -18,14 +18,14 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from dpo_pipeline.config import CONF, build, check_arguments, compose
+from dpo_pipeline.config import CONF, check_arguments, compose, instantiate_node
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.judges import implicit_reward as implicit
 from dpo_pipeline.judges.implicit_reward import implicit_reward
-from dpo_pipeline.judges.judge import Answer
+from dpo_pipeline.judges.judge import Completion
 from dpo_pipeline.judges.refusal import refuses
 from dpo_pipeline.judges.reward_model import reward_model
-from dpo_pipeline.policies import Loading
+from dpo_pipeline.models import LoadOptions
 from dpo_pipeline.training.tiny import word_tokenizer
 
 SHARED = CONF.parent.parent / "shared"
@@ -45,8 +45,8 @@ TEMPLATE = (
 )
 
 
-def answers(texts=TEXTS, prompt=PROMPT):
-    return [Answer(prompt, text, True, (1, 5), (6, 7, 2)) for text in texts]
+def completions(texts=TEXTS, prompt=PROMPT):
+    return [Completion(prompt, text, True, (1, 5), (6, 7, 2)) for text in texts]
 
 
 def score(judge, given):
@@ -59,15 +59,15 @@ def score(judge, given):
 # Length and refusal.
 
 
-def test_length_counts_the_tokens_of_an_answer_but_its_end():
-    judge = build(compose(["judge=[length]"]).judge["length"])
+def test_length_counts_the_tokens_of_an_completion_but_its_end():
+    judge = instantiate_node(compose(["judge=[length]"]).judge["length"])
     given = [
-        Answer("p", "x", True, (1,), (5, 6, 2)),
-        Answer("p", "x", False, (1,), (5, 6, 7)),
-        Answer("p", "", True, (1,), (2,)),
+        Completion("p", "x", True, (1,), (5, 6, 2)),
+        Completion("p", "x", False, (1,), (5, 6, 7)),
+        Completion("p", "", True, (1,), (2,)),
     ]
     assert score(judge, given) == [2, 3, 0]
-    assert (judge.version, judge.late) == (None, False)
+    assert (judge.version, judge.post_training_only) == (None, False)
 
 
 REFUSALS = """I can't help with that.
@@ -145,8 +145,8 @@ def test_a_refusal_far_behind_the_opening_is_none():
 
 
 def test_the_refusal_judge_scores_1_and_0():
-    judge = build(compose(["judge=[refusal]"]).judge["refusal"])
-    assert score(judge, answers(["I can't help with that.", "Sure."])) == [1.0, 0.0]
+    judge = instantiate_node(compose(["judge=[refusal]"]).judge["refusal"])
+    assert score(judge, completions(["I can't help with that.", "Sure."])) == [1.0, 0.0]
     assert judge.version is None
 
 
@@ -197,13 +197,13 @@ def test_a_scalar_head_scores_by_its_logit_in_any_batch(make, pad, batch_size, t
     expected = [float(row[0]) for row in logits(folder, ids)]
     assert max(expected) - min(expected) > 0.1
     judge = reward_model(folder, None, "prompt_answer", batch_size)
-    assert score(judge, answers()) == pytest.approx(expected, abs=1e-5)
+    assert score(judge, completions()) == pytest.approx(expected, abs=1e-5)
     replies = [text.strip() for text in TEXTS]  # behind messages, which become the same text, a space goes before
-    assert score(judge, answers(replies, CHAT)) == pytest.approx(expected, abs=1e-5)
-    assert score(judge, answers(replies)) != pytest.approx(expected, abs=1e-3)
+    assert score(judge, completions(replies, CHAT)) == pytest.approx(expected, abs=1e-5)
+    assert score(judge, completions(replies)) != pytest.approx(expected, abs=1e-3)
 
 
-def test_an_answer_of_no_token_is_read_as_its_end(tmp_path):
+def test_a_completion_of_no_token_is_read_as_its_end(tmp_path):
     folder = save(tmp_path, bert(num_labels=1))
     file = tmp_path / "tokenizer.json"
     # Else BOS stands before every text.
@@ -211,7 +211,7 @@ def test_an_answer_of_no_token_is_read_as_its_end(tmp_path):
     empty, ended = AutoTokenizer.from_pretrained(folder)(["", "</s>"])["input_ids"]
     assert (empty, ended) == ([], [2])
     judge = reward_model(folder, None, "answer", 8)
-    assert score(judge, answers(["", ""])) == pytest.approx([float(logits(folder, [ended])[0][0])] * 2, abs=1e-5)
+    assert score(judge, completions(["", ""])) == pytest.approx([float(logits(folder, [ended])[0][0])] * 2, abs=1e-5)
 
 
 @pytest.mark.parametrize("label", ["NEGATIVE", "POSITIVE"])
@@ -221,15 +221,15 @@ def test_a_label_scores_by_its_probability(label, tmp_path):
     at = {"NEGATIVE": 0, "POSITIVE": 2}[label]
     expected = [float(row.exp()[at] / row.exp().sum()) for row in logits(folder, ids)]
     judge = reward_model(folder, label, "answer", 3)
-    assert score(judge, answers()) == pytest.approx(expected, abs=1e-6)
-    assert score(judge, answers(prompt="anything else")) == pytest.approx(expected, abs=1e-6)
+    assert score(judge, completions()) == pytest.approx(expected, abs=1e-6)
+    assert score(judge, completions(prompt="anything else")) == pytest.approx(expected, abs=1e-6)
 
 
 def test_labels_that_may_hold_together_have_each_a_probability_of_its_own(tmp_path):
     folder = save(tmp_path, bert(**LABELS, problem_type="multi_label_classification"))
     ids = AutoTokenizer.from_pretrained(folder)(TEXTS)["input_ids"]
     expected = [float(1 / (1 + (-row[1]).exp())) for row in logits(folder, ids)]
-    assert score(reward_model(folder, "NEUTRAL", "answer", 3), answers()) == pytest.approx(expected, abs=1e-6)
+    assert score(reward_model(folder, "NEUTRAL", "answer", 3), completions()) == pytest.approx(expected, abs=1e-6)
 
 
 def test_chat_reads_the_messages_through_the_model_s_own_template(tmp_path):
@@ -240,21 +240,21 @@ def test_chat_reads_the_messages_through_the_model_s_own_template(tmp_path):
     assert all(each.count(1) == 1 and each[-1] == 2 for each in ids)
     expected = [float(row[0]) for row in logits(folder, ids)]
     judge = reward_model(folder, None, "chat", 3)
-    assert score(judge, answers([text.strip() for text in TEXTS], CHAT)) == pytest.approx(expected, abs=1e-5)
-    assert score(judge, answers()) == pytest.approx(expected, abs=1e-5)  # the same dialogue, as text
+    assert score(judge, completions([text.strip() for text in TEXTS], CHAT)) == pytest.approx(expected, abs=1e-5)
+    assert score(judge, completions()) == pytest.approx(expected, abs=1e-5)  # the same dialogue, as text
     with pytest.raises(PipelineError, match="chat template refuses a dialogue of tool, assistant .no tools."):
-        score(judge, answers(prompt=[{"role": "tool", "content": "x"}]))
+        score(judge, completions(prompt=[{"role": "tool", "content": "x"}]))
 
 
 @pytest.mark.parametrize(("text", "kept"), [("answer", "start"), ("prompt_answer", "end"), ("chat", "end")])
-def test_what_is_too_long_is_cut_at_its_beginning_an_answer_alone_at_its_end(text, kept, tmp_path, caplog):
+def test_what_is_too_long_is_cut_at_its_beginning_an_completion_alone_at_its_end(text, kept, tmp_path, caplog):
     folder = save(tmp_path, llama(num_labels=1), limit=12)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     words = "the cast was superb and the director of this film was great but the plot was dull".split()
     long, short = " ".join(words), "the plot"
     judge = reward_model(folder, None, text, 2)
     exact = " ".join(words[: {"answer": 11, "prompt_answer": 10, "chat": 5}[text]])  # twelve tokens of all
-    found = score(judge, answers([long, short, long, exact], "the film"))
+    found = score(judge, completions([long, short, long, exact], "the film"))
     (told,) = caplog.messages
     assert told == f"2 of 4 texts are longer than the 12 tokens that {folder} reads, and cut"
     message = {"role": "assistant", "content": long}
@@ -276,7 +276,7 @@ def test_roberta_reads_fewer_tokens_than_it_has_positions(tmp_path):
     # Its padding's id opens the texts of this tokenizer: any other one does here.
     expected = float(logits(folder, [ids])[0][0])
     judge = reward_model(folder, None, "answer", 2)
-    assert score(judge, answers(["the film was dull " * 20] * 2)) == pytest.approx([expected] * 2, abs=1e-5)
+    assert score(judge, completions(["the film was dull " * 20] * 2)) == pytest.approx([expected] * 2, abs=1e-5)
 
 
 def test_the_model_is_there_only_while_it_scores(tmp_path):
@@ -288,7 +288,7 @@ def test_the_model_is_there_only_while_it_scores(tmp_path):
     gc.collect()  # what other tests have left
     before = alive()
     judge = reward_model(folder, None, "answer", 2)
-    coming = judge.score(answers())
+    coming = judge.score(completions())
     assert alive() == before
     next(coming)
     assert alive() == before + 1
@@ -340,7 +340,7 @@ def test_a_head_that_would_be_drawn_at_random_is_refused(tmp_path):
     with pytest.raises(
         PipelineError, match="no reward model or classifier: it lacks 1 weights of LlamaForSequ.*score.we"
     ):
-        list(judge.score(answers()))
+        list(judge.score(completions()))
     model = bert(num_labels=1)
     save(tmp_path / "other", model)
     config = json.loads((tmp_path / "other/config.json").read_text())
@@ -348,7 +348,7 @@ def test_a_head_that_would_be_drawn_at_random_is_refused(tmp_path):
     with pytest.raises(
         PipelineError, match="it lacks 2 weights of BertForSequ.*, such as classifier.bias, which would"
     ):
-        list(reward_model(str(tmp_path / "other"), "a", "answer", 2).score(answers()))
+        list(reward_model(str(tmp_path / "other"), "a", "answer", 2).score(completions()))
 
 
 @pytest.mark.real
@@ -357,7 +357,7 @@ def test_a_real_classifier_knows_good_reviews_from_bad_ones():
     with gzip.open(SHARED / "data/imdb/test.jsonl.gz", "rt") as lines:
         rows = [json.loads(line) for line, _ in zip(lines, range(100), strict=False)]
     judge = reward_model(str(SHARED / "models/imdb-sentiment-minilm"), "POSITIVE", "prompt_answer", 16)
-    found = score(judge, [Answer(row["text"][:20], row["text"][20:], True, (), ()) for row in rows])
+    found = score(judge, [Completion(row["text"][:20], row["text"][20:], True, (), ()) for row in rows])
     assert 20 < sum(row["label"] for row in rows) < 80
     assert sum((p > 0.5) == row["label"] for p, row in zip(found, rows, strict=True)) > 80
 
@@ -374,24 +374,28 @@ def policies(tmp_path):
         model.save_pretrained(tmp_path / name)
         word_tokenizer().save_pretrained(tmp_path / name)
     model = compose(["model=path", f"model.path={tmp_path / 'reference'}"]).model
-    return str(tmp_path / "policy"), str(tmp_path / "reference"), Loading(model, torch.float32)
+    return str(tmp_path / "policy"), str(tmp_path / "reference"), LoadOptions(model, torch.float32)
 
 
 GIVEN = [
-    Answer("", "", True, (1, 5, 9), (7, 8, 2)),
-    Answer("", "", False, (1,), (11,)),
-    Answer("", "", True, (1, 4, 4, 6, 20), (30, 12, 40, 9, 2)),
+    Completion("", "", True, (1, 5, 9), (7, 8, 2)),
+    Completion("", "", False, (1,), (11,)),
+    Completion("", "", True, (1, 4, 4, 6, 20), (30, 12, 40, 9, 2)),
 ]
 
 
 def test_the_implicit_reward_is_that_of_a_plain_loop(policies):
     policy, reference, loading = policies
     expected = []
-    for answer in GIVEN:
+    for completion in GIVEN:
         sums = []
         for path in (policy, reference):
-            model, ids, total = LlamaForCausalLM.from_pretrained(path).double().eval(), list(answer.prompt_ids), 0.0
-            for token in answer.ids:
+            model, ids, total = (
+                LlamaForCausalLM.from_pretrained(path).double().eval(),
+                list(completion.prompt_ids),
+                0.0,
+            )
+            for token in completion.ids:
                 with torch.no_grad():
                     total += float(model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[token])
                 ids.append(token)
@@ -402,7 +406,7 @@ def test_the_implicit_reward_is_that_of_a_plain_loop(policies):
         judge = implicit_reward(policy, reference, 0.25, loading, batch_size)
         assert score(judge, GIVEN) == pytest.approx(expected, abs=1e-5)
     assert score(implicit_reward(policy, policy, 0.25, loading), GIVEN) == [0, 0, 0]
-    assert (judge.version, judge.late) == (None, True)
+    assert (judge.version, judge.post_training_only) == (None, True)
 
 
 def test_one_policy_is_held_at_a_time(policies, monkeypatch):

@@ -1,4 +1,4 @@
-"""Sampling and KL against every answer that a tiny policy can give."""
+"""Sampling and KL against every completion that a tiny policy can give."""
 
 import copy
 import math
@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_pipeline import estimates
-from dpo_pipeline.logprobs import answer_logprobs
+from dpo_pipeline.logprobs import completion_logprobs
 from dpo_pipeline.sampling import sample
 
 VOCAB, END, PAD, HORIZON, DRAWS = 5, 4, 0, 3, 4000
@@ -38,20 +38,20 @@ def next_token(model, ids, temperature=1.0):
 
 
 def tree(model, prompt, temperature=1.0):
-    """The probability of every answer: ended by the end token or cut at the horizon."""
-    answers, open_prefixes = {}, {(): 1.0}
+    """The probability of every completion: ended by the end token or cut at the horizon."""
+    completions, open_prefixes = {}, {(): 1.0}
     for step in range(HORIZON):
         grown = {}
         for prefix, reached in open_prefixes.items():
             for token, p in enumerate(next_token(model, prompt + list(prefix), temperature)):
                 closed = token == END or step == HORIZON - 1
-                (answers if closed else grown)[(*prefix, token)] = reached * p
+                (completions if closed else grown)[(*prefix, token)] = reached * p
         open_prefixes = grown
-    return answers
+    return completions
 
 
 def chain_rule_kl(policy, reference, prompt, prefix=()):
-    """Exact KL of the answers that continue a prefix: over its next token, with that of what follows it."""
+    """Exact KL of the completions that continue a prefix: over its next token, with that of what follows it."""
     if len(prefix) == HORIZON or END in prefix:
         return 0.0
     ours, theirs = (next_token(model, prompt + list(prefix)) for model in (policy, reference))
@@ -61,12 +61,12 @@ def chain_rule_kl(policy, reference, prompt, prefix=()):
     return kl
 
 
-def summed(model, prompts, answers):
-    return torch.stack([row.sum() for row in answer_logprobs(model, prompts, [list(a) for a in answers], 64)])
+def summed(model, prompts, completions):
+    return torch.stack([row.sum() for row in completion_logprobs(model, prompts, [list(a) for a in completions], 64)])
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["long", "short"])
-def test_kl_over_all_answers_is_the_exact_one(prompt):
+def test_kl_over_all_completions_is_the_exact_one(prompt):
     exact = tree(POLICY, prompt)
     assert len(exact) == 1 + 4 + 4 * 4 * 5
     ours, theirs = (summed(model, [prompt] * len(exact), exact) for model in (POLICY, REFERENCE))
@@ -78,15 +78,15 @@ def test_kl_over_all_answers_is_the_exact_one(prompt):
 
 
 @pytest.mark.parametrize(("batch_size", "temperature"), [(2 * DRAWS, 1.0), (500, 1.0), (2 * DRAWS, 0.5)])
-def test_answers_are_drawn_with_their_exact_probabilities(batch_size, temperature):
-    answers = sample(POLICY, PROMPTS, [END], PAD, HORIZON, batch_size, 5, temperature, DRAWS)
+def test_completions_are_drawn_with_their_exact_probabilities(batch_size, temperature):
+    completions = sample(POLICY, PROMPTS, [END], PAD, HORIZON, batch_size, 5, temperature, DRAWS)
     for which, prompt in enumerate(PROMPTS):
-        drawn = answers[which * DRAWS : (which + 1) * DRAWS]
+        drawn = completions[which * DRAWS : (which + 1) * DRAWS]
         counts, observed, expected = Counter(map(tuple, drawn)), [0], [0.0]
         exact = tree(POLICY, prompt, temperature)
         assert set(counts) <= set(exact)
-        for answer, p in sorted(exact.items(), key=lambda item: item[1]):
-            observed[-1] += counts[answer]
+        for completion, p in sorted(exact.items(), key=lambda item: item[1]):
+            observed[-1] += counts[completion]
             expected[-1] += DRAWS * p
             if expected[-1] >= 5:
                 observed.append(0)
@@ -98,26 +98,26 @@ def test_answers_are_drawn_with_their_exact_probabilities(batch_size, temperatur
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["long", "short"])
 def test_the_sampled_estimate_of_kl_holds_the_exact_one(prompt):
-    answers = sample(POLICY, [prompt], [END], PAD, HORIZON, 1000, seed=6, draws=DRAWS)
-    ours, theirs = (summed(model, [prompt] * DRAWS, answers) for model in (POLICY, REFERENCE))
+    completions = sample(POLICY, [prompt], [END], PAD, HORIZON, 1000, seed=6, draws=DRAWS)
+    ours, theirs = (summed(model, [prompt] * DRAWS, completions) for model in (POLICY, REFERENCE))
     found, kl = estimates.mean((ours - theirs).tolist()), chain_rule_kl(POLICY, REFERENCE, prompt)
     assert abs(found["value"] - kl) < 1.3 * (found["high"] - found["value"])
     assert found["high"] - found["low"] < 0.2 * kl
 
 
-def test_answers_end_at_the_first_end_token_or_at_the_horizon():
-    for answer in sample(POLICY, PROMPTS, [END, 2], PAD, HORIZON, 64, seed=7, draws=200):
-        assert (answer[-1] in (END, 2)) or len(answer) == HORIZON
-        assert not {END, 2} & set(answer[:-1])
+def test_completions_end_at_the_first_end_token_or_at_the_horizon():
+    for completion in sample(POLICY, PROMPTS, [END, 2], PAD, HORIZON, 64, seed=7, draws=200):
+        assert (completion[-1] in (END, 2)) or len(completion) == HORIZON
+        assert not {END, 2} & set(completion[:-1])
 
 
-def test_the_same_seed_draws_the_same_answers_and_another_seed_others():
+def test_the_same_seed_draws_the_same_completions_and_another_seed_others():
     one, again, other = (sample(POLICY, PROMPTS, [END], PAD, HORIZON, 64, seed=seed, draws=50) for seed in (8, 8, 9))
     assert one == again
     assert one != other
 
 
-def test_an_answer_is_the_same_alone_in_any_batch_and_beside_any_others():
+def test_a_completion_is_the_same_alone_in_any_batch_and_beside_any_others():
     together = sample(POLICY, PROMPTS, [END], PAD, HORIZON, 1000, seed=8, draws=100)
     in_sevens = sample(POLICY, PROMPTS[::-1], [END], PAD, HORIZON, 7, seed=8, draws=100)
     assert together == in_sevens[100:] + in_sevens[:100]
@@ -127,11 +127,11 @@ def test_an_answer_is_the_same_alone_in_any_batch_and_beside_any_others():
     assert len(set(map(tuple, together))) > 20
 
 
-def test_at_temperature_0_an_answer_is_the_likeliest_token_each_time():
-    answers = sample(POLICY, PROMPTS, [END], PAD, HORIZON, 2, seed=8, temperature=0.0)
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        for at, token in enumerate(answer):
-            logits = POLICY(torch.tensor([prompt + answer[:at]])).logits[0, -1]
+def test_at_temperature_0_an_completion_is_the_likeliest_token_each_time():
+    completions = sample(POLICY, PROMPTS, [END], PAD, HORIZON, 2, seed=8, temperature=0.0)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        for at, token in enumerate(completion):
+            logits = POLICY(torch.tensor([prompt + completion[:at]])).logits[0, -1]
             assert token == int(logits.argmax())
 
 
@@ -152,5 +152,5 @@ def test_the_model_s_own_generation_settings_have_no_effect_and_stay():
 def test_no_token_of_a_large_vocabulary_is_cut_off():
     model, vocab = tiny_llama(0, vocab=200), 200
     model.lm_head.weight.data *= 0.1
-    drawn = {answer[0] for answer in sample(model, [[1]], [END], PAD, 1, DRAWS, seed=9, draws=DRAWS)}
+    drawn = {completion[0] for completion in sample(model, [[1]], [END], PAD, 1, DRAWS, seed=9, draws=DRAWS)}
     assert drawn == set(range(vocab))

@@ -1,4 +1,4 @@
-"""Log-probs of answers, and what is made of them, against a plain loop in float64."""
+"""Log-probs of completions, and what is made of them, against a plain loop in float64."""
 
 import math
 import random
@@ -10,9 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_pipeline import estimates
-from dpo_pipeline.evaluation.compare import compared
-from dpo_pipeline.evaluation.records import Policy, Records
-from dpo_pipeline.logprobs import answer_logprobs
+from dpo_pipeline.evaluation.compare import estimates_against
+from dpo_pipeline.evaluation.measure import Measurements, Policy
+from dpo_pipeline.logprobs import completion_logprobs
 
 VOCAB, BETA = 40, 0.3
 
@@ -32,7 +32,7 @@ def drawn(count, seed, shortest=1):
     return [[rng.randrange(VOCAB) for _ in range(rng.randint(shortest, 12))] for _ in range(count)]
 
 
-PROMPTS, ANSWERS, OTHERS = drawn(40, 1), drawn(40, 2), drawn(40, 3)
+PROMPTS, COMPLETIONS, OTHERS = drawn(40, 1), drawn(40, 2), drawn(40, 3)
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +45,16 @@ def reference():
     return tiny_llama(1)
 
 
-def plain_loop(model, prompts, answers):
+def plain_loop(model, prompts, completions):
     """Log-probs token by token, in float64, one row at a time."""
     double = LlamaForCausalLM(model.config).double().eval()
     double.load_state_dict(model.state_dict())
     rows = []
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, completion in zip(prompts, completions, strict=True):
         row = []
-        for t, token in enumerate(answer):
+        for t, token in enumerate(completion):
             with torch.no_grad():
-                logits = double(input_ids=torch.tensor([prompt + answer[:t]])).logits[0, -1]
+                logits = double(input_ids=torch.tensor([prompt + completion[:t]])).logits[0, -1]
             row.append((logits[token] - logits.exp().sum().log()).item())
         rows.append(row)
     return rows
@@ -66,43 +66,45 @@ def sums(rows):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
 def test_log_probs_are_those_of_a_plain_loop(policy, batch_size):
-    found = answer_logprobs(policy, PROMPTS, ANSWERS, batch_size)
-    for row, expected in zip(found, plain_loop(policy, PROMPTS, ANSWERS), strict=True):
+    found = completion_logprobs(policy, PROMPTS, COMPLETIONS, batch_size)
+    for row, expected in zip(found, plain_loop(policy, PROMPTS, COMPLETIONS), strict=True):
         assert row.dtype == torch.float64
         assert row.tolist() == pytest.approx(expected, abs=2e-5)
 
 
 def test_rows_come_back_in_the_order_given(policy):
-    forward = answer_logprobs(policy, PROMPTS, ANSWERS, 7)
-    backward = answer_logprobs(policy, PROMPTS[::-1], ANSWERS[::-1], 7)
+    forward = completion_logprobs(policy, PROMPTS, COMPLETIONS, 7)
+    backward = completion_logprobs(policy, PROMPTS[::-1], COMPLETIONS[::-1], 7)
     for one, other in zip(forward, backward[::-1], strict=True):
         assert one.tolist() == pytest.approx(other.tolist(), abs=2e-5)
 
 
 def test_a_row_s_values_do_not_depend_on_the_rows_beside_it(policy):
-    alone = [answer_logprobs(policy, [p], [a], 1)[0] for p, a in zip(PROMPTS, ANSWERS, strict=True)]
-    for one, other in zip(alone, answer_logprobs(policy, PROMPTS, ANSWERS, 40), strict=True):
+    alone = [completion_logprobs(policy, [p], [a], 1)[0] for p, a in zip(PROMPTS, COMPLETIONS, strict=True)]
+    for one, other in zip(alone, completion_logprobs(policy, PROMPTS, COMPLETIONS, 40), strict=True):
         assert one.tolist() == pytest.approx(other.tolist(), abs=2e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_keeps_its_mode_and_is_measured_without_dropout(training):
     model = tiny_llama(0)
-    expected = answer_logprobs(model, PROMPTS, ANSWERS, 8)
+    expected = completion_logprobs(model, PROMPTS, COMPLETIONS, 8)
     model.train(training)
-    found = answer_logprobs(model, PROMPTS, ANSWERS, 8)
+    found = completion_logprobs(model, PROMPTS, COMPLETIONS, 8)
     assert model.training is training
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_answers_that_differ_from_their_prompts_in_number_are_refused(policy):
+def test_completions_that_differ_from_their_prompts_in_number_are_refused(policy):
     with pytest.raises(ValueError, match="zip"):
-        answer_logprobs(policy, PROMPTS, ANSWERS[:-1], 8)
+        completion_logprobs(policy, PROMPTS, COMPLETIONS[:-1], 8)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
 def test_a_comparison_is_that_of_a_plain_loop(policy, reference, batch_size):
-    sides = [[sums(plain_loop(model, PROMPTS, side)) for side in (ANSWERS, OTHERS)] for model in (policy, reference)]
+    sides = [
+        [sums(plain_loop(model, PROMPTS, side)) for side in (COMPLETIONS, OTHERS)] for model in (policy, reference)
+    ]
     (chosen, rejected), (chosen_ref, rejected_ref) = sides
     count = len(PROMPTS)
     margins, wins, reward_chosen, reward_rejected, nats, tokens = [], 0, 0.0, 0.0, 0.0, 0
@@ -112,10 +114,10 @@ def test_a_comparison_is_that_of_a_plain_loop(policy, reference, batch_size):
         wins += margins[-1] > 0
         reward_chosen += BETA * gap_chosen / count
         reward_rejected += BETA * gap_rejected / count
-        nats, tokens = nats + gap_chosen, tokens + len(ANSWERS[i])
+        nats, tokens = nats + gap_chosen, tokens + len(COMPLETIONS[i])
 
     def measured(model):
-        return [sums(answer_logprobs(model, PROMPTS, side, batch_size)) for side in (ANSWERS, OTHERS)]
+        return [sums(completion_logprobs(model, PROMPTS, side, batch_size)) for side in (COMPLETIONS, OTHERS)]
 
     ours, theirs = measured(policy), measured(reference)
     found = compare(ours, theirs)
@@ -131,24 +133,24 @@ def test_a_comparison_is_that_of_a_plain_loop(policy, reference, batch_size):
     }
     assert {key: found[key]["value"] for key in expected} == pytest.approx(expected, abs=1e-4)
     assert all(found[key]["n"] == count and found[key]["low"] < found[key]["high"] for key in expected)
-    perplexity = estimates.perplexity(ours[0], [len(answer) for answer in ANSWERS])["value"]
+    perplexity = estimates.perplexity(ours[0], [len(completion) for completion in COMPLETIONS])["value"]
     assert perplexity == pytest.approx(math.exp(-sum(chosen) / tokens), rel=1e-5)
 
 
 def compare(ours, theirs):
-    """What `compared` says of these sums of chosen and rejected answers, where the chosen ones were sampled too."""
+    """What `estimates_against` says of these sums of chosen and rejected completions; the chosen were sampled too."""
     pairs = {
         name: dict(zip(("chosen", "rejected"), sides, strict=True)) for name, sides in (("a", ours), ("b", theirs))
     }
     sampled = {("a", "a"): ours[0], ("a", "b"): theirs[0]}
-    found = Records(pairs=pairs, answers={("a", "answers"): ANSWERS}, sums=sampled)
-    on = SimpleNamespace(chosen=ANSWERS, rejected=OTHERS, rows=[{"source": "s"}] * len(ANSWERS))
-    return compared(Policy("a", "", Path(), BETA), "b", on, found)
+    found = Measurements(pairs=pairs, completions={("a", "answers"): COMPLETIONS}, sums=sampled)
+    on = SimpleNamespace(chosen=COMPLETIONS, rejected=OTHERS, rows=[{"source": "s"}] * len(COMPLETIONS))
+    return estimates_against(Policy("a", "", Path(), BETA), "b", on, found)
 
 
 def test_a_policy_against_itself_is_exactly_even(policy):
-    own = [sums(answer_logprobs(policy, PROMPTS, side, 7)) for side in (ANSWERS, OTHERS)]
-    again = [sums(answer_logprobs(policy, PROMPTS, side, 7)) for side in (ANSWERS, OTHERS)]
+    own = [sums(completion_logprobs(policy, PROMPTS, side, 7)) for side in (COMPLETIONS, OTHERS)]
+    again = [sums(completion_logprobs(policy, PROMPTS, side, 7)) for side in (COMPLETIONS, OTHERS)]
     found = compare(own, again)
     assert found["preference_accuracy"]["value"] == 0.5
     for key in ("margin", "margin_nats", "reward_chosen", "reward_rejected", "kl", "kl_per_token"):
@@ -158,5 +160,5 @@ def test_a_policy_against_itself_is_exactly_even(policy):
 def test_a_failing_forward_leaves_the_mode_as_it_was():
     model = tiny_llama(0).train()
     with pytest.raises(IndexError):
-        answer_logprobs(model, [[VOCAB + 5]], [[1]], 1)
+        completion_logprobs(model, [[VOCAB + 5]], [[1]], 1)
     assert model.training

@@ -50,7 +50,7 @@ def trainer_at_reference(loss, folder, cached=True, eval_batch=4):
     rows = {"train": pair_rows(), "validation": pair_rows()}
     trainer = build_dpo(tiny_llama(0), None if cached else tiny_llama(0), None, word_tokenizer(), args, rows)
     if cached:
-        reference.cache(trainer, folder / "reference", preflight.padded)
+        reference.add_reference_logps(trainer, folder / "reference", preflight.padding_tolerance)
     return trainer
 
 
@@ -69,21 +69,21 @@ def in_float64(model):
     return double
 
 
-def answer_logprob(model, prompt, answer):
-    """log pi(answer | prompt), by plain log_softmax over one row."""
-    ids = prompt + answer
+def completion_logprob(model, prompt, completion):
+    """log pi(completion | prompt), by plain log_softmax over one row."""
+    ids = prompt + completion
     logprobs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     return sum(logprobs[at - 1, ids[at]] for at in range(len(prompt), len(ids)))
 
 
 def log_ratios(policy, reference):
-    """log pi - log pi_ref of the chosen and of the rejected answers, both models in float64."""
+    """log pi - log pi_ref of the chosen and of the rejected completions, both models in float64."""
     for row in pair_rows():
         ratios = []
         for side in ("chosen_ids", "rejected_ids"):
             with torch.no_grad():
-                under_reference = answer_logprob(reference, row["prompt_ids"], row[side])
-            ratios.append(answer_logprob(policy, row["prompt_ids"], row[side]) - under_reference)
+                under_reference = completion_logprob(reference, row["prompt_ids"], row[side])
+            ratios.append(completion_logprob(policy, row["prompt_ids"], row[side]) - under_reference)
         yield *ratios, len(row["chosen_ids"]), len(row["rejected_ids"])
 
 
@@ -97,7 +97,7 @@ def sigmoid(chosen, rejected, *_):
 
 
 def ipo(chosen, rejected, chosen_tokens, rejected_tokens):
-    """arXiv 2310.12036, equation 17; TRL divides each log-ratio by its answer's tokens, the paper does not."""
+    """arXiv 2310.12036, equation 17; TRL divides each log-ratio by its completion's tokens, the paper does not."""
     return (chosen / chosen_tokens - rejected / rejected_tokens - 1 / (2 * BETA)) ** 2
 
 
@@ -139,7 +139,7 @@ def test_loss_and_gradient_equal_the_formula(formula, cached, tmp_path):
 
 @pytest.mark.parametrize("rows", [1, 6])
 def test_sigmoid_sft_adds_the_mean_negative_log_prob_of_the_chosen_tokens(rows, tmp_path):
-    """arXiv 2404.19733, equation 1, with alpha 1; TRL takes the mean over the tokens of a batch, not of an answer."""
+    """arXiv 2404.19733, equation 1, with alpha 1; TRL takes the mean over the tokens of a batch."""
     trainer = trainer_at_reference("sigmoid_sft", tmp_path, cached=False)
     moved(trainer.model)
     batch = trainer.data_collator(list(pair_rows().select(range(rows))))
@@ -147,7 +147,7 @@ def test_sigmoid_sft_adds_the_mean_negative_log_prob_of_the_chosen_tokens(rows, 
     loss.backward()
     policy = in_float64(trainer.model)
     preference = [sigmoid(*row) for row in log_ratios(policy, in_float64(tiny_llama(0)))][:rows]
-    nll = [-answer_logprob(policy, row["prompt_ids"], row["chosen_ids"]) for row in pair_rows()][:rows]
+    nll = [-completion_logprob(policy, row["prompt_ids"], row["chosen_ids"]) for row in pair_rows()][:rows]
     tokens = [len(row["chosen_ids"]) for row in pair_rows()][:rows]
     expected = sum(preference) / rows + sum(nll) / sum(tokens)
     if rows == 1:  # then it is the paper's

@@ -78,17 +78,17 @@ def save_base(folder, family: str):
     return tokenizer
 
 
-def logprobs(model, tokenizer, rows: list[dict], answer: str) -> tuple[list[float], list[int]]:
-    """The summed log-prob of each row's answer, end token included, and its tokens; one row at a time."""
+def logprobs(model, tokenizer, rows: list[dict], completion: str) -> tuple[list[float], list[int]]:
+    """The summed log-prob of each row's completion, end token included, and its tokens; one row at a time."""
     sums, tokens = [], []
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]
-        ids = torch.tensor([tokenizer(row["prompt"] + row[answer])["input_ids"] + [tokenizer.eos_token_id]])
+        ids = torch.tensor([tokenizer(row["prompt"] + row[completion])["input_ids"] + [tokenizer.eos_token_id]])
         with torch.inference_mode():
             given = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        of_answer = given.gather(-1, ids[0, len(prompt) :, None])
-        sums.append(float(of_answer.sum()))
-        tokens.append(len(of_answer))
+        of_completion = given.gather(-1, ids[0, len(prompt) :, None])
+        sums.append(float(of_completion.sum()))
+        tokens.append(len(of_completion))
     return sums, tokens
 
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 from datasets import Dataset
 
-from dpo_pipeline import runs
+from dpo_pipeline import run_folder
 from dpo_pipeline.config import compose
+from dpo_pipeline.data import prepare
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.policies import load_policy, load_tokenizer
+from dpo_pipeline.models import load_policy, load_tokenizer
 from dpo_pipeline.sft import run_sft
-from dpo_pipeline.training import guards, handoff, preflight, reference, start, trainer
+from dpo_pipeline.training import guards, preflight, reference, starting_policy, trainer
 from dpo_pipeline.training.arguments import training_arguments
 
 STEPS = ("++dpo.max_steps=3", "dpo.learning_rate=1e-3")
@@ -31,14 +32,14 @@ def built(small, sft, tmp_path):
 
     def build(stage: str, *typed: str, policy=None, reference=None):
         run = small(*typed)
-        args, loading = training_arguments(run, stage, tmp_path), handoff.loading(run)
-        begin = handoff.sft_start(run) if stage == "sft" else handoff.dpo_start(run)
+        args, loading = training_arguments(run, stage, tmp_path), starting_policy.load_options(run)
+        begin = starting_policy.sft_start(run) if stage == "sft" else starting_policy.dpo_start(run)
         tokenizer = load_tokenizer(run.model)
-        rows = start.prepared(run, stage, tokenizer, "train", "validation")[0]
-        policy = policy or handoff.load_start(run, begin)
+        rows = prepare.prepare_tables(run, stage, tokenizer, "train", "validation")[0]
+        policy = policy or starting_policy.load_start(run, begin)
         if stage == "sft":
             return run, trainer.build_sft(policy, begin.lora, tokenizer, args, rows)
-        reference = reference or handoff.second_model(run, begin)
+        reference = reference or starting_policy.second_model(run, begin)
         assert loading.dtype == torch.float32
         return run, trainer.build_dpo(policy, reference, begin.lora, tokenizer, args, rows)
 
@@ -66,7 +67,7 @@ def test_a_right_reference_passes_with_rewards_of_zero_and_a_loss_of_ln_2(typed,
 
 def test_a_reference_of_another_seed_is_caught(built, small, sft):
     run = small("lora=none")
-    other = moved(load_policy(sft["none"] / "final", handoff.loading(run)))
+    other = moved(load_policy(sft["none"] / "final", starting_policy.load_options(run)))
     _, dpo = built("dpo", "lora=none", "reference=frozen", reference=other)
     with pytest.raises(
         PipelineError, match=r"a step-0 reward is .* nats, expected 0 .*the reference is not the starting"
@@ -76,7 +77,7 @@ def test_a_reference_of_another_seed_is_caught(built, small, sft):
 
 def test_the_bare_base_as_reference_of_a_continued_adapter_is_caught(built, small, sft):
     run = small("lora=r8")
-    base = load_policy(run.model.path, handoff.loading(run))
+    base = load_policy(run.model.path, starting_policy.load_options(run))
     _, dpo = built("dpo", "lora=r8", "reference=frozen", reference=base)
     with pytest.raises(PipelineError, match="the reference is not the starting policy"):
         preflight.check_reference(dpo, preflight.first_batch(dpo), "the SFT", None)
@@ -94,24 +95,24 @@ def test_a_reference_named_on_purpose_is_told_and_trains(small, sft):
 @pytest.mark.parametrize("lora", ["none", "r8"])
 def test_an_sft_policy_that_was_not_loaded_is_caught(lora, built, small, sft):
     run = small(f"lora={lora}")
-    left = runs.read_json(sft[lora] / "manifest.json")["final"]["probe"]
+    left = run_folder.read_json(sft[lora] / "manifest.json")["final"]["probe"]
     _, right = built("dpo", f"lora={lora}")
     preflight.check_start(right, left, True, "the SFT")
-    base = load_policy(run.model.path, handoff.loading(run), trainable=True)
+    base = load_policy(run.model.path, starting_policy.load_options(run), trainable=True)
     _, wrong = built("dpo", "lora=none", policy=base)
     with pytest.raises(PipelineError, match="not what SFT ended with .*its weights or its adapter were not loaded"):
         preflight.check_start(wrong, left, True, "the SFT")
 
 
 def test_an_sft_that_changed_nothing_is_caught(built, sft):
-    left = copy.deepcopy(runs.read_json(sft["none"] / "manifest.json")["final"]["probe"])
+    left = copy.deepcopy(run_folder.read_json(sft["none"] / "manifest.json")["final"]["probe"])
     _, dpo = built("dpo", "lora=none")
     with pytest.raises(PipelineError, match="is the bare base: its training changed nothing"):
         preflight.check_start(dpo, {**left, "after": left["before"]}, True, "the SFT")
 
 
 def test_a_continued_adapter_that_is_all_zero_is_caught(built, small, sft):
-    policy = load_policy(sft["r8"] / "final", handoff.loading(small("lora=r8")), trainable=True)
+    policy = load_policy(sft["r8"] / "final", starting_policy.load_options(small("lora=r8")), trainable=True)
     _, dpo = built("dpo", "lora=r8", policy=policy)
     preflight.check_adapter(dpo, "here")
     with torch.no_grad():
@@ -130,26 +131,26 @@ def test_a_frozen_model_is_caught(built):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "answer", "sentence"),
+    ("prompt", "completion", "sentence"),
     [
-        ([1, 5, 6], [7, 8], "answer 0 has 0 end tokens, expected one"),
-        ([1, 5, 6], [7, 2, 8], "answer 0 has 1 end tokens, expected one, as the last"),
-        ([1, 5, 6], [7, 2, 2], "answer 0 has 2 end tokens"),
+        ([1, 5, 6], [7, 8], "completion 0 has 0 end tokens, expected one"),
+        ([1, 5, 6], [7, 2, 8], "completion 0 has 1 end tokens, expected one, as the last"),
+        ([1, 5, 6], [7, 2, 2], "completion 0 has 2 end tokens"),
         ([1, 5, 6], [7, 2, 8, 9], "would not learn to stop"),
         ([1, 1, 5], [7, 2], "row 0 holds the BOS token twice"),
         ([1, 5], [1, 7, 2], "row 0 holds the BOS token twice"),
     ],
 )
-def test_an_answer_without_its_one_end_or_a_second_bos_is_caught(prompt, answer, sentence):
-    preflight.check_answers([([1, 5, 6], [7, 8, 2]), ([5], [2])], [2, 9], 1)
+def test_a_completion_without_its_one_end_or_a_second_bos_is_caught(prompt, completion, sentence):
+    preflight.check_completions([([1, 5, 6], [7, 8, 2]), ([5], [2])], [2, 9], 1)
     with pytest.raises(PipelineError, match=sentence):
-        preflight.check_answers([(prompt, answer)], [2], 1)
+        preflight.check_completions([(prompt, completion)], [2], 1)
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_what_the_trainer_learns_from_is_each_answer_whole_and_nothing_else(stage, built):
+def test_what_the_trainer_learns_from_is_each_completion_whole_and_nothing_else(stage, built):
     _, made = built(stage, "lora=none")
-    pairs = preflight.learnt_pairs(preflight.first_batch(made))
+    pairs = preflight.unpack_batch(preflight.first_batch(made))
     rows = made.train_dataset
     if stage == "sft":
         wanted = {(tuple(i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100),
@@ -162,13 +163,13 @@ def test_what_the_trainer_learns_from_is_each_answer_whole_and_nothing_else(stag
     assert {(tuple(p), tuple(a)) for p, a in pairs} <= wanted
 
 
-def test_a_batch_whose_mask_skips_a_token_of_the_answer_is_caught(built):
+def test_a_batch_whose_mask_skips_a_token_of_the_completion_is_caught(built):
     _, made = built("sft", "lora=none")
     batch = preflight.first_batch(made)
     at = int((batch["labels"][0] != -100).nonzero()[2])
     batch["labels"][0, at] = -100
-    with pytest.raises(PipelineError, match="learns from something else than one answer"):
-        preflight.learnt_pairs(batch)
+    with pytest.raises(PipelineError, match="learns from something else than one completion"):
+        preflight.unpack_batch(batch)
 
 
 def state_of(made) -> dict:
@@ -212,7 +213,7 @@ def test_the_rehearsal_puts_everything_back_bit_for_bit(stage, typed, built, mon
     inner = made.training_step
     monkeypatch.setattr(made, "training_step", lambda *args, **options: steps.append(1) or inner(*args, **options))
     before = state_of(made)
-    preflight.two_steps(made, preflight.longest_row(made.train_dataset)[0], stage)
+    preflight.run_trial_steps(made, preflight.longest_row(made.train_dataset)[0], stage)
     after = state_of(made)
     assert [key for key in before if not same(before[key], after[key])] == []
     accumulated = min(2, made.args.gradient_accumulation_steps)
@@ -246,7 +247,7 @@ def test_training_in_bf16_is_in_bf16_after_the_rehearsal_too(typed, small, sft, 
 
 def test_a_wrong_cache_of_the_reference_is_caught(built, tmp_path):
     _, dpo = built("dpo", "lora=r8", "reference=cached")
-    reference.cache(dpo, tmp_path / "reference", preflight.padded)
+    reference.add_reference_logps(dpo, tmp_path / "reference", preflight.padding_tolerance)
     preflight.check_cache(dpo, "the SFT")
     columns = {name: dpo.train_dataset[name][::-1] for name in ("ref_chosen_logps", "ref_rejected_logps")}
     rows = dpo.train_dataset.remove_columns(list(columns))
@@ -273,7 +274,7 @@ def test_training_after_preflight_gives_the_bytes_of_training_without(lora, smal
     weights = "adapter_model.safetensors" if lora == "r8" else "model.safetensors"
     looked = small(f"lora={lora}", "variant=looked-" + lora, *STEPS)
     run_dpo(looked)
-    for name in ("rehearse", "check_reference", "check_cache"):
+    for name in ("check_memory", "check_reference", "check_cache"):
         monkeypatch.setattr(preflight, name, lambda *args: None)
     blind = small(f"lora={lora}", "variant=blind-" + lora, *STEPS)
     run_dpo(blind)
@@ -302,20 +303,22 @@ import resource, sys
 from pathlib import Path
 from dpo_pipeline.config import compose
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.policies import load_tokenizer
-from dpo_pipeline.training import handoff, preflight, start, trainer
+from dpo_pipeline.models import load_tokenizer
+from dpo_pipeline.data import prepare
+from dpo_pipeline.training import preflight, starting_policy, trainer
 from dpo_pipeline.training.arguments import training_arguments
 typed = {[f"root={run.root}", "name=small", *small.typed]!r}
 run = compose([*typed, "batch.global_size=4096", "batch.micro_size=4096"])
 tokenizer = load_tokenizer(run.model)
-begin = handoff.dpo_start(run)
-made = trainer.build_dpo(handoff.load_start(run, begin), None, begin.lora, tokenizer,
-    training_arguments(run, "dpo", Path(sys.argv[1])), start.prepared(run, "dpo", tokenizer, "train", "validation")[0])
+begin = starting_policy.dpo_start(run)
+made = trainer.build_dpo(starting_policy.load_start(run, begin), None, begin.lora, tokenizer,
+    training_arguments(run, "dpo", Path(sys.argv[1])),
+    prepare.prepare_tables(run, "dpo", tokenizer, "train", "validation")[0])
 used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000, used + 300_000_000))
 try:
-    with preflight.memory_told(run, "dpo"):
-        preflight.two_steps(made, preflight.longest_row(made.train_dataset)[0], "dpo")
+    with preflight.explain_oom(run, "dpo"):
+        preflight.run_trial_steps(made, preflight.longest_row(made.train_dataset)[0], "dpo")
 except PipelineError as error:
     print("SENTENCE", error)
 """
@@ -356,8 +359,8 @@ def test_a_rate_that_moves_nothing_or_destroys_everything_ends_the_run(typed, se
     run = small(*typed.split(), "dpo.warmup_steps=0", "variant=guard" + str(len(sentence)))
     with pytest.raises(PipelineError, match=sentence):
         run_dpo(run)
-    assert runs.state(run.dpo_folder) == "failed"
-    assert sentence.split(":")[0] in runs.read_json(run.dpo_folder / "status.json")["error"]
+    assert run_folder.run_state(run.dpo_folder) == "failed"
+    assert sentence.split(":")[0] in run_folder.read_json(run.dpo_folder / "status.json")["error"]
 
 
 def test_a_loss_that_is_no_number_ends_the_run_at_its_step(small, sft, monkeypatch):
@@ -404,7 +407,7 @@ def test_ten_overflows_in_a_row_end_an_fp16_run_and_one_any_other(fp16, bad, sto
     model = torch.nn.Linear(2, 2)
     args = SimpleNamespace(fp16=fp16, learning_rate=1e-3, get_warmup_steps=lambda n: 0)
     state = SimpleNamespace(global_step=0, max_steps=50)
-    guard = guards.Guards(Scaled())
+    guard = guards.NumericalGuard(Scaled())
     guard.on_train_begin(args, state, None, model=model)
 
     def step(value: float) -> None:

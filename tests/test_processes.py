@@ -27,12 +27,13 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from dpo_pipeline import machine, runs
+from dpo_pipeline import hardware, run_folder
 from dpo_pipeline.config import CONF, main
+from dpo_pipeline.data import prepare
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.sft import run_sft
-from dpo_pipeline.training import callbacks, reference, start, trainer
+from dpo_pipeline.training import callbacks, reference, trainer
 
 ROOT = CONF.parent
 LAUNCH = ROOT / "launch" / "accelerate"
@@ -50,7 +51,7 @@ def a_rank() -> None:
     os.umask(0 if rank else 0o022)  # who made a file shows
     if os.environ.get("ACCELERATE_USE_FSDP"):
         fsdp_on_cpu()
-    tokenize, cache, train = start.tokenize, reference.cache, trainer.train
+    tokenize, cache, train = prepare.tokenize, reference.add_reference_logps, trainer.train
     step_end, save = callbacks.Metrics.on_step_end, trainer.SFTTrainer._save_optimizer_and_scheduler
 
     def counted(*args):
@@ -89,7 +90,7 @@ def a_rank() -> None:
         time.sleep(3)  # as a large model's checkpoint takes its time
         save(self, folder)
 
-    start.tokenize, reference.cache, trainer.train = counted, cached, trained
+    prepare.tokenize, reference.add_reference_logps, trainer.train = counted, cached, trained
     callbacks.Metrics.on_step_end = signalled
     if sent and rank == 0:
         trainer.SFTTrainer._save_optimizer_and_scheduler = trainer.PairTrainer._save_optimizer_and_scheduler = slow
@@ -128,14 +129,16 @@ def typed(small):
 @pytest.fixture(scope="module")
 def one(small, sft):
     """What one process makes of each stage, 16 rows at once: its folder, and its reference log-probs."""
-    made, cache = {}, reference.cache
+    made, cache = {}, reference.add_reference_logps
 
     def once(stage, lora):
         if (stage, lora) not in made:
             seen = []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(
-                    reference, "cache", lambda dpo, *args: (cache(dpo, *args), seen.append(dpo.train_dataset))
+                    reference,
+                    "add_reference_logps",
+                    lambda dpo, *args: (cache(dpo, *args), seen.append(dpo.train_dataset)),
                 )
                 if stage == "dpo":
                     run_dpo(run := small(f"lora={lora}", f"variant=one-{lora}"))
@@ -169,7 +172,7 @@ def two_ranks(seen: Path, stage: str, *overrides: str, **variables: str) -> tupl
 
 
 def losses(folder: Path) -> list[float]:
-    found = [(line["step"], line["loss"]) for line in runs.metrics(folder) if "loss" in line]
+    found = [(line["step"], line["loss"]) for line in run_folder.metrics(folder) if "loss" in line]
     assert [step for step, _ in found] == list(range(1, len(found) + 1))
     return [loss for _, loss in found]
 
@@ -184,7 +187,7 @@ def weights_apart(*folders: Path) -> float:
 
 def check_equal(folder: Path, other: Path) -> None:
     """The same losses and weights; but for the last step, whose batch is not full: ranks fill it up, or split it."""
-    assert runs.state(folder) == runs.state(other) == "done"
+    assert run_folder.run_state(folder) == run_folder.run_state(other) == "done"
     mine, theirs = losses(folder), losses(other)
     assert len(mine) == len(theirs) == 16
     assert mine[:-1] == pytest.approx(theirs[:-1], abs=5e-6)
@@ -244,7 +247,7 @@ def test_two_ranks_read_one_config_and_prepare_the_data_once(two_of_dpo):
     assert seen[0]["run"] == seen[1]["run"]
     assert seen[0]["run"]["variant"] == folder.name
     assert [rank["tokenized"] for rank in seen] == [3, 0]  # train, validation, test
-    assert runs.read_json(folder / "manifest.json")["world_size"] == 2
+    assert run_folder.read_json(folder / "manifest.json")["world_size"] == 2
     entries = [entry for entry in (folder.parents[2] / ".cache" / "data").iterdir() if entry.is_dir()]
     tables = [load_from_disk(entry) for entry in entries]
     assert sum("chosen_ids" in table.column_names for table in tables) == 3
@@ -277,8 +280,8 @@ def test_a_signal_stops_both_ranks_at_one_step_and_the_command_goes_on(stage, se
     done, seen = two_ranks(tmp_path, *call, SIGNAL=sent)
     assert done.returncode != 0
     assert seen[0]["step"] == seen[1]["step"] < 16
-    assert runs.read_json(folder / "status.json")["state"] == "interrupted"
-    assert runs.newest_checkpoint(folder).name == f"checkpoint-{seen[0]['step']}"
+    assert run_folder.read_json(folder / "status.json")["state"] == "interrupted"
+    assert run_folder.newest_checkpoint(folder).name == f"checkpoint-{seen[0]['step']}"
     assert done.stdout.count("interrupted: type the same command to go on from") == 1
     done, seen = two_ranks(tmp_path, *call)
     assert done.returncode == 0
@@ -314,12 +317,12 @@ def test_two_ranks_have_the_gradients_and_losses_of_one(kind, stage, how, typed,
     done, seen = two_ranks(tmp_path, stage, *typed, *short, f"{key}={kind}-{tail}", **variables)
     assert done.returncode == 0
     other = folder.with_name(f"{kind}-{tail}")
-    assert runs.read_json(other / "manifest.json")["sharded"] == ("fsdp" if kind == "fsdp2" else None)
+    assert run_folder.read_json(other / "manifest.json")["sharded"] == ("fsdp" if kind == "fsdp2" else None)
     for rank in seen:
         assert bool(rank["parts"]) == (kind == "fsdp2")
         assert not rank["parts"] or min(rank["parts"]) == max(rank["parts"]) == 0.5
     assert losses(other) == pytest.approx(losses(folder), abs=5e-6)
-    norms = [[row["grad_norm"] for row in runs.metrics(each) if "loss" in row] for each in (folder, other)]
+    norms = [[row["grad_norm"] for row in run_folder.metrics(each) if "loss" in row] for each in (folder, other)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     assert weights_apart(folder, other) < 1e-4
     AutoModelForCausalLM.from_pretrained(other / "final")  # complete, as anybody loads it
@@ -332,7 +335,7 @@ def test_a_sharded_run_that_was_stopped_goes_on_and_in_whole_copies_it_is_refuse
     done, seen = two_ranks(tmp_path, *stopped, SIGNAL="launcher SIGINT", **FSDP2)
     assert done.returncode != 0
     folder = whole.sft_folder.with_name("stopped-fsdp")
-    assert runs.newest_checkpoint(folder).name == f"checkpoint-{seen[1]['step']}"
+    assert run_folder.newest_checkpoint(folder).name == f"checkpoint-{seen[1]['step']}"
     refused = launched(*TWO, "-m", "dpo_pipeline.sft", *stopped[1:], "batch.micro_size=4")
     assert f"{folder} was begun in fsdp and would go on in whole copies: start it as then" in refused.stderr
     done, _ = two_ranks(tmp_path, *stopped, **FSDP2)
@@ -356,8 +359,8 @@ def test_accelerate_starts_the_command_on_one_device(typed):
     assert done.returncode == 0
     (root,) = (item.removeprefix("root=") for item in typed if item.startswith("root="))
     folder = Path(root) / "small" / "sft" / "accelerate"
-    manifest = runs.read_json(folder / "manifest.json")
-    assert (runs.state(folder), manifest["world_size"], manifest["precision"]) == ("done", 1, "fp32")
+    manifest = run_folder.read_json(folder / "manifest.json")
+    assert (run_folder.run_state(folder), manifest["world_size"], manifest["precision"]) == ("done", 1, "fp32")
 
 
 @pytest.mark.slow
@@ -457,30 +460,30 @@ def gpu(monkeypatch):
 )
 def test_a_card_that_the_build_has_kernels_for_passes(name, capability, gpu):
     gpu(name, capability)
-    machine.check_device("dpo_pipeline.sft")
+    hardware.check_device("dpo_pipeline.sft")
 
 
 def test_a_card_without_kernels_is_told_with_the_build_that_has_them(gpu):
     gpu("V100", (7, 0))
     with pytest.raises(PipelineError, match=r"V100 has compute capability 7\.0.*sm_75, .*torch==[\d.]+ .*/whl/cu126"):
-        machine.check_device("dpo_pipeline.sft")
+        hardware.check_device("dpo_pipeline.sft")
     gpu("V100", (7, 0), kernels=["sm_75", "compute_60"])
-    machine.check_device("dpo_pipeline.sft")
+    hardware.check_device("dpo_pipeline.sft")
     gpu("MI300X", (9, 4), kernels=["gfx942"])  # AMD's names are no capabilities
-    machine.check_device("dpo_pipeline.sft")
+    hardware.check_device("dpo_pipeline.sft")
 
 
 def test_several_gpus_in_one_process_are_told_what_to_type(gpu, monkeypatch):
     gpu("A100", (8, 0), count=4)
     with pytest.raises(PipelineError) as told:
-        machine.check_device("dpo_pipeline.dpo")
+        hardware.check_device("dpo_pipeline.dpo")
     for typed in (
         "`accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 4 -m dpo_pipeline.dpo ...`",
         *("make ... GPUS=4", "CUDA_VISIBLE_DEVICES=0"),
     ):
         assert typed in str(told.value)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    machine.check_device("dpo_pipeline.dpo")
+    hardware.check_device("dpo_pipeline.dpo")
 
 
 PRECISIONS = {
@@ -500,6 +503,6 @@ def test_each_device_computes_in_what_it_can(card, gpu, monkeypatch):
     for asked, given in PRECISIONS[card].items():
         if given is None:
             with pytest.raises(PipelineError, match=rf"^precision={asked}.*type precision="):
-                machine.mixed_precision(asked)
+                hardware.mixed_precision(asked)
         else:
-            assert machine.mixed_precision(asked) == given
+            assert hardware.mixed_precision(asked) == given

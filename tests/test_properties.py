@@ -1,4 +1,4 @@
-"""Whatever rows a file holds: one sentence, or every row accounted for and every answer ended once."""
+"""Whatever rows a file holds: one sentence, or every row accounted for and every completion ended once."""
 
 import json
 import tempfile
@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpo_pipeline.config import compose
-from dpo_pipeline.data.lengths import Lengths
+from dpo_pipeline.data.lengths import LengthLimits
 from dpo_pipeline.data.reviews import VOCABULARY
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.data.tokens import tokenize
@@ -54,11 +54,11 @@ wild = st.dictionaries(st.sampled_from(NAMES), values, max_size=5)
 good = st.fixed_dictionaries({"prompt": words, "chosen": words, "rejected": words})
 pair = st.one_of(good, good, good, st.fixed_dictionaries({"prompt": texts, "chosen": texts, "rejected": texts}))
 talk = st.builds(
-    lambda prompt, *answers: {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]},
+    lambda prompt, *completions: {"prompt": prompt, "chosen": completions[0], "rejected": completions[1]},
     messages, texts, texts,
 )  # fmt: skip
 dialogues = st.fixed_dictionaries({"chosen": st.one_of(texts, messages), "rejected": st.one_of(texts, messages)})
-# Of few texts, so that they meet again: the same, both ways, two answers to one prompt.
+# Of few texts, so that they meet again: the same, both ways, two completions to one prompt.
 FEW = [{"prompt": p, "chosen": c, "rejected": r} for p in ("the", "film") for c in "iawe" for r in "iawe"]
 files = st.one_of(
     st.lists(pair, min_size=1, max_size=40),
@@ -69,7 +69,7 @@ files = st.one_of(
     st.lists(wild, min_size=1, max_size=20),
 )
 lengths = st.builds(
-    lambda most, prompt, *how: Lengths(most, min(prompt, most - 1), *how),
+    lambda most, prompt, *how: LengthLimits(most, min(prompt, most - 1), *how),
     st.one_of(st.integers(2, 24), st.just(24)), st.integers(1, 24), st.sampled_from(["left", "drop"]),
     st.sampled_from(["drop", "keep_eos", "cut"]),
 )  # fmt: skip
@@ -78,14 +78,14 @@ seen: dict[str, int] = {}
 
 @settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(rows=files, limits=lengths, sft=st.booleans(), chat=st.booleans(), test_rows=st.integers(0, 5))
-def test_no_row_is_lost_and_no_answer_ends_otherwise(rows, limits, sft, chat, test_rows):
+def test_no_row_is_lost_and_no_completion_ends_otherwise(rows, limits, sft, chat, test_rows):
     names = ("chosen",) if sft else ("chosen", "rejected")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         node = {**NODE, "path": str(path), "test_rows": test_rows}
         try:
-            splits, account = load_splits(node, names, chat, strict=False)
+            splits, data_report = load_splits(node, names, chat, strict=False)
             tokenizer = CHAT if chat else TOKENIZER
             tables = {split: tokenize(part, names, tokenizer, [END], limits) for split, part in splits.items()}
             refusal = ""
@@ -97,9 +97,9 @@ def test_no_row_is_lost_and_no_answer_ends_otherwise(rows, limits, sft, chat, te
         seen["refused"] = seen.get("refused", 0) + 1
         return
     for split, table in tables.items():
-        account.hear(json.loads(table.info.description))
-        account.keep(split, [splits[split][i] for i in table["row"]])
-    (part,) = account.as_json()["sources"].values()
+        data_report.merge(json.loads(table.info.description))
+        data_report.keep(split, [splits[split][i] for i in table["row"]])
+    (part,) = data_report.as_json()["sources"].values()
     kept = sum(map(len, tables.values()))
     assert part["read"] == len(rows) == kept + sum(part["dropped"].values())
     assert sum(part["kept"].values()) == kept
@@ -107,13 +107,13 @@ def test_no_row_is_lost_and_no_answer_ends_otherwise(rows, limits, sft, chat, te
     assert len(set.union(*prompts)) == sum(map(len, prompts))
     for table in tables.values():
         for row in table:
-            answers = [row[f"{name}_ids"] for name in names]
-            assert len(row["prompt_ids"]) + max(map(len, answers)) <= limits.max
+            completions = [row[f"{name}_ids"] for name in names]
+            assert len(row["prompt_ids"]) + max(map(len, completions)) <= limits.max
             assert row["prompt_ids"][:2].count(BOS) == 1
-            assert len(answers) == 1 or answers[0] != answers[1]
-            for ids in answers:
+            assert len(completions) == 1 or completions[0] != completions[1]
+            for ids in completions:
                 whole = ids.count(END) == 1 and ids[-1] == END and len(ids) > 1
-                assert whole or (limits.answer == "cut" and END not in ids and ids)
+                assert whole or (limits.completion == "cut" and END not in ids and ids)
     seen["kept"] = seen.get("kept", 0) + kept
     for reason in part["dropped"]:
         seen[reason] = seen.get(reason, 0) + 1
@@ -122,11 +122,16 @@ def test_no_row_is_lost_and_no_answer_ends_otherwise(rows, limits, sft, chat, te
 def test_the_rows_thrown_were_of_every_kind():
     """Runs after the one above, or throws them itself: a property that only ever saw refusals would prove nothing."""
     if not seen:
-        test_no_row_is_lost_and_no_answer_ends_otherwise()
+        test_no_row_is_lost_and_no_completion_ends_otherwise()
     assert seen["kept"] > 500, seen
-    assert {"refused", "empty answer", "identical answers", "contradiction", "exact duplicate", "too long"} <= set(
-        seen
-    )
+    assert {
+        "refused",
+        "empty completion",
+        "identical completions",
+        "contradiction",
+        "exact duplicate",
+        "too long",
+    } <= set(seen)
 
 
 NODE = compose(["dataset=json", "dataset.path=rows.jsonl"]).dataset

@@ -4,16 +4,16 @@ import json
 
 import pytest
 
-from dpo_pipeline import runs
+from dpo_pipeline import run_folder
 from dpo_pipeline.config import CONF, compose
 from dpo_pipeline.data import hh_rlhf
-from dpo_pipeline.data.lengths import Lengths
+from dpo_pipeline.data.lengths import LengthLimits
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.data.tokens import tokenize
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.evaluate import run_evaluate
 from dpo_pipeline.inspect_data import run_inspect
-from dpo_pipeline.policies import load_tokenizer
+from dpo_pipeline.models import load_tokenizer
 from dpo_pipeline.sft import run_sft
 
 SHARED = CONF.parent.parent / "shared"
@@ -50,14 +50,14 @@ def test_sft_then_dpo_on_real_pairs(lora, data, tmp_path):
     run = real("stories260K", *data.split(), *typed)
     run_sft(run)
     results = run_dpo(run)["policies"]
-    first = next(row for row in runs.metrics(run.dpo_folder) if "loss" in row)
+    first = next(row for row in run_folder.metrics(run.dpo_folder) if "loss" in row)
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert results["dpo/it"]["against"]["reference"]["margin_nats"]["n"] == 40
-    assert len(runs.read_json(run.dpo_folder / "reward_kl_tracker.json")) == 2
+    assert len(run_folder.read_json(run.dpo_folder / "reward_kl_tracker.json")) == 2
     if lora == "r8":
         evaluated_by_a_real_classifier([*data.split(), *typed])
-    rows = runs.read_json(run.dpo_folder / "manifest.json")["rows"]
+    rows = run_folder.read_json(run.dpo_folder / "manifest.json")["rows"]
     assert rows == ({"train": 934, "validation": 49} if "instruction" in data else {"train": 1501, "validation": 82})
 
 
@@ -74,14 +74,16 @@ def evaluated_by_a_real_classifier(typed: list[str]) -> None:
     assert [point["n"] for point in results["best_of"]["points"]] == [1, 2]
 
 
-def test_the_polite_rows_split_by_prompt_and_every_answer_ends_once():
+def test_the_polite_rows_split_by_prompt_and_every_completion_ends_once():
     run = real("stories15M", "dataset=instruction_preference", f"dataset.path={POLITE}")
     splits, _ = load_splits(run.dataset, ("chosen", "rejected"), False)
     prompts = [{row["prompt"] for row in splits[name]} for name in ("train", "validation", "test")]
-    assert len(set.union(*prompts)) == sum(map(len, prompts)) == 1069  # of 1,075; in 6 both answers are the same
+    assert len(set.union(*prompts)) == sum(map(len, prompts)) == 1069  # of 1,075; in 6 both completions are the same
     assert len(splits["test"]) == 99
     tokenizer = load_tokenizer(run.model)
-    table = tokenize(splits["test"], ("chosen", "rejected"), tokenizer, [tokenizer.eos_token_id], Lengths(256, 128))
+    table = tokenize(
+        splits["test"], ("chosen", "rejected"), tokenizer, [tokenizer.eos_token_id], LengthLimits(256, 128)
+    )
     assert len(table) == len(splits["test"])
     for row, words in zip(table, splits["test"], strict=True):
         whole = tokenizer(words["prompt"] + words["chosen"])["input_ids"]
@@ -113,5 +115,5 @@ def test_every_row_of_a_mixture_is_accounted_for_and_shown(tmp_path):
     assert {name: part["read"] for name, part in sources.items()} == {"hh": 2048, "polite": 1100}
     for part in sources.values():
         assert part["read"] == sum(part["kept"].values()) + sum(part["dropped"].values())
-    assert sources["polite"]["dropped"]["identical answers"] == 4
+    assert sources["polite"]["dropped"]["identical completions"] == 4
     assert "<script" not in page.read_text()

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo_pipeline import runs
+from dpo_pipeline import run_folder
+from dpo_pipeline.data import prepare
 from dpo_pipeline.dpo import run_dpo
-from dpo_pipeline.policies import load_tokenizer
-from dpo_pipeline.training import handoff, preflight, reference, start, trainer
+from dpo_pipeline.models import load_tokenizer
+from dpo_pipeline.training import preflight, reference, starting_policy, trainer
 from dpo_pipeline.training.arguments import training_arguments
 
 
@@ -21,11 +22,11 @@ def built(small, sft, tmp_path):
 
     def make(*typed: str):
         run = small(*typed)
-        begin = handoff.dpo_start(run)
+        begin = starting_policy.dpo_start(run)
         tokenizer = load_tokenizer(run.model)
-        rows = start.prepared(run, "dpo", tokenizer, "train", "validation")[0]
+        rows = prepare.prepare_tables(run, "dpo", tokenizer, "train", "validation")[0]
         args = training_arguments(run, "dpo", tmp_path)
-        return trainer.build_dpo(handoff.load_start(run, begin), None, begin.lora, tokenizer, args, rows)
+        return trainer.build_dpo(starting_policy.load_start(run, begin), None, begin.lora, tokenizer, args, rows)
 
     return make
 
@@ -35,13 +36,13 @@ def logps(made) -> torch.Tensor:
 
 
 def test_the_key_is_what_the_log_probs_depend_on_and_nothing_else(small, sft):
-    loading = handoff.loading(small("lora=none"))
+    loading = starting_policy.load_options(small("lora=none"))
     args = SimpleNamespace(bf16=False, fp16=False, ld_alpha=None)
     rows = {"train": "a", "validation": "b"}
 
     def place(run=None, weights=sft["none"] / "final", loading=loading, rows=rows, **changed):
         values = SimpleNamespace(**{**vars(args), **changed})
-        return reference.place_of(run or small("lora=none"), weights, loading, rows, values)
+        return reference.cache_path(run or small("lora=none"), weights, loading, rows, values)
 
     same = [
         place(small("lora=none", *typed.split()))
@@ -52,8 +53,8 @@ def test_the_key_is_what_the_log_probs_depend_on_and_nothing_else(small, sft):
         place(weights=sft["r8"] / "final"),
         place(rows={**rows, "train": "c"}),
         place(rows={**rows, "validation": "c"}),
-        place(loading=handoff.loading(small("lora=r8", "quantization=nf4"))),
-        place(loading=handoff.loading(small("lora=r8", "model.dtype=bfloat16"))),
+        place(loading=starting_policy.load_options(small("lora=r8", "quantization=nf4"))),
+        place(loading=starting_policy.load_options(small("lora=r8", "model.dtype=bfloat16"))),
         place(bf16=True),
         place(ld_alpha=0.5),
     ]
@@ -68,7 +69,7 @@ def test_what_is_read_is_what_was_computed(typed, built, tmp_path, caplog):
     )
     with caplog.at_level("INFO", logger="dpo_pipeline"):
         for made in (first, second):
-            reference.cache(made, tmp_path / "kept", preflight.padded)
+            reference.add_reference_logps(made, tmp_path / "kept", preflight.padding_tolerance)
     assert torch.equal(logps(first), logps(second))
     assert caplog.text.count("reference log-probs of") == 1
     # TRL's own pass, row by row in the order of the rows.
@@ -83,7 +84,7 @@ def test_what_is_read_is_what_was_computed(typed, built, tmp_path, caplog):
 @pytest.mark.parametrize("damage", ["cut", "empty", "short", "other", "names"])
 def test_a_damaged_cache_or_one_of_another_reference_is_told_and_computed_anew(damage, built, tmp_path, caplog):
     first = built("lora=none")
-    reference.cache(first, tmp_path / "kept", preflight.padded)
+    reference.add_reference_logps(first, tmp_path / "kept", preflight.padding_tolerance)
     file = tmp_path / "kept" / "logps.safetensors"
     values = {key: value.clone() for key, value in load_file(file).items()}  # not the mapped file itself
     if damage == "cut":
@@ -97,24 +98,27 @@ def test_a_damaged_cache_or_one_of_another_reference_is_told_and_computed_anew(d
     else:
         save_file({key.upper(): value for key, value in values.items()}, file)
     again = built("lora=none")
-    reference.cache(again, tmp_path / "kept", preflight.padded)
+    reference.add_reference_logps(again, tmp_path / "kept", preflight.padding_tolerance)
     assert torch.equal(logps(first), logps(again))
     assert ("are not those of this reference" if damage == "other" else "are damaged") in caplog.text
     assert torch.equal(load_file(file)["train.ref_chosen_logps"], values["train.ref_chosen_logps"])
 
 
 def test_of_two_jobs_at_once_one_computes(built, tmp_path, monkeypatch):
-    passes, computed = [], reference.computed
+    passes, computed = [], reference.compute_reference_logps
 
     def slow(made, rows, *told):
         passes.extend(told)
         time.sleep(0.5)
         return computed(made, rows, *told)
 
-    monkeypatch.setattr(reference, "computed", slow)
+    monkeypatch.setattr(reference, "compute_reference_logps", slow)
     both = [built("lora=none"), built("lora=none", "beta=0.5")]
     threads = [
-        threading.Thread(target=reference.cache, args=(made, tmp_path / "kept", preflight.padded)) for made in both
+        threading.Thread(
+            target=reference.add_reference_logps, args=(made, tmp_path / "kept", preflight.padding_tolerance)
+        )
+        for made in both
     ]
     for thread in threads:
         thread.start()
@@ -133,4 +137,4 @@ def test_a_run_from_the_cache_has_the_bytes_of_one_that_computed_it(small, sft, 
     assert "reference log-probs of" not in (files[0].parents[1] / "train.log").read_text()
     assert "reference log-probs of 250 pairs: read from" in (files[1].parents[1] / "train.log").read_text()
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert runs.read_json(files[0].parents[1] / "manifest.json")["versions"]["torch"]
+    assert run_folder.read_json(files[0].parents[1] / "manifest.json")["versions"]["torch"]

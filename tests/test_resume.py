@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from dpo_pipeline import runs
+from dpo_pipeline import run_folder
 from dpo_pipeline.config import interrupt
 from dpo_pipeline.dpo import run_dpo
-from dpo_pipeline.machine import STOPS
+from dpo_pipeline.hardware import STOPS
 from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training.callbacks import Metrics
 
@@ -57,11 +57,11 @@ def test_an_interrupted_run_is_resumed_bit_for_bit(stage, typed, small, sft, mon
         with pytest.raises(KeyboardInterrupt):
             run_stage(stopped, stage)
     other = stopped.sft_folder if stage == "sft" else stopped.dpo_folder
-    assert runs.state(other) == "interrupted"
-    assert runs.newest_checkpoint(other).name == "checkpoint-7"
+    assert run_folder.run_state(other) == "interrupted"
+    assert run_folder.newest_checkpoint(other).name == "checkpoint-7"
     assert not (other / "final").exists()
     run_stage(stopped, stage)
-    assert runs.state(other) == "done"
+    assert run_folder.run_state(other) == "done"
     weights = "adapter_model.safetensors" if "r8" in typed else "model.safetensors"
     assert (folder / "final" / weights).read_bytes() == (other / "final" / weights).read_bytes()
     assert logged(folder) == logged(other)
@@ -83,7 +83,10 @@ def test_a_signal_to_stop_ends_a_command_with_75_and_a_checkpoint(sent, tmp_path
     call = [sys.executable, "-m", "dpo_pipeline.sft", *SMALL, f"root={tmp_path}", "sft.num_train_epochs=200"]
     process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     folder, deadline = tmp_path / "tiny-reviews" / "sft" / "full", time.monotonic() + 120
-    while runs.read_json(folder / "status.json") is None or runs.read_json(folder / "status.json")["step"] < 3:
+    while (
+        run_folder.read_json(folder / "status.json") is None
+        or run_folder.read_json(folder / "status.json")["step"] < 3
+    ):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.1)
@@ -92,8 +95,8 @@ def test_a_signal_to_stop_ends_a_command_with_75_and_a_checkpoint(sent, tmp_path
     assert process.returncode == 75
     assert "Traceback" not in printed
     assert "interrupted: type the same command to go on from" in printed
-    assert runs.state(folder) == "interrupted"
-    assert runs.newest_checkpoint(folder)
+    assert run_folder.run_state(folder) == "interrupted"
+    assert run_folder.newest_checkpoint(folder)
 
 
 def test_a_signal_that_comes_while_python_deletes_something_is_not_lost():

@@ -7,12 +7,12 @@ import pytest
 
 from dpo_pipeline.data.reviews import VOCABULARY, load, reward
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.judges.judge import Answer
+from dpo_pipeline.judges.judge import Completion
 from dpo_pipeline.judges.truth import truth
 
 ROWS, SLOPE = 8000, 3.0
 AS = (False, "reviews")  # as text; what the rows are called
-ANSWERS = ("chosen", "rejected", "demonstration")
+COMPLETIONS = ("chosen", "rejected", "demonstration")
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,14 @@ def test_every_prompt_is_distinct_within_and_between_splits(splits):
 
 
 def test_all_words_are_in_the_vocabulary(splits):
-    texts = (row[key] for rows in splits.values() for row in rows for key in ("prompt", *ANSWERS))
+    texts = (row[key] for rows in splits.values() for row in rows for key in ("prompt", *COMPLETIONS))
     assert {word for text in texts for word in text.split(" ")[text.startswith(" ") :]} <= set(VOCABULARY)
 
 
-def test_an_answer_continues_its_prompt_after_one_space(splits):
+def test_a_completion_continues_its_prompt_after_one_space(splits):
     for row in splits["train"]:
         assert row["prompt"].endswith(" review :")
-        for key in ANSWERS:
+        for key in COMPLETIONS:
             assert row[key] == " " + " ".join(row[key].split())
 
 
@@ -80,7 +80,7 @@ def test_demonstrations_are_of_mixed_mood(splits):
 
 
 @pytest.mark.parametrize(
-    ("answer", "expected"),
+    ("completion", "expected"),
     [
         ("the acting was superb .", math.tanh(2)),
         ("the acting was warm .", math.tanh(1)),
@@ -103,12 +103,12 @@ def test_demonstrations_are_of_mixed_mood(splits):
         ("  ", -1.0),
     ],
 )
-def test_reward_is_the_formula(answer, expected):
-    assert reward(answer) == pytest.approx(expected, abs=1e-12)
-    assert reward(f" {answer}") == reward(answer)
+def test_reward_is_the_formula(completion, expected):
+    assert reward(completion) == pytest.approx(expected, abs=1e-12)
+    assert reward(f" {completion}") == reward(completion)
 
 
-def test_an_answer_that_never_ends_costs_half_a_point():
+def test_a_completion_that_never_ends_costs_half_a_point():
     assert reward("the acting was superb .", ended=False) == pytest.approx(math.tanh(2) - 0.5)
     assert reward("the acting was rather weak .", ended=False) == pytest.approx(math.tanh(-0.5) - 0.5)
     assert reward("i hated it . dreadful boring painful", ended=False) == -1.0
@@ -116,18 +116,18 @@ def test_an_answer_that_never_ends_costs_half_a_point():
 
 
 def test_reward_lies_between_minus_1_and_1(splits):
-    rewards = [reward(row[key]) for row in splits["train"] for key in ANSWERS]
+    rewards = [reward(row[key]) for row in splits["train"] for key in COMPLETIONS]
     assert -1 <= min(rewards) < -0.8
     assert 0.8 < max(rewards) <= 1
 
 
 def test_the_judge_is_the_reward(splits):
-    answers = [row[key] for row in splits["test"][:100] for key in ANSWERS]
-    ended = [i % 3 > 0 for i in range(len(answers))]
-    expected = [reward(answer, end) for answer, end in zip(answers, ended, strict=True)]
-    given = [Answer("film :", text, end, (1,), (2,)) for text, end in zip(answers, ended, strict=True)]
+    completions = [row[key] for row in splits["test"][:100] for key in COMPLETIONS]
+    ended = [i % 3 > 0 for i in range(len(completions))]
+    expected = [reward(completion, end) for completion, end in zip(completions, ended, strict=True)]
+    given = [Completion("film :", text, end, (1,), (2,)) for text, end in zip(completions, ended, strict=True)]
     assert list(truth().score(given)) == list(enumerate(expected))
-    assert expected != [reward(answer) for answer in answers]
+    assert expected != [reward(completion) for completion in completions]
 
 
 def test_more_rows_than_films_are_refused():

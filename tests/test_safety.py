@@ -17,14 +17,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dpo_pipeline.config import CONF
-from dpo_pipeline.data.lengths import Lengths
-from dpo_pipeline.data.prompts import as_rows, prompt_ids, read_prompts
-from dpo_pipeline.data.shape import shape
+from dpo_pipeline.data.lengths import LengthLimits
+from dpo_pipeline.data.normalize import normalize_row
+from dpo_pipeline.data.prompts import prompt_ids, prompts_to_rows, read_prompts
 from dpo_pipeline.data.tokens import tokenize
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.evaluation.notable import flipped, largest, notable_text
+from dpo_pipeline.evaluation.examples import changes_as_markdown, largest_score_changes, preference_flips
 from dpo_pipeline.evaluation.safety import bias, bias_table, safety, safety_table
-from dpo_pipeline.policies import load_tokenizer
+from dpo_pipeline.models import load_tokenizer
 from dpo_pipeline.training.tiny import word_tokenizer
 
 SHARED = CONF.parent.parent / "shared"
@@ -170,9 +170,9 @@ def test_the_ids_of_a_prompt_are_those_that_a_pair_s_prompt_has(prompts, chat, t
         with pytest.raises(PipelineError, match="no chat template"):
             prompt_ids(prompts, chat, tokenizer)
         return
-    answers = {"chosen": "I see", "rejected": "it was"}
-    rows = [shape(f"row {i}", "s", chat, prompt, answers) for i, prompt in enumerate(prompts)]
-    table = tokenize(rows, tuple(answers), tokenizer, [tokenizer.eos_token_id], Lengths(10_000, 9_000))
+    completions = {"chosen": "I see", "rejected": "it was"}
+    rows = [normalize_row(f"row {i}", "s", chat, prompt, completions) for i, prompt in enumerate(prompts)]
+    table = tokenize(rows, tuple(completions), tokenizer, [tokenizer.eos_token_id], LengthLimits(10_000, 9_000))
     ids = prompt_ids(prompts, chat, tokenizer)
     assert ids == table["prompt_ids"]
     if not chat:
@@ -188,10 +188,18 @@ def test_a_chat_prompt_ends_with_the_opening_of_a_reply():
 
 def test_a_text_becomes_a_dialogue_for_a_base_model_only_where_the_policy_has_learnt_from_those():
     plain, dialogue = "Who? ", "\n\nHuman: Who?\n\nAssistant:"
-    assert [row["prompt"] for row in as_rows([plain, TALK, ASKED], False, "s")] == [plain, TALK, dialogue]
-    assert [row["prompt"] for row in as_rows([plain, TALK, ASKED], False, "s", True)] == [dialogue, TALK, dialogue]
-    assert [row["prompt"] for row in as_rows([plain, ASKED], True, "s", True)] == [ASKED, ASKED]
-    assert as_rows(["a", "b"], False, "xstest")[1] == {"prompt": "b", "source": "xstest", "origin": "xstest, prompt 2"}
+    assert [row["prompt"] for row in prompts_to_rows([plain, TALK, ASKED], False, "s")] == [plain, TALK, dialogue]
+    assert [row["prompt"] for row in prompts_to_rows([plain, TALK, ASKED], False, "s", True)] == [
+        dialogue,
+        TALK,
+        dialogue,
+    ]
+    assert [row["prompt"] for row in prompts_to_rows([plain, ASKED], True, "s", True)] == [ASKED, ASKED]
+    assert prompts_to_rows(["a", "b"], False, "xstest")[1] == {
+        "prompt": "b",
+        "source": "xstest",
+        "origin": "xstest, prompt 2",
+    }
 
 
 def test_a_prompt_that_holds_bos_is_told_by_its_number():
@@ -372,7 +380,7 @@ NAMES = [{"prompt": f"p{i}", "chosen": f" good{i}", "rejected": f" bad{i}", "sou
 def test_pairs_that_flipped_either_way_with_the_largest_change_first():
     before = [-1.0, -9.0, 3.0, 0.0, 1.0, -1.0, 2.0]
     after = [1.0, 0.5, -1.0, 4.0, 2.0, 1.0, 0.0]
-    found = flipped(NAMES, before, after, 2)
+    found = preference_flips(NAMES, before, after, 2)
     assert (found["n"], found["ties"]) == (7, 2)
     assert found["successes"]["count"] == 3
     assert [example["prompt"] for example in found["successes"]["examples"]] == ["p1", "p0"]  # p5 changed as p0 did
@@ -382,37 +390,37 @@ def test_pairs_that_flipped_either_way_with_the_largest_change_first():
             {"prompt": "p2", "texts": {"chosen": " good2", "rejected": " bad2"}, "before": 3.0, "after": -1.0}
         ],
     }
-    text = notable_text(json.loads(json.dumps(found)), "sft", "dpo")
+    text = changes_as_markdown(json.loads(json.dumps(found)), "sft", "dpo")
     assert "**wrong with sft, right with dpo: 3 of 7**\n\n> p1\n\n- margin_nats: -9.000 to 0.500\n" in text
     assert "**right with sft, wrong with dpo: 1 of 7**\n\n> p2\n" in text
     assert "- chosen: good2\n- rejected: bad2" in text
 
 
 def test_a_policy_against_itself_flips_nothing():
-    found = flipped(NAMES, [0.0] * 7, [1.0] * 7, 3)
+    found = preference_flips(NAMES, [0.0] * 7, [1.0] * 7, 3)
     assert (found["ties"], found["successes"]["count"], found["failures"]["count"]) == (7, 0, 0)
     assert (
-        notable_text(found, "a", "b")
+        changes_as_markdown(found, "a", "b")
         == "**wrong with a, right with b: 0 of 7**\n\n**right with a, wrong with b: 0 of 7**"
     )
-    turned = flipped([{**NAMES[0], "prompt": ASKED}], [-1.0], [1.0], 1)["successes"]["examples"]
+    turned = preference_flips([{**NAMES[0], "prompt": ASKED}], [-1.0], [1.0], 1)["successes"]["examples"]
     assert turned[0]["prompt"] == "user: Who?"
     with pytest.raises(ValueError, match="shorter"):
-        flipped(NAMES, [0.0] * 7, [0.0] * 6, 3)
+        preference_flips(NAMES, [0.0] * 7, [0.0] * 6, 3)
 
 
 def test_the_largest_gains_and_losses_of_a_judge_s_score():
     samples = [{"prompt": f"p{i}", "answers": {"sft": f"old {i}", "dpo": "x" * 400}} for i in range(6)]
     samples[4]["prompt"] = ASKED
     before, after = [0.0, 0.5, None, 1.0, -1.0, 0.2], [0.3, 0.5, 1.0, None, 2.0, 0.1]
-    found = largest(samples, before, after, 1, "truth")
+    found = largest_score_changes(samples, before, after, 1, "truth")
     assert {key: found[key] for key in ("n", "ties", "unread")} == {"n": 4, "ties": 1, "unread": 2}
     assert found["successes"]["count"] == 2
     assert found["successes"]["examples"] == [
         {"prompt": "user: Who?", "texts": samples[4]["answers"], "before": -1.0, "after": 2.0}
     ]
     assert [example["prompt"] for example in found["failures"]["examples"]] == ["p5"]
-    text = notable_text(json.loads(json.dumps(found)), "sft", "dpo")
+    text = changes_as_markdown(json.loads(json.dumps(found)), "sft", "dpo")
     assert (
         "**dpo above sft by score.truth: 2 of 4**\n\n> user: Who?\n\n- score.truth: -1.000 to 2.000\n- sft: old 4"
         in text
@@ -423,7 +431,7 @@ def test_the_largest_gains_and_losses_of_a_judge_s_score():
 
 
 def test_none_of_the_samples_readable_is_told_as_none():
-    found = largest([{"prompt": "p", "answers": {"a": "x", "b": "y"}}], [None], [1.0], 3, "truth")
+    found = largest_score_changes([{"prompt": "p", "answers": {"a": "x", "b": "y"}}], [None], [1.0], 3, "truth")
     assert found["n"] == 0
     assert found["unread"] == 1
-    assert "0 of 0" in notable_text(found, "a", "b")
+    assert "0 of 0" in changes_as_markdown(found, "a", "b")

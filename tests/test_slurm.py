@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_pipeline import runs
+from dpo_pipeline import run_folder
 from dpo_pipeline.config import CONF
 from tests.conftest import SMALL
 
@@ -126,7 +126,7 @@ def until(holds: Callable[[], bool]) -> None:
 
 
 def status(folder: Path) -> dict:
-    return runs.read_json(folder / "status.json") or {"state": "none", "step": 0}
+    return run_folder.read_json(folder / "status.json") or {"state": "none", "step": 0}
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_what_the_limit_interrupts_is_requeued_and_ends_with_the_same_bytes(whol
     job = slurm.submit([*typed, "sft_variant=stopped"], "--time=10", warning)
     until(lambda: status(other)["state"] == "interrupted")
     slurm("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # so that the rest is not interrupted
-    stopped = runs.newest_checkpoint(other)
+    stopped = run_folder.newest_checkpoint(other)
     assert stopped.name == f"checkpoint-{status(other)['step']}"
     told = slurm.ended(job)
     assert (told["JobState"], told["Restarts"], status(other)["state"]) == ("COMPLETED", "1", "done")
@@ -190,4 +190,4 @@ def test_two_nodes_train_together_and_stop_and_go_on_together(whole, slurm):
     until(lambda: status(other)["state"] == "interrupted")
     told = slurm.ended(job)
     assert (told["JobState"], told["Restarts"], status(other)["state"]) == ("COMPLETED", "1", "done")
-    assert runs.read_json(other / "manifest.json")["world_size"] == 2
+    assert run_folder.read_json(other / "manifest.json")["world_size"] == 2

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from dpo_pipeline.config import ROW_KEYS, build, compose
+from dpo_pipeline.config import ROW_KEYS, compose, instantiate_node
 from dpo_pipeline.data import json_file
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.errors import PipelineError
@@ -36,10 +36,10 @@ def write(path, rows, schema=None):
 def loaded(name, path, *overrides, chat=False):
     """What the data set's own file in conf/ makes of a local copy."""
     node = compose([f"dataset={name}", f"dataset.path={path}", *overrides]).dataset
-    return build({key: value for key, value in node.items() if key not in ROW_KEYS}, chat=chat, source="it")
+    return instantiate_node({key: value for key, value in node.items() if key not in ROW_KEYS}, chat=chat, source="it")
 
 
-def answers(row):
+def completions(row):
     """A row without its source and origin."""
     assert row["source"] == "it"
     assert row["origin"]
@@ -92,8 +92,8 @@ def test_shp_takes_the_preferred_comment_of_clear_pairs_at_most_five_for_a_post(
     found = loaded("shp", tmp_path, "dataset.data_dir=askculinary")
     assert {split: len(rows) for split, rows in found.items()} == {"train": 8, "test": 1}
     asked = HUMAN("How do I cook rice?")
-    assert answers(found["train"][0]) == {"prompt": asked, "chosen": " With water.", "rejected": " Not at all."}
-    assert answers(found["train"][1]) == {"prompt": asked, "chosen": " Not at all.", "rejected": " With water."}
+    assert completions(found["train"][0]) == {"prompt": asked, "chosen": " With water.", "rejected": " Not at all."}
+    assert completions(found["train"][1]) == {"prompt": asked, "chosen": " Not at all.", "rejected": " With water."}
     reasons = ["score_ratio below 2", "beyond 5 pairs of its prompt"]
     assert [row.get("left_out") for row in found["train"]] == [
         None,
@@ -108,7 +108,7 @@ def test_shp_takes_the_preferred_comment_of_clear_pairs_at_most_five_for_a_post(
     assert "left_out" not in found["test"][0]
     assert len(loaded("shp", tmp_path)["train"]) == 9
     chat = loaded("shp", tmp_path / "askculinary" / "test.json", chat=True)["train"][0]
-    assert answers(chat) == {
+    assert completions(chat) == {
         "prompt": [user("How do I cook rice?")],
         "chosen": "With water.",
         "rejected": "Not at all.",
@@ -119,9 +119,9 @@ def test_what_shp_leaves_out_is_counted_and_is_no_fault(tmp_path):
     rows = [{**SHP, "history": f"{i}", "score_ratio": 2.5 if i % 2 else 1.5} for i in range(100)]
     path = write(tmp_path / "train.json", rows)
     run = compose(["dataset=shp", f"dataset.path={path}", "dataset.test_rows=5"])
-    splits, account = load_splits(run.dataset, ("chosen", "rejected"), chat=False)
+    splits, data_report = load_splits(run.dataset, ("chosen", "rejected"), chat=False)
     assert sum(map(len, splits.values())) == 50
-    assert account.as_json()["sources"]["train.json"]["dropped"] == {"score_ratio below 2": 50}
+    assert data_report.as_json()["sources"]["train.json"]["dropped"] == {"score_ratio below 2": 50}
 
 
 def test_a_number_in_csv_is_a_number(tmp_path):
@@ -162,13 +162,13 @@ def test_tldr_asks_in_the_papers_form_and_keeps_the_posts_own_summary(tmp_path):
     write(tmp_path / "axis" / "test" / "0000.parquet", [{"info": {"id": "1"}, "summary": ref}])
     found = loaded("summarize_from_feedback", tmp_path, "dataset.revision=null")
     asked = "SUBREDDIT: r/legaladvice\n\nTITLE: Car\n\nPOST: A.\n\nTL;DR:"
-    first, second, third = map(answers, found["train"])
+    first, second, third = map(completions, found["train"])
     assert first == {"prompt": asked, "chosen": " two", "rejected": " one", "demonstration": " own"}
     assert second == {"prompt": asked, "chosen": " own", "rejected": " two", "demonstration": " own"}
     assert third == {"prompt": asked.replace("A.", "B."), "chosen": " one", "rejected": " two"}
     assert [row.get("left_out") for row in found["test"]] == [None, "no prompt"]
     path = write(tmp_path / "batch9.jsonl", rows)
-    assert answers(loaded("summarize_from_feedback", path, chat=True)["train"][0]) == {
+    assert completions(loaded("summarize_from_feedback", path, chat=True)["train"][0]) == {
         "prompt": [user(asked)],
         "chosen": "two",
         "rejected": "one",
@@ -190,8 +190,8 @@ def test_ultrafeedback_is_whole_dialogues_in_splits_of_its_own_names(tmp_path):
         write(tmp_path / "data" / f"{split}-00000-of-00001.parquet", rows)
     text, chat = (loaded("ultrafeedback_binarized", tmp_path, chat=chat) for chat in (False, True))
     assert {split: len(rows) for split, rows in text.items()} == {"train": 1, "test": 1}
-    assert answers(text["train"][0]) == {"prompt": HUMAN("hi"), "chosen": " yo", "rejected": " no"}
-    assert answers(chat["test"][0]) == {"prompt": [user("hi")], "chosen": "yo", "rejected": "no"}
+    assert completions(text["train"][0]) == {"prompt": HUMAN("hi"), "chosen": " yo", "rejected": " no"}
+    assert completions(chat["test"][0]) == {"prompt": [user("hi")], "chosen": "yo", "rejected": "no"}
 
 
 @pytest.mark.parametrize(
@@ -204,10 +204,10 @@ def test_ultrafeedback_is_whole_dialogues_in_splits_of_its_own_names(tmp_path):
 def test_a_system_prompt_stands_before_the_question(name, file, row, tmp_path):
     row = {**row, "system": "Be kind.", "chosen": "yo", "rejected": "no"}
     path = write(tmp_path / file, [row, {**row, "system": ""}])
-    first, second = map(answers, loaded(name, path)["train"])
+    first, second = map(completions, loaded(name, path)["train"])
     assert first == {"prompt": f"Be kind.{HUMAN('hi')}", "chosen": " yo", "rejected": " no"}
     assert second["prompt"] == HUMAN("hi")
-    first, second = map(answers, loaded(name, path, chat=True)["train"])
+    first, second = map(completions, loaded(name, path, chat=True)["train"])
     assert first == {"prompt": [system("Be kind."), user("hi")], "chosen": "yo", "rejected": "no"}
     assert second["prompt"] == [user("hi")]
     assert loaded(name, path, "dataset.columns.system=null")["train"][0]["prompt"] == HUMAN("hi")
@@ -220,9 +220,9 @@ def test_stack_exchange_reads_one_folder_of_the_set_and_no_more_rows_than_asked(
     write(tmp_path / "data" / "finetune" / "train-00000-of-00001.parquet", [row] * 7)
     assert len(loaded("stack_exchange_paired", tmp_path)["train"]) == 5
     rows = loaded("stack_exchange_paired", tmp_path, "dataset.rows=2")["train"]
-    assert [answers(row) for row in rows] == [{"prompt": HUMAN("How?"), "chosen": " So.", "rejected": " No."}] * 2
+    assert [completions(row) for row in rows] == [{"prompt": HUMAN("How?"), "chosen": " So.", "rejected": " No."}] * 2
     chat = loaded("stack_exchange_paired", tmp_path, chat=True)["train"][0]
-    assert answers(chat) == {"prompt": [user("How?")], "chosen": "So.", "rejected": "No."}
+    assert completions(chat) == {"prompt": [user("How?")], "chosen": "So.", "rejected": "No."}
 
 
 def test_imdb_asks_for_the_rest_of_a_review(tmp_path):
@@ -231,14 +231,14 @@ def test_imdb_asks_for_the_rest_of_a_review(tmp_path):
     for split in ("train", "test"):
         write(tmp_path / f"{split}.jsonl.gz", rows)
     found = loaded("imdb", tmp_path)
-    first, second = map(answers, found["train"])
+    first, second = map(completions, found["train"])
     assert first == {
         "prompt": "I saw it  twice, and\nwould do so",
         "demonstration": " again.<br /><br />Go!",
     }
     assert second == {"prompt": "Seven words and no more than that", "demonstration": ""}
     assert len(found["test"]) == 2
-    chat = answers(loaded("imdb", tmp_path, "dataset.prompt_words=2", chat=True)["train"][0])
+    chat = completions(loaded("imdb", tmp_path, "dataset.prompt_words=2", chat=True)["train"][0])
     assert chat == {"prompt": [user("I saw")], "demonstration": review.removeprefix("I saw ")}
 
 
@@ -248,12 +248,12 @@ ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3", "text": "Below i
 @pytest.mark.parametrize("name", ["alpaca", "json"])
 def test_alpaca_asks_in_its_own_form_or_plainly(name, tmp_path):
     path = write(tmp_path / "train-00000-of-00001.parquet", [ALPACA, {**ALPACA, "input": ""}])
-    first, second = map(answers, loaded(name, path)["train"])
+    first, second = map(completions, loaded(name, path)["train"])
     assert first["prompt"].startswith("Below is an instruction that describes a task, paired with an input")
     assert first["prompt"].endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
     assert second["prompt"].endswith("request.\n\n### Instruction:\nAdd.\n\n### Response:\n")
     assert {key: first[key] for key in first if key != "prompt"} == {"demonstration": "3"}
-    first, second = map(answers, loaded(name, path, chat=True)["train"])
+    first, second = map(completions, loaded(name, path, chat=True)["train"])
     assert first == {"prompt": [user("Add.\n\n1 2")], "demonstration": "3"}
     assert second["prompt"] == [user("Add.")]
 
@@ -321,7 +321,7 @@ FORMS = {
     ),
     "dialogues of text": ({"chosen": f"{HH} yo", "rejected": f"{HH} no"}, TEXT, CHAT),
     "a question": ({"question": "hi", **PAIR}, TEXT, CHAT),
-    "an instruction with answers": (
+    "an instruction with completions": (
         {"instruction": "Add.", **PAIR},
         {
             "prompt": "Below is an instruction that describes a task. Write a response that appropriately completes "
@@ -349,8 +349,8 @@ FORMS = {
 def test_a_common_form_is_recognised_without_columns(form, tmp_path):
     row, text, chat = FORMS[form]
     path = write(tmp_path / "rows.jsonl", [row, row])
-    assert [answers(each) for each in loaded("json", path)["train"]] == [text, text]
-    assert [answers(each) for each in loaded("json", path, chat=True)["train"]] == [chat, chat]
+    assert [completions(each) for each in loaded("json", path)["train"]] == [text, text]
+    assert [completions(each) for each in loaded("json", path, chat=True)["train"]] == [chat, chat]
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.jsonl", "list.json", "a.jsonl.gz", "folder/train.jsonl"])
@@ -360,7 +360,7 @@ def test_a_copy_may_be_of_any_kind(name, tmp_path):
     path = tmp_path / name.split("/")[0]
     columns = "dataset.columns={prompt: asked, chosen: good, rejected: bad}"
     rows = loaded("json", path, columns)["train"]
-    assert [answers(each) for each in rows] == [{"prompt": row["asked"], "chosen": " yo", "rejected": " no"}] * 2
+    assert [completions(each) for each in rows] == [{"prompt": row["asked"], "chosen": " yo", "rejected": " no"}] * 2
     assert len({each["origin"] for each in rows}) == 2
 
 
@@ -375,7 +375,7 @@ def test_columns_are_paths_templates_and_names_with_dots(tmp_path):
         'rejected: "marked[by=a.b].text", demonstration: "marked[by=you].text"}'
     )
     rows = loaded("json", write(tmp_path / "a.jsonl", [row]), columns)["train"]
-    assert answers(rows[0]) == {"prompt": "T (2020): two", "chosen": " yo", "rejected": " bad"}
+    assert completions(rows[0]) == {"prompt": "T (2020): two", "chosen": " yo", "rejected": " bad"}
 
 
 def test_a_second_file_is_the_test_split_and_may_have_another_form(tmp_path):
@@ -383,14 +383,14 @@ def test_a_second_file_is_the_test_split_and_may_have_another_form(tmp_path):
     test = write(tmp_path / "b.jsonl", [FORMS["OpenAI's"][0]])
     found = loaded("json", train, f"dataset.test_path={test}")
     assert {split: len(rows) for split, rows in found.items()} == {"train": 3, "test": 1}
-    assert answers(found["test"][0]) == TEXT
+    assert completions(found["test"][0]) == TEXT
 
 
 def test_nulls_are_told_not_read_as_text(tmp_path):
     rows = [{"q": "hi", "s": None, **PAIR}, {"q": None, "s": "x", **PAIR}, {"q": "hi", "s": "", "chosen": None}]
     path = write(tmp_path / "a.jsonl", rows)
     columns = "dataset.columns={question: q, system: s, chosen: chosen, rejected: rejected}"
-    assert answers(loaded("json", write(tmp_path / "b.jsonl", rows[:1]), columns)["train"][0]) == TEXT
+    assert completions(loaded("json", write(tmp_path / "b.jsonl", rows[:1]), columns)["train"][0]) == TEXT
     with pytest.raises(PipelineError, match="a.jsonl, line 2: question is null, not text"):
         loaded("json", path, columns)
     path = write(tmp_path / "c.jsonl", rows[2:])
@@ -398,7 +398,7 @@ def test_nulls_are_told_not_read_as_text(tmp_path):
         loaded("json", path, columns)
 
 
-def test_a_label_that_names_neither_answer_is_a_problem_of_its_row(tmp_path):
+def test_a_label_that_names_neither_completion_is_a_problem_of_its_row(tmp_path):
     path = write(tmp_path / "a.jsonl", [{**SHP, "labels": 3}, {**SHP, "labels": None}, SHP])
     reasons = [row.get("problem") for row in loaded("shp", path)["train"]]
     assert reasons == ["labels is neither 1 nor 0", "labels is neither 1 nor 0", None]
@@ -482,7 +482,7 @@ def test_bad_input_is_one_sentence(name, rows, columns, sentence, tmp_path):
 
 def test_rows_of_a_folder_may_differ_in_form_and_not_in_what_is_no_text(tmp_path):
     path = write(tmp_path / "train.jsonl", [FORMS["messages"][0], {"prompt": HH, "chosen": " yo", "rejected": " no"}])
-    assert [answers(row) for row in loaded("json", tmp_path)["train"]] == [TEXT, TEXT]
+    assert [completions(row) for row in loaded("json", tmp_path)["train"]] == [TEXT, TEXT]
     write(tmp_path / "train.jsonl", [FORMS["text"][0], {"prompt": "hi", "chosen": 3, "rejected": "no"}])
     for place in (path, tmp_path):
         with pytest.raises(PipelineError, match="(line 2|row 1): chosen is a number, not text or messages"):
@@ -515,9 +515,9 @@ def test_rows_of_a_folder_may_differ_in_form_and_not_in_what_is_no_text(tmp_path
 )
 def test_what_is_asked_of_the_hub(name, asked, monkeypatch):
     calls = []
-    monkeypatch.setattr(json_file, "read", lambda *given: calls.append(given) or {})
+    monkeypatch.setattr(json_file, "read_source", lambda *given: calls.append(given) or {})
     node = compose([f"dataset={name}"]).dataset
-    build({key: value for key, value in node.items() if key not in ROW_KEYS}, chat=False, source="it")
+    instantiate_node({key: value for key, value in node.items() if key not in ROW_KEYS}, chat=False, source="it")
     assert calls == [asked]
 
 

@@ -17,13 +17,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra_plugins.dpo_pipeline import launcher
 
-from dpo_pipeline import config, locks, runs
+from dpo_pipeline import config, locks, run_folder
 from dpo_pipeline.config import CONF
+from dpo_pipeline.data import prepare
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.evaluation import variants
+from dpo_pipeline.evaluation import sweep_report
 from dpo_pipeline.sft import run_sft
-from dpo_pipeline.training import reference, start
+from dpo_pipeline.training import reference
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_a_killed_job_has_failed_and_ctrl_c_stops_the_others_at_a_checkpoint(typ
     def running(seed: int) -> dict:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            status = runs.read_json(folders[seed] / "status.json")
+            status = run_folder.read_json(folders[seed] / "status.json")
             if status is not None and status["state"] == "running" and status["step"] >= 3:
                 return status
             time.sleep(0.2)
@@ -91,20 +92,20 @@ def test_a_killed_job_has_failed_and_ctrl_c_stops_the_others_at_a_checkpoint(typ
     assert "seed=21: failed, killed by SIGKILL: by hand, or for want of memory (1 to come)" in printed
     assert "stopping 1 job(s) at a checkpoint: the same command goes on from there" in printed
     assert re.search(r"seed=22: interrupted, loss 0\.\d+ at step \d+", printed)
-    assert runs.state(folders[22]) == "interrupted"
-    assert runs.newest_checkpoint(folders[22])
+    assert run_folder.run_state(folders[22]) == "interrupted"
+    assert run_folder.newest_checkpoint(folders[22])
 
 
 def test_one_reference_pass_serves_every_beta_loss_and_seed(small, sft, tmp_path, monkeypatch):
     seen = []
-    computed, tokenize = reference.computed, start.tokenize
+    computed, tokenize = reference.compute_reference_logps, prepare.tokenize
 
     def counted(made, rows, *told):
         seen.append((told, len(rows)))
         return computed(made, rows, *told)
 
-    monkeypatch.setattr(reference, "computed", counted)
-    monkeypatch.setattr(start, "tokenize", lambda *args: seen.append("tokenized") or tokenize(*args))
+    monkeypatch.setattr(reference, "compute_reference_logps", counted)
+    monkeypatch.setattr(prepare, "tokenize", lambda *args: seen.append("tokenized") or tokenize(*args))
     run = small(f"root={tmp_path}", "name=once")
     run_sft(run)
     seen.clear()
@@ -141,7 +142,7 @@ def test_submitit_runs_the_jobs_in_the_folders_that_each_command_alone_has(typed
     done = swept("hydra/launcher=submitit_local", *typed, "++dpo.max_steps=2", "dpo.learning_rate=3e-4,4e-4")
     assert done.returncode == 0, done.stderr
     for rate in ("3e-4", "4e-4"):
-        assert runs.state(small("++dpo.max_steps=2", f"dpo.learning_rate={rate}").dpo_folder) == "done"
+        assert run_folder.run_state(small("++dpo.max_steps=2", f"dpo.learning_rate={rate}").dpo_folder) == "done"
 
 
 class FakeProcess:
@@ -224,14 +225,14 @@ def test_a_launch_file_for_deepspeed_without_deepspeed_is_refused(launched, monk
 
 
 def test_a_job_that_another_sweep_runs_is_waited_for(launched, small, capsys, monkeypatch):
-    folder, looks, holder = small("variant=fake-0.1").dpo_folder, [], locks.holder
+    folder, looks, holder = small("variant=fake-0.1").dpo_folder, [], locks.lock_owner
 
     def looked(place):
         looks.append(place)
         return holder(place) if len(looks) < 6 else None  # then the other has ended
 
-    monkeypatch.setattr(launcher.locks, "holder", looked)
-    with locks.held(folder):
+    monkeypatch.setattr(launcher.locks, "lock_owner", looked)
+    with locks.run_lock(folder):
         assert len(launched("", "0.1")) == 1
     printed = capsys.readouterr().out
     assert 0 <= printed.index(f"elsewhere, process {os.getpid()} on ") < printed.index(": running")
@@ -244,17 +245,17 @@ def estimate(value: float, half: float) -> dict:
 def lay(home: Path, beta: float, seed: int, kl: float, reward: float | None, nats: float, half=0.05, **status):
     """A DPO that is done, with these numbers on validation and test."""
     folder = home / "dpo" / f"sigmoid-beta{beta:g}-seed{seed}"
-    runs.write_json(folder / "status.json", {"state": "done", "step": 9, "error": None, **status})
-    runs.write_json(folder / "manifest.json", {"identity": {"beta": beta, "seed": seed, "dpo.x": 1}})
+    run_folder.write_json(folder / "status.json", {"state": "done", "step": 9, "error": None, **status})
+    run_folder.write_json(folder / "manifest.json", {"identity": {"beta": beta, "seed": seed, "dpo.x": 1}})
     block = {"preference_accuracy": estimate(0.8, 0.02), "margin_nats": estimate(nats, half), "kl": estimate(kl, 0.1)}
-    own = {"answer_tokens": estimate(20, 1)} | ({} if reward is None else {"score.truth": estimate(reward, half)})
+    own = {"completion_tokens": estimate(20, 1)} | ({} if reward is None else {"score.truth": estimate(reward, half)})
     name = f"dpo/{folder.name}"
     settings = {"pairs": 100, "prompts": 50, "max_new_tokens": 8, "quantization": None, "prompts_file": None}
     settings["weights"] = {name: "x", "base": "b", "sft/full": "s"}
     against = {"base": block, "reference": block}
     result = {"policy": name, "dataset": "d", "settings": settings, "own": own, "against": against}
     for file in ("eval.json", "validation.json"):
-        runs.write_json(folder / file, result)
+        run_folder.write_json(folder / file, result)
     return folder
 
 
@@ -262,25 +263,25 @@ def test_the_largest_reward_within_the_budget_is_recommended(tmp_path):
     lay(tmp_path, 0.01, 0, kl=50, reward=0.9, nats=9)
     lay(tmp_path, 0.1, 0, kl=6, reward=0.7, nats=5)
     lay(tmp_path, 0.3, 0, kl=2, reward=0.3, nats=8)
-    text = variants.report(tmp_path, 10, {})
+    text = sweep_report.sweep_report(tmp_path, 10, {})
     assert (
         "Recommended: beta 0.1, reward 0.700 [0.650, 0.750] (largest reward on validation with a KL of at most 10 "
         in text
     )
     assert "Within noise" not in text
-    assert "All against sft/full: 100 test pairs and 50 sampled answers" in text
-    assert "Recommended: beta 0.01," in variants.report(tmp_path, 60, {})
-    assert "Recommended: none; no beta has a KL of at most 1 nats" in variants.report(tmp_path, 1, {})
+    assert "All against sft/full: 100 test pairs and 50 sampled completions" in text
+    assert "Recommended: beta 0.01," in sweep_report.sweep_report(tmp_path, 60, {})
+    assert "Recommended: none; no beta has a KL of at most 1 nats" in sweep_report.sweep_report(tmp_path, 1, {})
 
 
 def test_the_choice_reads_validation_and_never_test(tmp_path):
     for beta, on_validation, on_test in ((0.1, 0.7, 0.2), (0.3, 0.3, 0.9)):
         folder = lay(tmp_path, beta, 0, kl=5, reward=on_validation, nats=5)
-        result = runs.read_json(folder / "eval.json")
+        result = run_folder.read_json(folder / "eval.json")
         result["own"]["score.truth"] = estimate(on_test, 0.05)
         result["against"]["reference"]["kl"] = estimate(50 if beta == 0.1 else 1, 0.1)
-        runs.write_json(folder / "eval.json", result)
-    text = variants.report(tmp_path, 10, {})
+        run_folder.write_json(folder / "eval.json", result)
+    text = sweep_report.sweep_report(tmp_path, 10, {})
     assert "Recommended: beta 0.1, reward 0.700" in text
     assert "0.900 [0.850, 0.950]" in text  # the table is of test
 
@@ -288,21 +289,21 @@ def test_the_choice_reads_validation_and_never_test(tmp_path):
 def test_without_a_reward_the_largest_margin_in_nats_is_recommended(tmp_path):
     lay(tmp_path, 0.1, 0, kl=6, reward=None, nats=5)
     lay(tmp_path, 0.3, 0, kl=2, reward=None, nats=4)  # with beta its margin would be 1.2, and that of 0.1 only 0.5
-    assert "Recommended: beta 0.1, margin_nats 5.000" in variants.report(tmp_path, 10, {})
+    assert "Recommended: beta 0.1, margin_nats 5.000" in sweep_report.sweep_report(tmp_path, 10, {})
 
 
 def test_differences_within_noise_are_told(tmp_path):
     lay(tmp_path, 0.1, 0, kl=6, reward=0.70, nats=5)
     lay(tmp_path, 0.3, 0, kl=2, reward=0.65, nats=4)
     lay(tmp_path, 1, 0, kl=1, reward=0.1, nats=4)
-    assert "Within noise of it: beta 0.3;" in variants.report(tmp_path, 10, {})
+    assert "Within noise of it: beta 0.3;" in sweep_report.sweep_report(tmp_path, 10, {})
 
 
 def test_seeds_are_one_point_whose_interval_holds_their_spread_and_that_of_the_rows(tmp_path):
     for seed, reward in enumerate((0.6, 0.7, 0.8)):
         lay(tmp_path, 0.1, seed, kl=6, reward=reward, nats=5)
     # Student's t over three seeds is 4.3027 * 0.1 / sqrt(3) = 0.2484; with 0.05 of the rows, 0.2534.
-    assert "reward 0.700 [0.447, 0.953]" in variants.report(tmp_path, 10, {})
+    assert "reward 0.700 [0.447, 0.953]" in sweep_report.sweep_report(tmp_path, 10, {})
 
 
 def test_what_has_no_numbers_is_a_gap_with_its_reason(tmp_path):
@@ -311,7 +312,9 @@ def test_what_has_no_numbers_is_a_gap_with_its_reason(tmp_path):
     (folder / "eval.json").unlink()
     (lay(tmp_path, 0.5, 0, kl=2, reward=0.9, nats=4) / "validation.json").unlink()
     lay(tmp_path, 1, 0, kl=2, reward=0.9, nats=4)
-    text = variants.report(tmp_path, 10, {"sigmoid-beta1-seed0": "failed: killed", "never-begun": "failed: no folder"})
+    text = sweep_report.sweep_report(
+        tmp_path, 10, {"sigmoid-beta1-seed0": "failed: killed", "never-begun": "failed: no folder"}
+    )
     assert re.search(r"beta0.3-seed0 +\| failed at step 9: out of memory", text)
     assert re.search(r"beta0.5-seed0 +\| 0.800", text)  # on test, and nothing to be chosen by
     assert re.search(r"beta1-seed0 +\| failed: killed", text)
@@ -330,5 +333,5 @@ def test_variants_of_two_references_are_shown_against_the_base(tmp_path):
     folder = lay(tmp_path, 0.3, 0, kl=2, reward=0.9, nats=4)
     result = json.loads((folder / "eval.json").read_text())
     result["settings"]["weights"]["sft/full"] = "another"
-    runs.write_json(folder / "eval.json", result)
-    assert "All against base:" in variants.report(tmp_path, 10, {})
+    run_folder.write_json(folder / "eval.json", result)
+    assert "All against base:" in sweep_report.sweep_report(tmp_path, 10, {})

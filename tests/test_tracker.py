@@ -1,4 +1,4 @@
-"""What a DPO run is watched by: KL and reward of its answers, warnings of too much, and the best checkpoint."""
+"""What a DPO run is watched by: KL and reward of its completions, warnings of too much, and the best checkpoint."""
 
 import copy
 import json
@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_pipeline import dpo, runs
+from dpo_pipeline import dpo, run_folder
 from dpo_pipeline.config import compose
 from dpo_pipeline.data.reviews import reward
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.judges import built
+from dpo_pipeline.judges import build
 from dpo_pipeline.judges.judge import Judge
-from dpo_pipeline.policies import load_policy
-from dpo_pipeline.sampling import numbers
+from dpo_pipeline.models import load_policy
+from dpo_pipeline.sampling import uniform_draws
 from dpo_pipeline.training import tracker, trainer
 from dpo_pipeline.training.arguments import BEST, training_arguments
-from dpo_pipeline.training.watch import Watch
+from dpo_pipeline.training.overoptimization import OveroptimizationMonitor
 from tests.test_processes import FSDP2, two_ranks
 
 SHORT = (
@@ -33,7 +33,7 @@ SHORT = (
     "dpo.learning_rate=3e-3",
     "++dpo.max_steps=4",
 )
-LOGGED = ("kl", "reward", "stop_rate", "answer_tokens")
+LOGGED = ("kl", "reward", "stop_rate", "completion_tokens")
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +47,17 @@ def train(small, sft):
         found = SimpleNamespace(run=made, folder=made.dpo_folder)
 
         def seen(dpo, folder, callbacks):
-            found.tracker = next(each for each in callbacks if isinstance(each, tracker.Tracker))
+            found.tracker = next(each for each in callbacks if isinstance(each, tracker.RewardKLTracker))
             return given(dpo, folder, callbacks)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dpo, "compare_policies", lambda *args: {})
             patch.setattr(trainer, "train", seen)
             if judges is not None:
-                patch.setattr(built, "built", lambda *args: judges)
+                patch.setattr(build, "build_judges", lambda *args: judges)
             dpo.run_dpo(made)
-        found.points = runs.read_json(made.dpo_folder / runs.POINTS)
-        found.manifest = runs.read_json(made.dpo_folder / "manifest.json")
+        found.points = run_folder.read_json(made.dpo_folder / run_folder.POINTS)
+        found.manifest = run_folder.read_json(made.dpo_folder / "manifest.json")
         return found
 
     return run
@@ -75,15 +75,15 @@ def weights(folder):
 
 
 def drawn(policy, reference, prompt, on):
-    """An answer drawn token by token in float64, and log pi - log pi_ref of it."""
+    """A completion drawn token by token in float64, and log pi - log pi_ref of it."""
     ids, gap = list(prompt), 0.0
-    for number in numbers(on.seed, prompt, 0, on.max_new_tokens):
+    for number in uniform_draws(on.seed, prompt, 0, on.max_new_tokens):
         with torch.no_grad():
             ours, theirs = (model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for model in (policy, reference))
         token = int((ours.exp().cumsum(0) < number).sum())
         gap += float(ours[token] - theirs[token])
         ids.append(token)
-        if token in on.ends:
+        if token in on.eos_ids:
             break
     return ids[len(prompt) :], gap
 
@@ -108,16 +108,16 @@ def test_each_reference_gives_the_kl_that_a_plain_loop_gives(how, train, full, s
     on, last = found.tracker.on, found.points[-1]
     start = base if "BASE" in MODES[how] else sft["r8" if "adapter" in how and "new" not in how else "none"] / "final"
     policy, reference = (load_policy(each, on.loading).double() for each in (found.folder / "final", start))
-    assert len(on.questions.ids) == len(set(map(tuple, on.questions.ids))) == 6
-    answers, gaps = zip(*(drawn(policy, reference, prompt, on) for prompt in on.questions.ids), strict=True)
+    assert len(on.prompt_set.ids) == len(set(map(tuple, on.prompt_set.ids))) == 6
+    completions, gaps = zip(*(drawn(policy, reference, prompt, on) for prompt in on.prompt_set.ids), strict=True)
     assert last["kl"] == pytest.approx(sum(gaps) / 6, abs=1e-3)
     assert last["kl_se"] == pytest.approx(statistics.stdev(gaps) / math.sqrt(6), abs=1e-3)
     assert last["kl_high"] - last["kl"] == pytest.approx(2.570582 * last["kl_se"], rel=1e-5)  # t, 5 degrees of freedom
-    texts = on.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    ended = [answer[-1] in on.ends for answer in answers]
+    texts = on.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    ended = [completion[-1] in on.eos_ids for completion in completions]
     assert last["reward"] == pytest.approx(sum(map(reward, texts, ended)) / 6)
     assert (last["stop_rate"], last["n"], last["beta"]) == (pytest.approx(sum(ended) / 6), 6, 0.1)
-    assert last["answer_tokens"] == pytest.approx(sum(map(len, answers)) / 6)
+    assert last["completion_tokens"] == pytest.approx(sum(map(len, completions)) / 6)
     first = [found.points[0][key] for key in ("kl", "kl_low", "kl_high", "kl_se")]
     assert "BASE" in MODES[how] or first == [0.0] * 4
     assert bool(list(found.folder.glob("checkpoints/*/ref"))) == (
@@ -134,23 +134,23 @@ def test_policy_and_reference_are_multiplied_in_one_precision(train):
 
 
 def test_its_numbers_are_in_the_log_of_the_same_step(full):
-    rows = [row for row in runs.metrics(full.folder) if "eval_kl" in row]
+    rows = [row for row in run_folder.metrics(full.folder) if "eval_kl" in row]
     assert [row["step"] for row in rows] == [0, 2, 4]
     for row, point in zip(rows, full.points, strict=True):
         assert {f"eval_{key}": point[key] for key in LOGGED}.items() <= row.items()
-    assert len([row for row in runs.metrics(full.folder) if "eval_loss" in row]) == 2
+    assert len([row for row in run_folder.metrics(full.folder) if "eval_loss" in row]) == 2
 
 
-def noisy(answers):
+def noisy(completions):
     """A judge that draws from every global random state."""
     torch.manual_seed(random.randrange(9) + np.random.randint(9))
-    yield from ((i, float(torch.rand(()))) for i in reversed(range(len(answers))))
+    yield from ((i, float(torch.rand(()))) for i in reversed(range(len(completions))))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["lora=none", "lora=r8 dpo.activation_checkpointing=true"])
 def test_the_weights_are_the_same_with_and_without_it(how, train, monkeypatch):
-    states, tell = [], tracker.Tracker.tell
+    states, tell = [], tracker.RewardKLTracker.measure_and_log
 
     def kept(self, step):
         states.append((random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()))
@@ -161,19 +161,21 @@ def test_the_weights_are_the_same_with_and_without_it(how, train, monkeypatch):
     tail = how.replace(" ", "-").replace("=", "_")
     without = train(*how.split(), f"variant=without-{tail}", "evaluation.tracker_prompts=0")
     assert without.points is None
-    assert not any("eval_kl" in row for row in runs.metrics(without.folder))
-    monkeypatch.setattr(tracker.Tracker, "tell", kept)
+    assert not any("eval_kl" in row for row in run_folder.metrics(without.folder))
+    monkeypatch.setattr(tracker.RewardKLTracker, "measure_and_log", kept)
     found = train(*how.split(), f"variant=with-{tail}", judges={"noisy": Judge(noisy)})
     assert weights(found.folder / "final") == weights(without.folder / "final")
     assert states[::2] == states[1::2]
     assert len(states) == 6
     for name in ("generation_config.json", "config.json" if how == "lora=none" else "adapter_config.json"):
-        assert runs.read_json(found.folder / "final" / name) == runs.read_json(without.folder / "final" / name)
+        assert run_folder.read_json(found.folder / "final" / name) == run_folder.read_json(
+            without.folder / "final" / name
+        )
 
 
 @pytest.mark.slow
 def test_a_reference_is_loaded_where_the_gradients_were_and_freed(train, monkeypatch):
-    loaded, load, under = [], tracker.load_policy, tracker.Tracker.under_reference
+    loaded, load, under = [], tracker.load_policy, tracker.RewardKLTracker.under_reference
 
     def kept(*args, **options):
         model = load(*args, **options)
@@ -187,33 +189,45 @@ def test_a_reference_is_loaded_where_the_gradients_were_and_freed(train, monkeyp
         return found
 
     monkeypatch.setattr(tracker, "load_policy", kept)
-    monkeypatch.setattr(tracker.Tracker, "under_reference", checked)
+    monkeypatch.setattr(tracker.RewardKLTracker, "under_reference", checked)
     train("variant=freed")
     assert len(loaded) == 3
 
 
 def test_the_first_judge_that_scores_and_is_not_late_gives_the_reward(full):
     def constant(value):
-        return lambda answers: ((i, value) for i in range(len(answers)))
+        return lambda completions: ((i, value) for i in range(len(completions)))
 
-    judges = {"asks": Judge(constant(1.0), late=True), "chooses": Judge(choose=list), "a": Judge(constant(2.0))}
-    made = tracker.Tracker(full.tracker.trainer, full.run, full.folder, full.tracker.on, judges, "")
+    judges = {
+        "asks": Judge(constant(1.0), post_training_only=True),
+        "chooses": Judge(choose=list),
+        "a": Judge(constant(2.0)),
+    }
+    made = tracker.RewardKLTracker(full.tracker.trainer, full.run, full.folder, full.tracker.on, judges, "")
     assert made.judge is judges["a"]
     assert made.reward(0, [[1]] * 6)["value"] == 2.0
-    none = tracker.Tracker(full.tracker.trainer, full.run, full.folder, full.tracker.on, {"asks": judges["asks"]}, "")
+    none = tracker.RewardKLTracker(
+        full.tracker.trainer, full.run, full.folder, full.tracker.on, {"asks": judges["asks"]}, ""
+    )
     assert none.reward(0, [[1]] * 6) is None
 
 
-def down(answers):
-    raise PipelineError("nobody answers at http://localhost:1")
+def down(completions):
+    raise PipelineError("nobody completions at http://localhost:1")
     yield
 
 
 FAULTS = {
-    "none": (lambda answers: ((i, None if i == 2 else 1.0) for i in range(6)), "1 of 6 answers have got no score"),
-    "NaN": (lambda answers: ((i, math.nan if i < 2 else 1.0) for i in range(6)), "2 of 6 answers have got no score"),
-    "too few": (lambda answers: ((i, 1.0) for i in range(5)), "1 of 6 answers have got no score"),
-    "down": (down, "nobody answers at http://localhost:1"),
+    "none": (
+        lambda completions: ((i, None if i == 2 else 1.0) for i in range(6)),
+        "1 of 6 completions have got no score",
+    ),
+    "NaN": (
+        lambda completions: ((i, math.nan if i < 2 else 1.0) for i in range(6)),
+        "2 of 6 completions have got no score",
+    ),
+    "too few": (lambda completions: ((i, 1.0) for i in range(5)), "1 of 6 completions have got no score"),
+    "down": (down, "nobody completions at http://localhost:1"),
 }
 
 
@@ -230,11 +244,11 @@ def test_a_judge_that_fails_is_told_once_and_its_reward_is_none(fault, full, cap
 @pytest.mark.slow
 def test_a_run_whose_judge_is_down_goes_on_without_a_reward(train, full):
     found = train("variant=judge-down", "reference=frozen", "++dpo.eval_on_start=true", judges={"down": Judge(down)})
-    assert runs.state(found.folder) == "done"
+    assert run_folder.run_state(found.folder) == "done"
     assert [point["reward"] for point in found.points] == [None] * 3
     for key in ("kl", "stop_rate"):
         assert [point[key] for point in found.points] == pytest.approx([p[key] for p in full.points], abs=1e-4)
-    assert not any("eval_reward" in row for row in runs.metrics(found.folder))
+    assert not any("eval_reward" in row for row in run_folder.metrics(found.folder))
 
 
 @pytest.mark.slow
@@ -252,22 +266,22 @@ def test_an_interrupt_while_it_samples_loses_no_point_and_makes_none_twice(train
         with pytest.raises(KeyboardInterrupt):
             train("variant=stopped")
     folder = full.folder.with_name("stopped")
-    assert runs.newest_checkpoint(folder).name == "checkpoint-3"
-    assert runs.read_json(folder / runs.POINTS) == full.points[:2]
+    assert run_folder.newest_checkpoint(folder).name == "checkpoint-3"
+    assert run_folder.read_json(folder / run_folder.POINTS) == full.points[:2]
     assert train("variant=stopped").points == full.points
-    assert [row["step"] for row in runs.metrics(folder) if "eval_kl" in row] == [0, 2, 4]
+    assert [row["step"] for row in run_folder.metrics(folder) if "eval_kl" in row] == [0, 2, 4]
     assert weights(folder / "final") == weights(full.folder / "final")
 
 
 def test_what_lies_behind_the_checkpoint_is_cut_from_the_points(tmp_path):
     points = [{"step": step, "kl": 0.1 * step} for step in (0, 2, 4, 6)]
-    runs.write_json(tmp_path / runs.POINTS, points)
-    runs.write_json(tmp_path / "checkpoints" / "checkpoint-4" / "trainer_state.json", {})
-    runs.cut_back(tmp_path)
-    assert runs.read_json(tmp_path / runs.POINTS) == points[:3]
+    run_folder.write_json(tmp_path / run_folder.POINTS, points)
+    run_folder.write_json(tmp_path / "checkpoints" / "checkpoint-4" / "trainer_state.json", {})
+    run_folder.rollback_to_checkpoint(tmp_path)
+    assert run_folder.read_json(tmp_path / run_folder.POINTS) == points[:3]
     (tmp_path / "checkpoints" / "checkpoint-4" / "trainer_state.json").unlink()
-    runs.cut_back(tmp_path)
-    assert runs.read_json(tmp_path / runs.POINTS) == []
+    run_folder.rollback_to_checkpoint(tmp_path)
+    assert run_folder.read_json(tmp_path / run_folder.POINTS) == []
 
 
 PEAK = ("dpo.learning_rate=3e-2", "++dpo.max_steps=12", "evaluation.tracker_prompts=13")
@@ -298,7 +312,7 @@ def test_the_best_by_reward_is_the_largest_within_the_budget_else_the_nearest(bu
 def test_the_best_by_a_metric_is_its_checkpoint_and_the_log_has_it(typed, better, train):
     found = train(*typed.split(), f"variant=best-{len(typed)}")
     name = found.run.dpo_best.removeprefix("eval_")
-    rows = [row for row in runs.metrics(found.folder) if f"eval_{name}" in row and row["step"]]
+    rows = [row for row in run_folder.metrics(found.folder) if f"eval_{name}" in row and row["step"]]
     best = better(rows, key=lambda row: row[f"eval_{name}"])["step"]
     assert found.manifest["final"]["step"] == best
     assert weights(found.folder / "checkpoints" / f"checkpoint-{best}") == weights(found.folder / "final")
@@ -308,22 +322,22 @@ def test_a_reward_that_is_missing_is_never_the_best():
     inside, over, far, unknown = (
         {"kl": kl, "reward": r} for kl, r in ((1.0, -7.0), (11.0, 9.0), (12.0, 9.0), (2.0, None))
     )
-    order = [tracker.within(point, 10.0) for point in (far, over, unknown, inside)]
+    order = [tracker.reward_within_budget(point, 10.0) for point in (far, over, unknown, inside)]
     assert order == sorted(order)
     assert order[-1] == -7.0
-    assert tracker.within({"kl": None, "reward": 9.0}, 10.0) == -math.inf
+    assert tracker.reward_within_budget({"kl": None, "reward": 9.0}, 10.0) == -math.inf
 
 
 def test_each_number_that_may_be_chosen_by_is_one_that_a_run_has(full):
     assert {name for name, more in BEST.items() if not more} == {"loss", "kl"}
-    rows = [row for row in runs.metrics(full.folder) if row["step"] == 4]
+    rows = [row for row in run_folder.metrics(full.folder) if row["step"] == 4]
     assert {f"eval_{name}" for name in BEST} <= {key for row in rows for key in row}
 
 
 WRONG = {
     "dpo_best=lost": r"dpo_best=lost is none of its values: last, reward, .*: did you mean loss or last\?",
     "dpo_best=rewards/rejected": "dpo_best=rewards/rejected is none of its values",
-    "dpo_best=reward judge=[]": r"needs a judge that scores answers, and judge=\[\] names none: add judge=\[length\]",
+    "dpo_best=reward judge=[]": r"needs a judge that scores completions, and .* names none: add judge=\[length\]",
     "dpo_best=reward evaluation.tracker_prompts=0": "dpo_best=reward needs the tracker.*tracker_prompts=0.*: type 64",
     "dpo_best=kl evaluation.tracker_prompts=0": "dpo_best=kl needs the tracker",
     "guard.action=stop evaluation.tracker_prompts=0": "guard.action=stop needs the tracker",
@@ -343,20 +357,20 @@ def test_what_cannot_be_chosen_by_is_told_before_training(typed, small, tmp_path
 def test_a_judge_that_comes_late_cannot_choose(full):
     run = copy.copy(full.run)
     run.dpo_best = "reward"
-    late = {"openai": Judge(down, late=True), "human": Judge(choose=list)}
+    post_training_only = {"openai": Judge(down, post_training_only=True), "human": Judge(choose=list)}
     with pytest.raises(
-        PipelineError, match=r"none of judge=\[openai,human\] scores answers while a run trains: add one"
+        PipelineError, match=r"none of judge=\[openai,human\] scores completions while a run trains: add one"
     ):
-        tracker.Tracker(full.tracker.trainer, run, full.folder, full.tracker.on, late, "")
+        tracker.RewardKLTracker(full.tracker.trainer, run, full.folder, full.tracker.on, post_training_only, "")
 
 
 def test_the_identity_of_the_last_checkpoint_is_that_of_a_run_without_any_of_it():
-    plain = runs.identity(compose([]), "dpo")
+    plain = run_folder.identity(compose([]), "dpo")
     assert not {"dpo_best", "tracker", "judge", "kl_budget", "dpo.eval_steps"} & set(plain)
     assert not any(key.startswith("guard") for key in plain)
     for typed in ("evaluation.tracker_prompts=9", "evaluation.kl_budget=3", "guard.action=off", "guard.kl_max=5",
                   "dpo.eval_steps=7", "judge=[]"):  # fmt: skip
-        assert runs.identity(compose([typed]), "dpo") == plain
+        assert run_folder.identity(compose([typed]), "dpo") == plain
 
 
 @pytest.mark.parametrize(
@@ -375,10 +389,10 @@ def test_what_chooses_or_stops_is_of_the_identity(chosen, theirs, not_theirs):
     values = {"judge": "[truth,length]"}
 
     def identity(*typed: str):
-        return json.loads(json.dumps(runs.identity(compose([chosen, *typed]), "dpo")))
+        return json.loads(json.dumps(run_folder.identity(compose([chosen, *typed]), "dpo")))
 
     plain = identity()
-    assert plain == runs.identity(compose([chosen]), "dpo") != runs.identity(compose([]), "dpo")
+    assert plain == run_folder.identity(compose([chosen]), "dpo") != run_folder.identity(compose([]), "dpo")
     for key in theirs.split():
         assert identity(f"{key}={values.get(key, 7)}") != plain
     for key in not_theirs.split():
@@ -410,7 +424,7 @@ def watched(points, *typed, losses=(0.6, 0.5, 0.4, 0.3), accuracy=0.9, chosen=(-
     """The warnings of a run with one evaluation for each point behind the first, and what it did to the run."""
     caplog.clear()
     saved, now = Saved(), []
-    watch = Watch(compose(["dpo.learning_rate=1e-4", *typed]), saved, now)
+    watch = OveroptimizationMonitor(compose(["dpo.learning_rate=1e-4", *typed]), saved, now)
     control, told = SimpleNamespace(should_training_stop=False, should_save=False), []
     now.append(points[0])
     for point, loss in zip(points[1:], losses, strict=False):
@@ -464,10 +478,11 @@ def test_train_accuracy_is_the_mean_since_the_last_evaluation(caplog):
     assert told == [[], [said], []]
 
 
-def test_chosen_answers_collapse_where_their_nats_grow_by_half(caplog):
+def test_chosen_completions_collapse_where_their_nats_grow_by_half(caplog):
     told, *_ = watched([at(0), at(10)], chosen=(-75.5, -2.55), caplog=caplog)
     said = (
-        "the log-prob of the chosen answers collapses, in nats -50.0 under the reference, -75.5 at step 10 (below 1.5"
+        "the log-prob of the chosen completions collapses, in nats -50.0 under the reference, -75.5 at step 10 "
+        "(below 1.5"
     )
     assert told[0][0].startswith(said)
 
@@ -476,9 +491,9 @@ def test_chosen_answers_collapse_where_their_nats_grow_by_half(caplog):
     ("first", "last", "warned"),
     [(0.9, 0.55, True), (0.9, 0.65, False), (0.5, 0.24, True), (0.4, 0.21, False), (0.2, 0.05, False)],
 )
-def test_fewer_answers_that_end_are_told_where_the_intervals_are_apart(first, last, warned, caplog):
+def test_fewer_completions_that_end_are_told_where_the_intervals_are_apart(first, last, warned, caplog):
     told, *_ = watched([at(0, stop_rate=first), at(10, stop_rate=last)], caplog=caplog)
-    said = f"fewer answers come to an end: {first} [{first - 0.1:.3g}, {first + 0.1:.3g}] at step 0, {last} ["
+    said = f"fewer completions come to an end: {first} [{first - 0.1:.3g}, {first + 0.1:.3g}] at step 0, {last} ["
     assert [sentence.startswith(said) for sentence in told[0]] == [True] * warned
 
 
@@ -519,24 +534,24 @@ def test_off_is_silent_and_stop_stops_beyond_kl_max_alone(caplog):
 
 
 def test_without_a_tracker_the_metrics_alone_are_watched(caplog):
-    watch = Watch(compose([]), Saved(), [])
+    watch = OveroptimizationMonitor(compose([]), Saved(), [])
     state = SimpleNamespace(global_step=10, max_steps=100)
     metrics = {"eval_loss": 0.5, "eval_logps/chosen": -90.0, "eval_rewards/chosen": -4.0}
     watch.on_evaluate(None, state, SimpleNamespace(), metrics=metrics)
-    assert "chosen answers collapses" in caplog.text
+    assert "chosen completions collapses" in caplog.text
 
 
 @pytest.mark.slow
 def test_a_run_that_goes_too_far_stops_where_asked_and_is_done(train, caplog):
     found = train(*PEAK, "guard.action=stop", "guard.kl_max=8", "variant=stops")
-    assert runs.state(found.folder) == "done"
+    assert run_folder.run_state(found.folder) == "done"
     kls = {point["step"]: point["kl"] for point in found.points}
     assert [kl > 8 for kl in kls.values()] == [False] * (len(kls) - 1) + [True]
     last = list(kls)[-1]
     assert found.manifest["stopped"] == {"step": last, "kl": kls[last], "kl_max": 8.0}
     assert found.manifest["final"]["step"] == last < 12
     assert weights(found.folder / "checkpoints" / f"checkpoint-{last}") == weights(found.folder / "final")
-    assert runs.decide(found.folder, runs.identity(found.run, "dpo"), False) == "done"
+    assert run_folder.decide(found.folder, run_folder.identity(found.run, "dpo"), False) == "done"
 
 
 @pytest.mark.slow
@@ -559,29 +574,29 @@ def test_two_ranks_have_the_points_of_one(kind, how, small, full, train, tmp_pat
     done, _ = two_ranks(tmp_path, "dpo", *call, **variables)
     assert done.returncode == 0
     folder = small().home / "dpo" / f"{kind}-{tail}"
-    assert runs.state(folder) == "done"
-    points = runs.read_json(folder / runs.POINTS)
+    assert run_folder.run_state(folder) == "done"
+    points = run_folder.read_json(folder / run_folder.POINTS)
     assert [point["step"] for point in points] == [0, 2, 4]
     for point, other in zip(points, one.points, strict=True):
         assert point == pytest.approx(other, abs=1e-4)
-    assert len([row for row in runs.metrics(folder) if "eval_reward" in row]) == 3
+    assert len([row for row in run_folder.metrics(folder) if "eval_reward" in row]) == 3
 
 
 def test_in_parts_a_reference_that_would_be_loaded_is_not(full, tmp_path, caplog):
     run, parts, on = copy.copy(full.run), copy.copy(full.tracker.trainer), full.tracker.on
     parts.is_fsdp_enabled = True
-    blind = tracker.Tracker(parts, run, tmp_path, on, {}, "nowhere")
+    blind = tracker.RewardKLTracker(parts, run, tmp_path, on, {}, "nowhere")
     told = "there is no KL: beside weights in parts no reference is loaded at each evaluation: type reference=frozen"
     assert caplog.messages == [f"{told} for it"]
     blind.trainer = full.tracker.trainer
-    point = blind.point(4, blind.gaps(list(range(6))))
+    point = blind.point(4, blind.logprob_gaps(list(range(6))))
     assert [point[key] for key in ("kl", "kl_low", "kl_high", "kl_se", "reward")] == [None] * 5
     assert {key: point[key] for key in LOGGED[2:]} == {key: full.points[-1][key] for key in LOGGED[2:]}
-    assert runs.read_json(tmp_path / runs.POINTS) == [point]
+    assert run_folder.read_json(tmp_path / run_folder.POINTS) == [point]
     told = "there is no KL: .*dpo_best or guard.action=stop needs it: type reference=frozen"
     run.dpo_best = "kl"
     with pytest.raises(PipelineError, match=told):
-        tracker.Tracker(parts, run, tmp_path, on, {}, "nowhere")
+        tracker.RewardKLTracker(parts, run, tmp_path, on, {}, "nowhere")
     run.dpo_best, run.guard = "last", SimpleNamespace(action="stop")
     with pytest.raises(PipelineError, match=told):
-        tracker.Tracker(parts, run, tmp_path, on, {}, "nowhere")
+        tracker.RewardKLTracker(parts, run, tmp_path, on, {}, "nowhere")

@@ -12,11 +12,11 @@ from scipy.stats import beta, bootstrap, entropy, ttest_rel
 
 from dpo_pipeline import estimates
 from dpo_pipeline.evaluation import best_of, verdict_statistics
-from dpo_pipeline.evaluation.verdict_statistics import elo, holm, length_controlled, paired, win_rate
+from dpo_pipeline.evaluation.verdict_statistics import elo, holm, length_controlled, paired_test, win_rate
 
 
 def judged(rng, log_odds, ties=0.2):
-    """Verdicts of a judge with these log-odds, a share of them ties whatever the answers are."""
+    """Verdicts of a judge with these log-odds, a share of them ties whatever the completions are."""
     wins = (rng.random(np.shape(log_odds)) < expit(log_odds)).astype(float)
     return np.where(rng.random(wins.shape) < ties, 0.5, wins).tolist()
 
@@ -51,7 +51,7 @@ def test_a_win_rate_is_the_mean_with_a_bootstrap_interval():
 @pytest.mark.parametrize("verdict", [0.0, 0.5, 1.0])
 def test_equal_verdicts_have_wilsons_interval(verdict):
     found = win_rate([verdict] * 40)
-    assert found == estimates.share([verdict] * 40)
+    assert found == estimates.proportion([verdict] * 40)
     assert found["high"] - found["low"] > 0.05
 
 
@@ -144,7 +144,7 @@ def test_without_a_difference_in_length_or_in_verdicts_it_is_the_plain_win_rate(
     verdicts = judged(np.random.default_rng(9), np.zeros(30))
     for difference in (0, 12):
         assert length_controlled(verdicts, [difference] * 30) == win_rate(verdicts)
-    assert length_controlled([1.0] * 30, [*range(30)]) == estimates.share([1.0] * 30)
+    assert length_controlled([1.0] * 30, [*range(30)]) == estimates.proportion([1.0] * 30)
 
 
 def test_verdicts_without_their_lengths_are_refused():
@@ -284,7 +284,7 @@ def test_p_is_that_of_all_signs_for_few_prompts(shift):
     rng = np.random.default_rng(15)
     one, other = rng.normal(shift, 1, 8), rng.normal(0, 1, 8)
     signed = [abs(fmean(np.array(signs) * (one - other))) for signs in itertools.product((1, -1), repeat=8)]
-    found = paired(one.tolist(), other.tolist())
+    found = paired_test(one.tolist(), other.tolist())
     assert found["p"] == fmean(each >= abs(fmean(one - other)) - 1e-12 for each in signed)
     assert found["difference"] == pytest.approx(estimates.mean((one - other).tolist()))
 
@@ -294,31 +294,31 @@ def test_p_is_near_students_for_many_prompts_and_the_same_each_time(shift):
     rng = np.random.default_rng(16)
     prompts = rng.normal(0, 3, 200)
     one, other = (prompts + rng.normal(mean, 1, 200) for mean in (shift, 0))
-    found = paired(one.tolist(), other.tolist())
+    found = paired_test(one.tolist(), other.tolist())
     test = ttest_rel(one, other)
     assert found["p"] == pytest.approx(test.pvalue, abs=0.02)
     interval = test.confidence_interval()
     assert [found["difference"][key] for key in ("low", "high")] == pytest.approx([interval.low, interval.high])
-    assert paired(one.tolist(), other.tolist()) == found
+    assert paired_test(one.tolist(), other.tolist()) == found
 
 
 def test_a_large_difference_over_many_prompts_has_the_least_p_that_draws_can_give():
-    assert paired([1.0] * 40, [0.0] * 40)["p"] == pytest.approx(2 / 10000)
+    assert paired_test([1.0] * 40, [0.0] * 40)["p"] == pytest.approx(2 / 10000)
 
 
 def test_equal_policies_and_single_prompts_show_nothing():
-    assert paired([0.3, 2.0, 0.7] * 20, [0.3, 2.0, 0.7] * 20) == {
+    assert paired_test([0.3, 2.0, 0.7] * 20, [0.3, 2.0, 0.7] * 20) == {
         "difference": {"value": 0.0, "low": 0.0, "high": 0.0, "n": 60}, "p": 1.0,
     }  # fmt: skip
-    assert paired([2.0], [1.5])["p"] == 1.0
-    assert paired([2.0, 3.0], [1.5, 1.0])["p"] == 0.5
+    assert paired_test([2.0], [1.5])["p"] == 1.0
+    assert paired_test([2.0, 3.0], [1.5, 1.0])["p"] == 0.5
 
 
 def test_scores_that_do_not_match_are_refused():
     with pytest.raises(ValueError, match="shorter|longer"):
-        paired([1.0, 2.0], [1.0])
+        paired_test([1.0, 2.0], [1.0])
     with pytest.raises(ValueError, match="the mean of no values"):
-        paired([], [])
+        paired_test([], [])
 
 
 @pytest.mark.parametrize("ps", [[0.01, 0.04, 0.03, 0.005], [0.5, 0.02, 0.02, 0.9, 0.011], [0.6, 0.2, 0.7], [0.2], []])
@@ -335,7 +335,7 @@ def test_holms_p_is_that_of_the_closed_test_with_bonferronis(ps):
 
 
 def mean_of_picked(picks, values, k):
-    """Over all k-subsets, the value of the answer picked; of equal ones their mean."""
+    """Over all k-subsets, the value of the completion picked; of equal ones their mean."""
     found = []
     for subset in itertools.combinations(range(len(picks)), k):
         best = max(picks[i] for i in subset)
@@ -377,19 +377,19 @@ def test_scores_without_their_values_are_refused():
 
 
 def test_the_first_of_the_largest_is_picked():
-    assert best_of.picked([-2.0, 3.0, 1.0, 3.0]) == 1
-    assert best_of.picked([-2.0]) == 0
+    assert best_of.picked_index([-2.0, 3.0, 1.0, 3.0]) == 1
+    assert best_of.picked_index([-2.0]) == 0
 
 
 def best_of_n_kl(probabilities, n):
-    """KL of the best of n to its distribution, over answers in the order of their scores."""
+    """KL of the best of n to its distribution, over completions in the order of their scores."""
     reached = np.cumsum(probabilities)
     best = np.diff(reached**n, prepend=0)
     return float(entropy(best, probabilities))
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 128])
-def test_the_kl_of_the_best_of_n_is_below_its_bound_and_near_it_where_no_answer_is_likely(n):
+def test_the_kl_of_the_best_of_n_is_below_its_bound_and_near_it_where_no_completion_is_likely(n):
     bound = best_of.kl_bound(n)
     assert best_of_n_kl(np.full(200_000, 1 / 200_000), n) == pytest.approx(bound, abs=1e-3)
     likely = best_of_n_kl(np.array([0.1, 0.5, 0.2, 0.2]), n)

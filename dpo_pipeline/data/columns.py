@@ -7,17 +7,21 @@ policy is ref, and `r/{info.subreddit}` a text with a field in it.
 import re
 from typing import Any
 
-from dpo_pipeline.data.files import kind
-from dpo_pipeline.data.shape import ANSWERS
+from dpo_pipeline.data.normalize import COMPLETIONS
+from dpo_pipeline.data.sources import json_type
 from dpo_pipeline.errors import PipelineError, nearest
 
-PARTS = ("prompt", "question", "system", "instruction", "input", "text", *ANSWERS)
-CHOICE = ("answers", "choice", "choices")  # instead of chosen and rejected: two answers and a label that orders them
+PARTS = ("prompt", "question", "system", "instruction", "input", "text", *COMPLETIONS)
+CHOICE = (
+    "answers",
+    "choice",
+    "choices",
+)  # instead of chosen and rejected: two completions and a label that orders them
 STEP = re.compile(r"([^.\[\]]+)(?:\[([^=\]]+)=([^\]]*)\])?")
 FIELD = re.compile(r"\{([^{}]+)\}")
 
 
-def check(columns: dict[str, Any] | None) -> dict[str, Any]:
+def check_columns(columns: dict[str, Any] | None) -> dict[str, Any]:
     """The columns that are not null; raises PipelineError where they name no parts of a row."""
     if columns is None:
         return {}
@@ -35,48 +39,48 @@ def check(columns: dict[str, Any] | None) -> dict[str, Any]:
     sizes = [len(named[part]) if isinstance(named[part], list) else 1 for part in CHOICE if part in named]
     if sizes and sizes != [2, 1, 2]:
         raise PipelineError(
-            "dataset.columns needs three for a pair that a label orders: answers: [A, B], choice: the label's column, "
-            "choices: [its value where A is better, its value where B is]"
+            "dataset.columns needs three for a pair that a label orders: completions: [A, B], choice: the label's "
+            "column, choices: [its value where A is better, its value where B is]"
         )
     return named
 
 
-def is_template(where: str) -> bool:
+def is_template(path: str) -> bool:
     """Whether it is a text with fields in it."""
-    return bool(FIELD.search(where))
+    return bool(FIELD.search(path))
 
 
-def find(raw: Any, where: str, label: str) -> Any:
+def get_path(raw: Any, path: str, label: str) -> Any:
     """What lies there in a row; None where that, or something above it, is null; PipelineError if there is nothing."""
-    if is_template(where):
-        fields = {name: find(raw, name, label) for name in FIELD.findall(where)}
+    if is_template(path):
+        fields = {name: get_path(raw, name, label) for name in FIELD.findall(path)}
         for name, held in fields.items():
             if not isinstance(held, str | int | float | None):
-                raise PipelineError(f"{label}: {name} is {kind(held)}, not text: name a field in it")
-        return None if None in fields.values() else FIELD.sub(lambda field: str(fields[field[1]]), where)
-    if isinstance(raw, dict) and where in raw:
-        return raw[where]  # a column, perhaps with dots in its name
+                raise PipelineError(f"{label}: {name} is {json_type(held)}, not text: name a field in it")
+        return None if None in fields.values() else FIELD.sub(lambda field: str(fields[field[1]]), path)
+    if isinstance(raw, dict) and path in raw:
+        return raw[path]  # a column, perhaps with dots in its name
     held, walked = raw, ""
-    for name, field, wanted in STEP.findall(where):
+    for name, field, wanted in STEP.findall(path):
         if held is None:
             return None
         try:
             held = held[int(name) if isinstance(held, list) else name]
         except (KeyError, IndexError, ValueError, TypeError):
             columns = held if isinstance(held, dict) else {}
-            there = ", ".join(columns) or kind(held) + (f" of {len(held)}" if isinstance(held, list) else "")
+            there = ", ".join(columns) or json_type(held) + (f" of {len(held)}" if isinstance(held, list) else "")
             at = f" in {walked}" if walked else ""
             raise PipelineError(f"{label}: there is no {name}{at}, found {there}{nearest(name, columns)}") from None
         walked = f"{walked}.{name}".strip(".")
         if field:
             listed = held if isinstance(held, list) else [held]
-            held = next((each for each in listed if str(find(each, field, f"{label}, {walked}")) == wanted), None)
+            held = next((each for each in listed if str(get_path(each, field, f"{label}, {walked}")) == wanted), None)
     return held
 
 
-def number(held: Any, label: str) -> float:
+def parse_number(value: Any, label: str) -> float:
     """A number, perhaps written as text; raises PipelineError for anything else."""
     try:
-        return float(held)
+        return float(value)
     except (TypeError, ValueError):
-        raise PipelineError(f"{label} is {kind(held)}, not a number") from None
+        raise PipelineError(f"{label} is {json_type(value)}, not a number") from None

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.data.files import read, require
-from dpo_pipeline.data.shape import shape
+from dpo_pipeline.data.normalize import normalize_row
+from dpo_pipeline.data.sources import read_source, require_text
 from dpo_pipeline.errors import PipelineError
 
 
@@ -18,14 +18,14 @@ def load(path: str, subsets: list[str] | None, chat: bool, source: str) -> dict[
         )
     splits: dict[str, list[dict[str, Any]]] = {}
     for subset in subsets or [None]:
-        for split, rows in read(path, data_dir=subset).items():
+        for split, rows in read_source(path, data_dir=subset).items():
             splits.setdefault(split, []).extend(
-                shape(
+                normalize_row(
                     origin,
                     f"{source}/{subset}" if subset else source,
                     chat,
                     None,
-                    require(row, ("chosen", "rejected"), origin),
+                    require_text(row, ("chosen", "rejected"), origin),
                 )
                 for origin, row in rows
             )

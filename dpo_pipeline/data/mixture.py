@@ -3,7 +3,7 @@
 import random
 from typing import Any
 
-from dpo_pipeline.data.splits import with_test
+from dpo_pipeline.data.splits import read_splits
 from dpo_pipeline.errors import PipelineError, nearest
 
 
@@ -41,7 +41,7 @@ def load(
         raise PipelineError(f"dataset.weights names no weight for {missing}: give one for every set, or none")
     rng = random.Random(seed)
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
-    parts = {name: with_test(node, chat, name) for name, node in sets.items()}
+    parts = {name: read_splits(node, chat, name) for name, node in sets.items()}
     live = {name: [row for row in train if "left_out" not in row] for name, (train, _) in parts.items()}
     share = min((len(live[name]) / weight for name, weight in weights.items()), default=0)
     for name, (train, test) in parts.items():

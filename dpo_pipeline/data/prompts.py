@@ -1,11 +1,11 @@
-"""Prompts to answer, from a file: any, those labelled safe or unsafe, or those that differ in the group they name."""
+"""Prompts from a file: any, those labelled safe or unsafe, or those that differ in the group they name."""
 
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.data.files import read_file, require
-from dpo_pipeline.data.shape import ASK, REPLY, plain, shape
-from dpo_pipeline.data.tokens import encoded
+from dpo_pipeline.data.normalize import ASK, REPLY, normalize_row, parse_messages
+from dpo_pipeline.data.sources import read_file, require_text
+from dpo_pipeline.data.tokens import encode_rows
 from dpo_pipeline.errors import PipelineError
 
 LABELS = ("safe", "unsafe")
@@ -21,18 +21,18 @@ def read_prompts(path: str, columns: tuple[str, ...] = ()) -> list[dict[str, Any
     file = Path(path).expanduser()
     if not file.is_file():
         raise PipelineError(f"there is no prompts file {path} (from {Path.cwd()}): check the path")
-    rows = [row_of(row, columns, origin) for origin, row in read_file(file, path)]
+    rows = [parse_prompt_row(row, columns, origin) for origin, row in read_file(file, path)]
     if not rows:
-        raise PipelineError(f"{path} is empty: give one row with a prompt for each answer")
+        raise PipelineError(f"{path} is empty: give one row with a prompt for each completion")
     if "group" in columns:
         check_groups(rows, path)
     return rows
 
 
-def row_of(row: dict[str, Any], columns: tuple[str, ...], origin: str) -> dict[str, Any]:
+def parse_prompt_row(row: dict[str, Any], columns: tuple[str, ...], origin: str) -> dict[str, Any]:
     """A row's prompt, columns and origin; raises PipelineError where one is missing or cannot be."""
-    found = require(row, columns if isinstance(row.get("prompt"), list) else ("prompt", *columns), origin)
-    prompt = plain(row["prompt"], "prompt", origin)
+    found = require_text(row, columns if isinstance(row.get("prompt"), list) else ("prompt", *columns), origin)
+    prompt = parse_messages(row["prompt"], "prompt", origin)
     if not "".join([prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]).strip():
         raise PipelineError(f"{origin}: its prompt is empty: write one, or take the row out")
     if found.get("label", LABELS[0]) not in LABELS:
@@ -58,7 +58,7 @@ def check_groups(rows: list[dict[str, Any]], path: str) -> None:
                 )
 
 
-def as_rows(
+def prompts_to_rows(
     prompts: list[str | list[dict[str, str]]], chat: bool, source: str, dialogues: bool = False
 ) -> list[dict[str, Any]]:
     """Rows of prompts as pairs have them: messages where `chat`, else text (shape.py).
@@ -67,11 +67,14 @@ def as_rows(
     prompts in HH-RLHF's form, so a text that is not in it becomes what the human of a dialogue says.
     """
 
-    def asked(prompt: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
+    def add_dialogue_frame(prompt: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
         bare = dialogues and isinstance(prompt, str) and not prompt.endswith(REPLY)
         return f"{ASK} {prompt.strip()}{REPLY}" if bare else prompt
 
-    return [shape(f"{source}, prompt {i}", source, chat, asked(prompt), {}) for i, prompt in enumerate(prompts, 1)]
+    return [
+        normalize_row(f"{source}, prompt {i}", source, chat, add_dialogue_frame(prompt), {})
+        for i, prompt in enumerate(prompts, 1)
+    ]
 
 
 def prompt_ids(prompts: list[str | list[dict[str, str]]], chat: bool, tokenizer: Any) -> list[list[int]]:
@@ -80,8 +83,8 @@ def prompt_ids(prompts: list[str | list[dict[str, str]]], chat: bool, tokenizer:
     A chat model's are what its template writes with the generation prompt, a base model's begin with what the
     tokenizer puts before a text, once. Raises PipelineError where a prompt has no token, or BOS twice.
     """
-    rows, ids = as_rows(prompts, chat, "the prompts file"), []
-    found = encoded(rows, (), tokenizer, [tokenizer.eos_token_id])
+    rows, ids = prompts_to_rows(prompts, chat, "the prompts file"), []
+    found = encode_rows(rows, (), tokenizer, [tokenizer.eos_token_id])
     for row, (prompt, _, _, fault) in zip(rows, found, strict=True):
         if fault:
             raise PipelineError(

@@ -1,4 +1,4 @@
-"""A preference task whose truth is known: short film reviews from a grammar, and a reward that scores any answer.
+"""A preference task whose truth is known: short film reviews from a grammar, and a reward that scores any completion.
 
 The sentiment experiment of the DPO paper (arXiv:2305.18290, section 6) in miniature: there the ground truth is a
 classifier, here a formula, so that no result depends on a judge. Words are separated by single spaces, punctuation
@@ -9,7 +9,7 @@ import math
 import random
 from typing import Any
 
-from dpo_pipeline.data.shape import shape
+from dpo_pipeline.data.normalize import normalize_row
 from dpo_pipeline.errors import PipelineError
 
 TITLES = "silent broken golden last hidden lonely crimson distant little burning frozen secret wild quiet".split()
@@ -33,14 +33,14 @@ FILMS = len(TITLES) * len(NOUNS) * len(GENRES) * len(KINDS) * len(PEOPLE)
 VOCABULARY = sorted({*TITLES, *NOUNS, *GENRES, *KINDS, *PEOPLE, *ASPECTS, *SENTIMENT, *DEGREE, *GRAMMAR, "it"})
 
 
-def reward(answer: str, ended: bool = True) -> float:
-    """True reward of an answer, in [-1, 1]: its sentiment, less what makes it a bad text.
+def reward(completion: str, ended: bool = True) -> float:
+    """True reward of a completion, in [-1, 1]: its sentiment, less what makes it a bad text.
 
     Sentiment is tanh of the signed word scores of a sentence in the mean, so that length does not pay; a degree word
     scales the score after it. Repeated three-word sequences cost their share of the text, each unknown word 0.2, and
-    an answer that never ends (`ended`: it closed with its end token) 0.5; an empty answer is worth -1.
+    a completion that never ends (`ended`: it closed with its end token) 0.5; an empty completion is worth -1.
     """
-    words = answer.split()
+    words = completion.split()
     if not words:
         return -1.0
     score, factor = 0.0, 1.0
@@ -57,7 +57,7 @@ def reward(answer: str, ended: bool = True) -> float:
     return max(-1.0, math.tanh(score / max(1, words.count("."))) - repeated - 0.2 * unknown - 0.5 * (not ended))
 
 
-def title(rng: random.Random) -> str:
+def film_title(rng: random.Random) -> str:
     """A film with its genre and subject, one of 120,960, such as `the silent river , a western about a shy pilot`."""
     name = f"the {rng.choice(TITLES)} {rng.choice(NOUNS)}"
     return f"{name} , a {rng.choice(GENRES)} about a {rng.choice(KINDS)} {rng.choice(PEOPLE)}"
@@ -66,8 +66,8 @@ def title(rng: random.Random) -> str:
 def sentence(rng: random.Random, good: bool) -> str:
     """One sentence of a review, of good or bad sentiment."""
 
-    def word(of: dict[str, float], positive: bool) -> str:
-        return rng.choice([w for w, value in of.items() if (value > 0) == positive])
+    def word(scores: dict[str, float], positive: bool) -> str:
+        return rng.choice([w for w, value in scores.items() if (value > 0) == positive])
 
     adjective, verb = word(ADJECTIVES, good), word(VERBS, good)
     degree = rng.choice(["", "", *DEGREE])
@@ -94,7 +94,7 @@ def review(rng: random.Random) -> str:
 
 def plain_text(rng: random.Random) -> str:
     """Sentences of the same words in no order and without the form of a prompt: what the base model has read."""
-    about = title(rng).replace(" , a ", " is a ") + " ."
+    about = film_title(rng).replace(" , a ", " is a ") + " ."
     said = [sentence(rng, rng.random() < 0.5) for _ in range(3)]
     return " ".join(rng.sample([about, *said], 4))
 
@@ -102,9 +102,9 @@ def plain_text(rng: random.Random) -> str:
 def load(rows: int, slope: float, seed: int, chat: bool, source: str) -> dict[str, list[dict[str, Any]]]:
     """Pairs with a demonstration each: `{"train": [...], "test": [...]}`, prompts disjoint, drawn from `seed`.
 
-    The answer of higher true reward is chosen. In train the label is drawn from the Bradley-Terry model with `slope`
-    on the difference of rewards, as an annotator errs; test is true to the reward. `demonstration` is a third review
-    of any mood. An eighth of `rows`, at most 1,000, are test.
+    The completion of higher true reward is chosen. In train the label is drawn from the Bradley-Terry model with
+    `slope` on the difference of rewards, as an annotator errs; test is true to the reward. `demonstration` is a third
+    review of any mood. An eighth of `rows`, at most 1,000, are test.
     """
     if rows > FILMS:
         raise PipelineError(f"dataset.rows={rows}: there are {FILMS:,} films, and each has one row: lower it")
@@ -113,7 +113,7 @@ def load(rows: int, slope: float, seed: int, chat: bool, source: str) -> dict[st
     rng = random.Random(seed)
     films: dict[str, None] = {}
     while len(films) < rows:
-        films[f"film : {title(rng)} . review :"] = None
+        films[f"film : {film_title(rng)} . review :"] = None
     held_out = min(rows // 8, 1000)
     splits: dict[str, list] = {"test": [], "train": []}
     for i, prompt in enumerate(films):
@@ -124,7 +124,7 @@ def load(rows: int, slope: float, seed: int, chat: bool, source: str) -> dict[st
         test = i < held_out
         if not test and rng.random() > 1 / (1 + math.exp(-slope * (reward(better) - reward(worse)))):
             better, worse = worse, better
-        answers = {"chosen": f" {better}", "rejected": f" {worse}", "demonstration": f" {review(rng)}"}
+        completions = {"chosen": f" {better}", "rejected": f" {worse}", "demonstration": f" {review(rng)}"}
         split = "test" if test else "train"
-        splits[split].append(shape(f"{split} row {len(splits[split])}", source, chat, prompt, answers))
+        splits[split].append(normalize_row(f"{split} row {len(splits[split])}", source, chat, prompt, completions))
     return splits

@@ -6,83 +6,101 @@ from pathlib import Path
 from typing import Any
 
 from dpo_pipeline import estimates
-from dpo_pipeline.evaluation.material import Material
-from dpo_pipeline.evaluation.records import SAMPLES, Ask, Policy, Records, others, record
-from dpo_pipeline.judges.judge import Judge, readable
+from dpo_pipeline.distributed import on_main_process
+from dpo_pipeline.evaluation.eval_set import EvalSet
+from dpo_pipeline.evaluation.measure import (
+    SAMPLES,
+    Measurements,
+    Policy,
+    SamplingRequest,
+    measure_policies,
+    references_of,
+)
+from dpo_pipeline.judges.judge import Judge, drop_unparsed
 from dpo_pipeline.judges.verdicts import scores
-from dpo_pipeline.machine import together
-from dpo_pipeline.runs import read_json, write_json
+from dpo_pipeline.run_folder import read_json, write_json
 
 Verdicts = list[float | None]
 BINS = 4  # of pairs, with as many in each
 
 
-def measure(
-    policies: list[Policy], base: str | None, on: Material, file: str, judges: dict[str, Judge], cache: Path
+def measure_and_write(
+    policies: list[Policy], base: str | None, eval_set: EvalSet, file: str, judges: dict[str, Judge], cache: Path
 ) -> None:
     """Record what is not recorded yet of policies, and write the `file` of each; called by every process.
 
-    `judges` score the sampled answers; their verdicts are kept in `cache`.
+    `judges` score the sampled completions; their verdicts are kept in `cache`.
     """
     shown = [policy for policy in policies if policy.shown]
-    records = record(policies, base, on, [Ask(SAMPLES, on.questions, to=tuple(policy.name for policy in shown))])
+    measurements = measure_policies(
+        policies,
+        base,
+        eval_set,
+        [SamplingRequest(SAMPLES, eval_set.prompt_set, to=tuple(policy.name for policy in shown))],
+    )
 
     def write() -> None:
         by_judge = {}
         for policy in shown:
-            answers = on.answers(on.questions, records.answers[policy.name, SAMPLES])
+            completions = eval_set.completions(eval_set.prompt_set, measurements.completions[policy.name, SAMPLES])
             by_judge[policy.name] = {
-                name: scores(judge, answers, cache, f"scores by {name}") for name, judge in judges.items()
+                name: scores(judge, completions, cache, f"scores by {name}") for name, judge in judges.items()
             }
         own = {
-            policy: {f"score.{name}": estimates.mean(readable(values)) for name, values in found.items()}
+            policy: {f"score.{name}": estimates.mean(drop_unparsed(values)) for name, values in found.items()}
             for policy, found in by_judge.items()
         }
-        write_results(shown, base, on, records, own, by_judge, file, whole=False)
+        write_results(shown, base, eval_set, measurements, own, by_judge, file, complete=False)
 
-    together(write)
+    on_main_process(write)
 
 
 def write_results(
     policies: list[Policy],
     base: str | None,
-    on: Material,
-    records: Records,
-    judged: dict[str, dict[str, Any]],
+    eval_set: EvalSet,
+    measurements: Measurements,
+    judge_estimates: dict[str, dict[str, Any]],
     scored: dict[str, dict[str, Verdicts]],
     file: str,
-    whole: bool = True,
+    complete: bool = True,
 ) -> None:
     """Write the `file` of each policy, and beside an eval.json its pairs and its samples, with every number of each.
 
-    `judged` are further estimates of each policy's own answers, `scored` each answer's score by judge. Where these are
-    not the `whole`, what the file says already stays, if it was made of the same weights and data.
+    `judged` are further estimates of each policy's own completions, `scored` each completion's score by judge. Where
+    these are not the `whole`, what the file says already stays, if it was made of the same weights and data.
     """
     for policy in policies:
-        answers, name = records.answers[policy.name, SAMPLES], policy.name
-        blocks = others(policy, base)
-        weights = {each: records.weights[each] for each in dict.fromkeys((name, *blocks.values()))}
-        settings, before = on.settings(weights, policy.beta), read_json(policy.folder / file)
-        against = {block: compared(policy, other, on, records) for block, other in blocks.items()}
-        own = {**own_estimates(on, records.pairs[name]["chosen"], answers), **judged.get(name, {})}
-        if not whole and before and {**before["settings"], "beta": policy.beta} == settings:
+        completions, name = measurements.completions[policy.name, SAMPLES], policy.name
+        blocks = references_of(policy, base)
+        weights = {each: measurements.weights[each] for each in dict.fromkeys((name, *blocks.values()))}
+        settings, before = eval_set.settings(weights, policy.beta), read_json(policy.folder / file)
+        against = {block: estimates_against(policy, other, eval_set, measurements) for block, other in blocks.items()}
+        own = {
+            **own_estimates(eval_set, measurements.pairs[name]["chosen"], completions),
+            **judge_estimates.get(name, {}),
+        }
+        if not complete and before and {**before["settings"], "beta": policy.beta} == settings:
             own = {**before["own"], **own}
-        result = {"policy": name, "dataset": on.dataset, "settings": settings, "against": against, "own": own}
+        result = {"policy": name, "dataset": eval_set.dataset, "settings": settings, "against": against, "own": own}
         if file == "eval.json":
-            write_rows(policy, blocks, on, records, scored.get(name, {}))
+            write_rows(policy, blocks, eval_set, measurements, scored.get(name, {}))
         write_json(policy.folder / file, result)
 
 
-def compared(policy: Policy, other: str, on: Material, records: Records) -> dict[str, Any]:
+def estimates_against(policy: Policy, opponent: str, eval_set: EvalSet, measurements: Measurements) -> dict[str, Any]:
     """Estimates of one policy against another, in nats but for the rewards and the margin, which have its beta."""
     sides = {
-        side: [a - b for a, b in zip(records.pairs[policy.name][side], records.pairs[other][side], strict=True)]
+        side: [
+            a - b
+            for a, b in zip(measurements.pairs[policy.name][side], measurements.pairs[opponent][side], strict=True)
+        ]
         for side in ("chosen", "rejected")
     }
-    tokens = {"chosen": list(map(len, on.chosen)), "rejected": list(map(len, on.rejected))}
+    tokens = {"chosen": list(map(len, eval_set.chosen)), "rejected": list(map(len, eval_set.rejected))}
     margins = [c - r for c, r in zip(sides["chosen"], sides["rejected"], strict=True)]
     per_token = {side: [v / n for v, n in zip(sides[side], tokens[side], strict=True)] for side in sides}
-    gaps = kl_gaps(policy, other, records)
+    gaps = kl_gaps(policy, opponent, measurements)
     margin_nats = estimates.mean(margins)
     found = {
         "preference_accuracy": estimates.accuracy(margins),
@@ -97,21 +115,24 @@ def compared(policy: Policy, other: str, on: Material, records: Records) -> dict
         found[f"logprob_change_{side}_per_token"] = estimates.ratio(sides[side], tokens[side])
     found["kl"] = estimates.mean(gaps)
     found["kl_standard_error"] = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
-    found["kl_per_token"] = estimates.ratio(gaps, [len(ids) for ids in records.answers[policy.name, SAMPLES]])
+    found["kl_per_token"] = estimates.ratio(gaps, [len(ids) for ids in measurements.completions[policy.name, SAMPLES]])
     longer = [float(c - r) for c, r in zip(tokens["chosen"], tokens["rejected"], strict=True)]
-    leaning = [c - r for c, r in zip(*records.pairs[other].values(), strict=True)]
+    leaning = [c - r for c, r in zip(*measurements.pairs[opponent].values(), strict=True)]
     return {
         **found,
-        "accuracy_by_source": by_source([row["source"] for row in on.rows], margins),
+        "accuracy_by_source": by_source([row["source"] for row in eval_set.rows], margins),
         "accuracy_by_length_difference": by_bin(longer, margins, policy.beta),
         "accuracy_by_reference_margin": by_bin(leaning, margins, policy.beta),
     }
 
 
-def kl_gaps(policy: Policy, other: str, records: Records) -> list[float]:
-    """log pi - log pi_ref of each answer sampled from the policy, in nats: their mean is the KL."""
+def kl_gaps(policy: Policy, opponent: str, measurements: Measurements) -> list[float]:
+    """log pi - log pi_ref of each completion sampled from the policy, in nats: their mean is the KL."""
     return [
-        a - b for a, b in zip(records.sums[policy.name, policy.name], records.sums[policy.name, other], strict=True)
+        a - b
+        for a, b in zip(
+            measurements.sums[policy.name, policy.name], measurements.sums[policy.name, opponent], strict=True
+        )
     ]
 
 
@@ -123,14 +144,14 @@ def by_source(sources: list[str], margins: list[float]) -> dict[str, Any]:
     }
 
 
-def by_bin(by: list[float], margins: list[float], beta: float) -> list[dict[str, Any]]:
+def by_bin(values: list[float], margins: list[float], beta: float) -> list[dict[str, Any]]:
     """Accuracy on the pairs in quarters of another quantity, with the accuracy that the policy's own rewards predict.
 
-    Predicted: the mean of sigmoid(beta * |margin|), the probability that the Bradley-Terry model gives to the answer
-    that it prefers; beside it the accuracy says how well calibrated the implicit reward is. Pairs of equal `by` share
-    a bin.
+    Predicted: the mean of sigmoid(beta * |margin|), the probability that the Bradley-Terry model gives to the
+    completion that it prefers; beside it the accuracy says how well calibrated the implicit reward is. Pairs of equal
+    `by` share a bin.
     """
-    rows = sorted(zip(by, margins, strict=True))
+    rows = sorted(zip(values, margins, strict=True))
     edges = sorted({rows[len(rows) * i // BINS][0] for i in range(BINS)})
     bins = []
     for low, high in zip(edges, [*edges[1:], math.inf], strict=True):
@@ -148,13 +169,13 @@ def by_bin(by: list[float], margins: list[float], beta: float) -> list[dict[str,
     return bins
 
 
-def own_estimates(on: Material, chosen: list[float], answers: list[list[int]]) -> dict[str, Any]:
-    """Estimates of a policy that need no other: of the chosen answers' log-probs, and of its own answers."""
-    bare = [ids[:-1] if ids[-1] in on.ends else ids for ids in answers]
+def own_estimates(eval_set: EvalSet, chosen: list[float], completions: list[list[int]]) -> dict[str, Any]:
+    """Estimates of a policy that need no other: of the chosen completions' log-probs, and of its own completions."""
+    bare = [ids[:-1] if ids[-1] in eval_set.eos_ids else ids for ids in completions]
     found = {
-        "perplexity_chosen": estimates.perplexity(chosen, list(map(len, on.chosen))),
-        "stop_rate": estimates.share([float(ids[-1] in on.ends) for ids in answers]),
-        "answer_tokens": estimates.mean([float(len(ids)) for ids in answers]),
+        "perplexity_chosen": estimates.perplexity(chosen, list(map(len, eval_set.chosen))),
+        "stop_rate": estimates.proportion([float(ids[-1] in eval_set.eos_ids) for ids in completions]),
+        "completion_tokens": estimates.mean([float(len(ids)) for ids in completions]),
         "repetition": estimates.mean([estimates.repetition(ids) for ids in bare]),
     }
     for n in (1, 2):
@@ -164,36 +185,36 @@ def own_estimates(on: Material, chosen: list[float], answers: list[list[int]]) -
 
 
 def write_rows(
-    policy: Policy, blocks: dict[str, str], on: Material, records: Records, scored: dict[str, Verdicts]
+    policy: Policy, blocks: dict[str, str], eval_set: EvalSet, measurements: Measurements, scored: dict[str, Verdicts]
 ) -> None:
-    """Write pairs.json and samples.json of a policy: each test pair and each sampled answer with its numbers."""
+    """Write pairs.json and samples.json of a policy: each test pair and each sampled completion with its numbers."""
     pairs = []
-    for i, row in enumerate(on.rows):
+    for i, row in enumerate(eval_set.rows):
         logps = {
-            name: {side: records.pairs[of][side][i] for side in ("chosen", "rejected")}
+            name: {side: measurements.pairs[of][side][i] for side in ("chosen", "rejected")}
             for name, of in {"policy": policy.name, **blocks}.items()
         }
-        lengths = {"chosen_tokens": len(on.chosen[i]), "rejected_tokens": len(on.rejected[i])}
+        lengths = {"chosen_tokens": len(eval_set.chosen[i]), "rejected_tokens": len(eval_set.rejected[i])}
         pairs.append({"origin": row["origin"], "source": row["source"], **lengths, "logprobs": logps})
     write_json(policy.folder / "pairs.json", pairs)
-    given = on.answers(on.questions, records.answers[policy.name, SAMPLES])
-    prompts = on.tokenizer.batch_decode(on.questions.ids, skip_special_tokens=True)
+    given = eval_set.completions(eval_set.prompt_set, measurements.completions[policy.name, SAMPLES])
+    prompts = eval_set.tokenizer.batch_decode(eval_set.prompt_set.ids, skip_special_tokens=True)
     sums = {"policy": policy.name, **blocks}
     samples = [
         {
             "prompt": prompt,
-            "answer": answer.text,
-            "ended": answer.ended,
-            "tokens": len(answer.ids),
-            "logprobs": {name: records.sums[policy.name, of][i] for name, of in sums.items()},
+            "answer": completion.text,
+            "ended": completion.ended,
+            "tokens": len(completion.ids),
+            "logprobs": {name: measurements.sums[policy.name, of][i] for name, of in sums.items()},
             "scores": {judge: values[i] for judge, values in scored.items()},
         }
-        for i, (prompt, answer) in enumerate(zip(prompts, given, strict=True))
+        for i, (prompt, completion) in enumerate(zip(prompts, given, strict=True))
     ]
     write_json(policy.folder / "samples.json", samples)
 
 
-def gather(home: Path, folders: list[Path] | None = None, **more: Any) -> dict[str, Any]:
+def write_name_results(home: Path, folders: list[Path] | None = None, **more: Any) -> dict[str, Any]:
     """results.json and generation_samples.json in `home`, made anew from the files of all policies of a name.
 
     Or from those of `folders`. `more` stands beside the policies; without it what stood there stays, where all that
@@ -212,7 +233,7 @@ def gather(home: Path, folders: list[Path] | None = None, **more: Any) -> dict[s
             by_prompt.setdefault(row["prompt"], {})[result["policy"]] = row["answer"]
     results = {"policies": policies, **more}
     write_json(home / "results.json", results)
-    samples = [{"prompt": prompt, "answers": answers} for prompt, answers in by_prompt.items()]
+    samples = [{"prompt": prompt, "answers": completions} for prompt, completions in by_prompt.items()]
     write_json(home / "generation_samples.json", samples)
     return results
 

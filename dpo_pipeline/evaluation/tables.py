@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from dpo_pipeline.printing import grid, line, shown
+from dpo_pipeline.formatting import format_estimate, markdown_table, one_line
 
 ROWS = {
     "preference_accuracy": "preference accuracy",
@@ -12,7 +12,7 @@ ROWS = {
     "kl": "KL from samples, nats",
     "kl_per_token": "KL per token, nats",
     "perplexity_chosen": "perplexity of chosen",
-    "answer_tokens": "answer length, tokens",
+    "completion_tokens": "completion length, tokens",
     "stop_rate": "stop rate",
 }
 MORE = {
@@ -27,7 +27,13 @@ MORE = {
     "refusal_unsafe": "refusal of unsafe prompts",
     "over_refusal_safe": "over-refusal of safe prompts",
 }
-FEW = ("preference_accuracy", "margin_nats", "kl", "answer_tokens", "stop_rate")  # of many policies, beside the scores
+FEW = (
+    "preference_accuracy",
+    "margin_nats",
+    "kl",
+    "completion_tokens",
+    "stop_rate",
+)  # of many policies, beside the scores
 COLUMNS = 4  # policies beside each other; more stand below each other
 
 
@@ -37,7 +43,7 @@ def comparison(
     against: str,
     keys: dict[str, str] = ROWS,
     gaps: dict[str, str] | None = None,
-    alone: bool = True,
+    with_own: bool = True,
 ) -> str:
     """A Markdown table of estimates with their intervals, all against one reference.
 
@@ -46,19 +52,23 @@ def comparison(
     any, and why.
     """
     below = len(names) > COLUMNS or gaps is not None
-    own = [policies[name]["own"] if alone else {} for name in names]
+    own = [policies[name]["own"] if with_own else {} for name in names]
     cells = [{**each, **policies[name]["against"][against]} for each, name in zip(own, names, strict=True)]
     judged = [key for key in dict.fromkeys(key for cell in cells for key in cell) if JUDGED.match(key)]
     if below:
         keys = {key: label for key, label in keys.items() if key in FEW}
         judged = [key for key in judged if not re.search(r"^length_controlled|\.t[\d.]+$", key)]
     rows = {**keys, **{key: label_of(key) for key in judged}}
-    lines = [[label, *(shown(cell[key]) if key in cell else "" for cell in cells)] for key, label in rows.items()]
+    lines = [
+        [label, *(format_estimate(cell[key]) if key in cell else "" for cell in cells)] for key, label in rows.items()
+    ]
     lines = [["", *names], *(each for each in lines if any(each[1:]))]
     if not below:
-        return grid(lines)
+        return markdown_table(lines)
     head, *lines = ([*each, *[""] * (2 - len(each))] for each in zip(*lines, strict=True))
-    return grid([head, *lines, *([name, why, *[""] * (len(head) - 2)] for name, why in (gaps or {}).items())])
+    return markdown_table(
+        [head, *lines, *([name, why, *[""] * (len(head) - 2)] for name, why in (gaps or {}).items())]
+    )
 
 
 JUDGED = re.compile(r"(score|win_rate|length_controlled_win_rate|elo)\.")
@@ -79,52 +89,67 @@ def caption(policy: dict[str, Any], reference: str, beta: bool = True) -> str:
     s = policy["settings"]
     weights = f", weights in {s['quantization']['_target_'].split('.')[-1]}" if s["quantization"] else ""
     return (
-        f"All against {reference}: {s['pairs']:,} test pairs and {s['prompts']} sampled answers of "
+        f"All against {reference}: {s['pairs']:,} test pairs and {s['prompts']} sampled completions of "
         f"{s['prompts_file'] or policy['dataset']} (temperature 1, at most {s['max_new_tokens']} tokens{weights}), "
         + (f"beta {s['beta']:g}, " if beta else "")
         + "95% intervals."
     )
 
 
-def breakdown(against: dict[str, Any]) -> str:
+def accuracy_by_subset(against: dict[str, Any]) -> str:
     """The accuracy of one policy by source, by length difference in tokens and by the reference's own margin in nats.
 
     Beside it, where there are quarters, what the policy's rewards predict.
     """
     rows = [["pairs", "n", "accuracy", "predicted"]]
     by_source = against["accuracy_by_source"]
-    rows += [[name, str(e["n"]), shown(e), ""] for name, e in by_source.items() if len(by_source) > 1]
+    rows += [[name, str(e["n"]), format_estimate(e), ""] for name, e in by_source.items() if len(by_source) > 1]
     for label in ("length difference", "reference margin"):
         for part in against[f"accuracy_by_{label.replace(' ', '_')}"]:
             of = f"{label} {part['from']:.4g} to {part['to']:.4g}"
-            rows.append([of, str(part["accuracy"]["n"]), shown(part["accuracy"]), shown(part["predicted"])])
-    return grid(rows)
+            rows.append(
+                [of, str(part["accuracy"]["n"]), format_estimate(part["accuracy"]), format_estimate(part["predicted"])]
+            )
+    return markdown_table(rows)
 
 
-def tests(comparisons: list[dict[str, Any]]) -> str:
+def pairwise_table(comparisons: list[dict[str, Any]]) -> str:
     """Any two policies by one judge: how often one wins, and whether they differ."""
     rows = [["policy", "against", "wins", "difference", "p", "p, of all (Holm)"]]
     for each in comparisons:
         numbers = [f"{each[key]:.2g}" for key in ("p", "p_adjusted")]
-        rows.append([each["one"], each["other"], shown(each["win_rate"]), shown(each["difference"]), *numbers])
-    return grid(rows)
+        rows.append(
+            [
+                each["one"],
+                each["other"],
+                format_estimate(each["win_rate"]),
+                format_estimate(each["difference"]),
+                *numbers,
+            ]
+        )
+    return markdown_table(rows)
 
 
-def best_of_n(found: dict[str, Any]) -> str:
-    """Best-of-N: what the picked answers score as N grows, with the bound of their KL."""
-    keys = [key for key in found["points"][0] if key.startswith("score.")]
+def best_of_n_table(result: dict[str, Any]) -> str:
+    """Best-of-N: what the picked completions score as N grows, with the bound of their KL."""
+    keys = [key for key in result["points"][0] if key.startswith("score.")]
     rows = [["N", "KL, at most, nats", *(label_of(key) for key in keys)]]
-    rows += [[str(p["n"]), f"{p['kl_bound']:.3f}", *(shown(p[key]) for key in keys)] for p in found["points"]]
-    return grid(rows)
+    rows += [
+        [str(p["n"]), f"{p['kl_bound']:.3f}", *(format_estimate(p[key]) for key in keys)] for p in result["points"]
+    ]
+    return markdown_table(rows)
 
 
 def side_by_side(samples: list[dict[str, Any]], names: list[str], count: int = 3) -> str:
-    """The first prompts that all of these policies answered, with their answers under them."""
+    """The first prompts that all of these policies answered, with their completions under them."""
     complete = [sample for sample in samples if all(name in sample["answers"] for name in names)][:count]
     width = max(len(name) for name in names)
     blocks = [
         "\n".join(
-            [f"> {line(sample['prompt'])}", *(f"  {n.ljust(width)}  {line(sample['answers'][n])}" for n in names)]
+            [
+                f"> {one_line(sample['prompt'])}",
+                *(f"  {n.ljust(width)}  {one_line(sample['answers'][n])}" for n in names),
+            ]
         )
         for sample in complete
     ]

@@ -21,14 +21,14 @@ def win_rate(verdicts: list[float]) -> Estimate:
 
     Raises ValueError for no verdicts.
     """
-    return estimates.share(verdicts) if len({*verdicts}) < 2 else estimates.ratio(verdicts, [1.0] * len(verdicts))
+    return estimates.proportion(verdicts) if len({*verdicts}) < 2 else estimates.ratio(verdicts, [1.0] * len(verdicts))
 
 
 def length_controlled(verdicts: list[float], length_differences: list[float]) -> Estimate:
     """The win rate at equal length: a logistic fit on the length difference (ours minus theirs, tokens), read at 0.
 
     In the spirit of AlpacaEval 2 (arXiv:2404.04475), with its length term alone, in standard deviations, without its
-    tanh; a ridge on the slope keeps it finite where the longer answer always wins. Where all verdicts or all
+    tanh; a ridge on the slope keeps it finite where the longer completion always wins. Where all verdicts or all
     differences are equal it is the plain win rate. Raises ValueError for no verdicts, or lists of different lengths.
     """
     if len(verdicts) != len(length_differences):
@@ -102,7 +102,7 @@ def log_odds(wins: Any, losses: Any, features: Any, ridge: list[float]) -> Any:
     return found
 
 
-def paired(one: list[float], other: list[float]) -> dict[str, Any]:
+def paired_test(first: list[float], second: list[float]) -> dict[str, Any]:
     """The mean `difference` of two policies' scores of the same prompts, and the `p` of the sign-flip test of it.
 
     p is two-sided, exact up to 13 prompts, beyond from 9,999 seeded draws. Raises ValueError for no scores, or for
@@ -110,7 +110,7 @@ def paired(one: list[float], other: list[float]) -> dict[str, Any]:
     """
     from scipy.stats import permutation_test
 
-    differences = [a - b for a, b in zip(one, other, strict=True)]
+    differences = [a - b for a, b in zip(first, second, strict=True)]
     difference, p = estimates.mean(differences), 1.0  # of one, either sign is as far from 0
     if len(differences) > 1:
         rng = np.random.default_rng(0)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
-from dpo_pipeline.data.shape import words
+from dpo_pipeline.data.normalize import prompt_to_text
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.judges.judge import Answer, Judge
+from dpo_pipeline.judges.judge import Completion, Judge
 
 ADDRESS = re.compile(r"https?://(\[[\w:]+\]|[^\s/?@:]+)(:\d+)?(/[^\s?]*)?")  # with no place for a key
 KEY = re.compile(r"[!#-&(-\[\]-~]+")  # a message may show quotes and backslashes in another form
@@ -43,8 +43,8 @@ def chat(
     parts = set(PART.findall(wording)) - {"prompt"}
     if parts not in ({"answer"}, {"a", "b"}):
         raise PipelineError(
-            f"the judge's wording holds {' and '.join(f'{{{part}}}' for part in sorted(parts)) or 'no answer'}: it "
-            "takes {answer} to have a score, or {a} and {b} to have one chosen"
+            f"the judge's wording holds {' and '.join(f'{{{part}}}' for part in sorted(parts)) or 'no completion'}: "
+            "it takes {answer} to have a score, or {a} and {b} to have one chosen"
         )
     try:
         pattern = re.compile(verdict)
@@ -73,9 +73,9 @@ def chat(
     names = sorted(parts)
     read = float if names == ["answer"] else {"A": 1.0, "B": 0.0}.get
 
-    def question(*answers: Answer) -> str:
-        values = {"prompt": words(answers[0].prompt)}
-        values |= {name: answer.text for name, answer in zip(names, answers, strict=True)}
+    def question(*completions: Completion) -> str:
+        values = {"prompt": prompt_to_text(completions[0].prompt)}
+        values |= {name: completion.text for name, completion in zip(names, completions, strict=True)}
         return PART.sub(lambda part: values[part[1]].strip(), wording)
 
     def ask(content: str) -> float | None:
@@ -111,14 +111,16 @@ def chat(
 
     version = {"base_url": url, "model": model, "wording": wording, "verdict": verdict, "sampling": body}
     return Judge(
-        score=(lambda answers: each(ask, [question(a) for a in answers], concurrency)) if len(names) == 1 else None,
-        choose=(lambda pairs: each(ask, [question(*p) for p in pairs], concurrency)) if len(names) == 2 else None,
+        score=(lambda completions: ask_all(ask, [question(a) for a in completions], concurrency))
+        if len(names) == 1
+        else None,
+        choose=(lambda pairs: ask_all(ask, [question(*p) for p in pairs], concurrency)) if len(names) == 2 else None,
         version=json.dumps(version, indent=1, sort_keys=True),
-        late=True,
+        post_training_only=True,
     )
 
 
-def each(
+def ask_all(
     ask: Callable[[str], float | None], questions: list[str], concurrency: int
 ) -> Iterator[tuple[int, float | None]]:
     """The number and verdict of each question as it comes; those refused at the end, as None.

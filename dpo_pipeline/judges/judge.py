@@ -1,4 +1,4 @@
-"""What a judge is: something that scores an answer, or chooses between two."""
+"""What a judge is: something that scores a completion, or chooses between two."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Answer:
-    """An answer to be judged: the prompt as its row has it (text or messages), the text, and the ids of both."""
+class Completion:
+    """A completion to be judged: the prompt as its row has it (text or messages), the text, and the ids of both."""
 
     prompt: Any
     text: str
@@ -23,19 +23,19 @@ Choices = Iterator[tuple[int, float | None]]  # 1: the first is better, 0.5: a t
 
 @dataclass(frozen=True)
 class Judge:
-    """How answers are scored, how the better of two is chosen, or both; a judge that only scores chooses by that.
+    """How completions are scored, how the better of two is chosen, or both; a judge that only scores chooses by that.
 
     `version` tells its results from those of any other model, wording or setting: they are kept on disk under it;
     None where they are had again for nothing. `late`: it asks somebody, or needs a policy that is done: it is left to
     `evaluate`.
     """
 
-    score: Callable[[list[Answer]], Scores] | None = None
-    choose: Callable[[list[tuple[Answer, Answer]]], Choices] | None = None
+    score: Callable[[list[Completion]], Scores] | None = None
+    choose: Callable[[list[tuple[Completion, Completion]]], Choices] | None = None
     version: str | None = None
-    late: bool = False
+    post_training_only: bool = False
 
 
-def readable(results: list[float | None]) -> list[float]:
+def drop_unparsed(results: list[float | None]) -> list[float]:
     """Those that a judge has given."""
     return [result for result in results if result is not None]

@@ -1,12 +1,12 @@
-"""The judge of length alone: a control, since longer answers please many judges."""
+"""The judge of length alone: a control, since longer completions please many judges."""
 
-from dpo_pipeline.judges.judge import Answer, Judge, Scores
+from dpo_pipeline.judges.judge import Completion, Judge, Scores
 
 
 def length() -> Judge:
-    """Scores by the number of answer tokens, the end token not counted."""
+    """Scores by the number of completion tokens, the end token not counted."""
 
-    def score(answers: list[Answer]) -> Scores:
-        yield from ((i, float(len(answer.ids) - answer.ended)) for i, answer in enumerate(answers))
+    def score(completions: list[Completion]) -> Scores:
+        yield from ((i, float(len(completion.ids) - completion.ended)) for i, completion in enumerate(completions))
 
     return Judge(score)

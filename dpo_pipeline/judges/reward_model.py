@@ -4,13 +4,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.data.shape import as_messages, as_text
-from dpo_pipeline.data.tokens import dialogue
+from dpo_pipeline.data.normalize import as_messages, as_text
+from dpo_pipeline.data.tokens import render_chat
 from dpo_pipeline.errors import PipelineError, nearest
-from dpo_pipeline.judges.judge import Answer, Judge, Scores
-from dpo_pipeline.machine import device
-from dpo_pipeline.policies import explained
-from dpo_pipeline.runs import content_hash, weights_of
+from dpo_pipeline.hardware import device
+from dpo_pipeline.judges.judge import Completion, Judge, Scores
+from dpo_pipeline.models import explain_load_errors
+from dpo_pipeline.run_folder import content_hash, weights_of
 
 log = logging.getLogger(__name__)
 
@@ -21,16 +21,16 @@ def reward_model(path: str, label: str | None, text: str, batch_size: int, revis
     """Scores by the one output of the model at `path`, its raw logit, or by the probability of a `label` of several.
 
     The probability is the softmax over all labels, or the sigmoid of that one's logit where the model says that labels
-    may hold together. `text` is what it reads: the answer alone, prompt and answer as one text, or both as messages
-    through its own chat template. What is longer than the model can read loses its beginning, an answer alone its
-    end. The model is loaded when scores are asked for, and freed after them. Raises PipelineError where nothing can be
-    loaded, where `label` is none of the model's or needed, and where there is no chat template.
+    may hold together. `text` is what it reads: the completion alone, prompt and completion as one text, or both as
+    messages through its own chat template. What is longer than the model can read loses its beginning, a completion
+    alone its end. The model is loaded when scores are asked for, and freed after them. Raises PipelineError where
+    nothing can be loaded, where `label` is none of the model's or needed, and where there is no chat template.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     path = str(Path(path).expanduser())
-    config = explained(AutoConfig.from_pretrained, path, revision=revision)
-    tokenizer = explained(AutoTokenizer.from_pretrained, path, revision=revision)
+    config = explain_load_errors(AutoConfig.from_pretrained, path, revision=revision)
+    tokenizer = explain_load_errors(AutoTokenizer.from_pretrained, path, revision=revision)
     labels = [config.id2label[i] for i in range(config.num_labels)]
     if label is None and len(labels) > 1:
         raise PipelineError(
@@ -52,18 +52,18 @@ def reward_model(path: str, label: str | None, text: str, batch_size: int, revis
         raise PipelineError(f"{path} has no chat template: type judge.reward_model.text=prompt_answer or answer")
     tokenizer.padding_side, tokenizer.truncation_side = "right", "right" if text == "answer" else "left"
 
-    def score(answers: list[Answer]) -> Scores:
+    def score(completions: list[Completion]) -> Scores:
         import torch
 
         model = load(path, revision, tokenizer)
-        texts = [read(answer, text, tokenizer) for answer in answers]
+        texts = [reward_model_text(completion, text, tokenizer) for completion in completions]
         how = {"add_special_tokens": text != "chat"}  # a chat template writes them itself
         lengths = [len(ids) for ids in tokenizer(texts, verbose=False, **how)["input_ids"]]
-        # An answer of no token: what says so, since no model reads a row of none.
+        # A completion of no token: what says so, since no model reads a row of none.
         texts = [
             each if n else tokenizer.eos_token or tokenizer.unk_token for each, n in zip(texts, lengths, strict=True)
         ]
-        limit = context(model, tokenizer)
+        limit = reward_model_context(model, tokenizer)
         if cut := sum(length > limit for length in lengths):
             log.warning(
                 "%d of %d texts are longer than the %d tokens that %s reads, and cut", cut, len(texts), limit, path
@@ -93,7 +93,7 @@ def load(path: str, revision: str | None, tokenizer: Any) -> Any:
 
     dtype = torch.float32 if device() == "cpu" else "auto"  # half precision is slow there
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": dtype, "revision": revision}
-    model, info = explained(AutoModelForSequenceClassification.from_pretrained, path, **options)
+    model, info = explain_load_errors(AutoModelForSequenceClassification.from_pretrained, path, **options)
     if wrong := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
         raise PipelineError(
             f"{path} is no reward model or classifier: it lacks {len(wrong)} weights of {type(model).__name__}, such "
@@ -106,7 +106,7 @@ def load(path: str, revision: str | None, tokenizer: Any) -> Any:
     return model.eval().to(device())
 
 
-def context(model: Any, tokenizer: Any) -> int:
+def reward_model_context(model: Any, tokenizer: Any) -> int:
     """The most tokens that a model reads at once."""
     # Not an attribute of every architecture. RoBERTa counts its positions from behind its padding's id.
     places = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
@@ -118,13 +118,13 @@ def context(model: Any, tokenizer: Any) -> int:
     return min(tokenizer.model_max_length, places - max(offsets, default=0))
 
 
-def read(answer: Answer, text: str, tokenizer: Any) -> str:
-    """What a model reads of an answer."""
+def reward_model_text(completion: Completion, text: str, tokenizer: Any) -> str:
+    """What a model reads of a completion."""
     if text == "answer":
-        return answer.text
-    row = {"prompt": answer.prompt, "chosen": answer.text}
+        return completion.text
+    row = {"prompt": completion.prompt, "chosen": completion.text}
     if text == "prompt_answer":
         row = as_text(row)
         return row["prompt"] + row["chosen"]
     row = as_messages(row)
-    return dialogue([*row["prompt"], {"role": "assistant", "content": row["chosen"]}], tokenizer, ask=False)
+    return render_chat([*row["prompt"], {"role": "assistant", "content": row["chosen"]}], tokenizer, ask=False)

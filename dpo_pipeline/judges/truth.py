@@ -1,13 +1,13 @@
 """The judge of the embedded task: its own reward."""
 
 from dpo_pipeline.data import reviews
-from dpo_pipeline.judges.judge import Answer, Judge, Scores
+from dpo_pipeline.judges.judge import Completion, Judge, Scores
 
 
 def truth() -> Judge:
     """Scores by the true reward, in [-1, 1]."""
 
-    def score(answers: list[Answer]) -> Scores:
-        yield from ((i, reviews.reward(answer.text, answer.ended)) for i, answer in enumerate(answers))
+    def score(completions: list[Completion]) -> Scores:
+        yield from ((i, reviews.reward(completion.text, completion.ended)) for i, completion in enumerate(completions))
 
     return Judge(score)

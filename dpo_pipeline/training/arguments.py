@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_pipeline.config import Run
+from dpo_pipeline.distributed import processes
 from dpo_pipeline.errors import PipelineError, nearest
-from dpo_pipeline.machine import device, mixed_precision, processes
+from dpo_pipeline.hardware import device, mixed_precision
 from dpo_pipeline.naming import TRACKED, loss_names
 
 log = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ def best_of_dpo(run: Run) -> dict[str, Any]:
         raise PipelineError(f"{asked} needs the tracker, which evaluation.tracker_prompts=0 switches off: type 64")
     if name == "reward" and not run.judge:
         raise PipelineError(
-            "dpo_best=reward needs a judge that scores answers, and judge=[] names none: add judge=[length] or "
+            "dpo_best=reward needs a judge that scores completions, and judge=[] names none: add judge=[length] or "
             "another of conf/judge, or choose by another number, such as dpo_best=rewards/accuracies"
         )
     if name == "last":

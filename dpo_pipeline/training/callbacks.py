@@ -10,14 +10,14 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from dpo_pipeline.estimates import perplexity
-from dpo_pipeline.logprobs import answer_logprobs
-from dpo_pipeline.runs import Record
+from dpo_pipeline.logprobs import completion_logprobs
+from dpo_pipeline.run_folder import RunRecord
 
 
 class Metrics(TrainerCallback):
     """One line of metrics.jsonl for each log event, all of TRL's numbers, and one progress bar with the loss."""
 
-    def __init__(self, record: Record, beta: float | None = None):
+    def __init__(self, record: RunRecord, beta: float | None = None):
         self.record, self.beta, self.file = record, beta, record.folder / "metrics.jsonl"
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -49,7 +49,7 @@ class Metrics(TrainerCallback):
 
 
 class ValidationPerplexity(TrainerCallback):
-    """Perplexity of the validation answers as the table defines it, logged and used to choose the best checkpoint.
+    """Perplexity of the validation completions as the table defines it, logged and used to choose the best checkpoint.
 
     TRL's own `eval_loss` is a mean of batch means: it moves with the batch size.
     """
@@ -59,11 +59,13 @@ class ValidationPerplexity(TrainerCallback):
         rows = trainer.eval_dataset
         starts = [next(i for i, label in enumerate(row) if label != -100) for row in rows["labels"]]
         self.prompts = [ids[:at] for ids, at in zip(rows["input_ids"], starts, strict=True)]
-        self.answers = [ids[at:] for ids, at in zip(rows["input_ids"], starts, strict=True)]
+        self.completions = [ids[at:] for ids, at in zip(rows["input_ids"], starts, strict=True)]
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         with self.trainer.compute_loss_context_manager():
-            logprobs = answer_logprobs(self.trainer.model, self.prompts, self.answers, args.per_device_eval_batch_size)
+            logprobs = completion_logprobs(
+                self.trainer.model, self.prompts, self.completions, args.per_device_eval_batch_size
+            )
         value = perplexity([float(row.sum()) for row in logprobs], [len(row) for row in logprobs])["value"]
         metrics["eval_perplexity"] = value
         self.trainer.log({"eval_perplexity": value, "eval_nats_per_token": math.log(value)})

@@ -6,21 +6,21 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from dpo_pipeline.config import Model, Run, build
+from dpo_pipeline.config import Model, Run, instantiate_node
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.policies import base_of, explained, is_adapter
-from dpo_pipeline.runs import WEIGHTS
+from dpo_pipeline.models import adapter_base, explain_load_errors, is_adapter
+from dpo_pipeline.run_folder import WEIGHTS
 
 
 @contextlib.contextmanager
-def base_at_hand(run: Run) -> Iterator[Run]:
+def with_base_model(run: Run) -> Iterator[Run]:
     """The run with its base on this machine: fetched into the hub's cache, or, where code makes it, made untrained."""
     others = [run.reference.path] if run.reference.path else []
     others += [run.policy] if run.policy not in ("sft", "base") else []
     for path in others:
         fetch(run.model, path)
-        if is_adapter(path) and base_of(path) != run.model.path:
-            fetch(run.model, base_of(path))
+        if is_adapter(path) and adapter_base(path) != run.model.path:
+            fetch(run.model, adapter_base(path))
     if run.model.builder is None:
         fetch(run.model, run.model.path)
         yield run
@@ -29,7 +29,7 @@ def base_at_hand(run: Run) -> Iterator[Run]:
     else:
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/model"
-            build(run.model.builder | {"steps": 0}, folder=path)
+            instantiate_node(run.model.builder | {"steps": 0}, folder=path)
             yield dataclasses.replace(run, model=dataclasses.replace(run.model, path=path))
 
 
@@ -47,7 +47,7 @@ def fetch(model: Model, path: str) -> None:
         wanted += (["*.bin"] if model.use_safetensors is None else []) + (["*.py"] if model.trust_remote_code else [])
         revision = model.revision if path == model.path else None
         options = {"revision": revision, "allow_patterns": wanted, "ignore_patterns": ["*/*"]}
-        folder = Path(explained(snapshot_download, path, **options))
+        folder = Path(explain_load_errors(snapshot_download, path, **options))
     taken = WEIGHTS if model.use_safetensors is None else (".safetensors",)
     if not any(file.suffix in taken for file in folder.iterdir()):
         also = ", or take its pickles by model.use_safetensors=null" if any(folder.glob("*.bin")) else ""
@@ -56,4 +56,4 @@ def fetch(model: Model, path: str) -> None:
         )
     for file in folder.glob("*.safetensors"):
         # Opening reads the header, and compares it with the length of the file.
-        explained(lambda _, file=file: safe_open(file, "pt").keys(), folder)
+        explain_load_errors(lambda _, file=file: safe_open(file, "pt").keys(), folder)

@@ -12,7 +12,7 @@ OVERFLOWS = 10  # in a row; fp16's loss scale starts high and skips some steps
 SETTLED = 10  # steps after warm-up by which weights must have moved
 
 
-class Guards(TrainerCallback):
+class NumericalGuard(TrainerCallback):
     """Raises OneRankError for a loss or gradient that is no number, for no gradient, and for weights that rest.
 
     transformers puts an average in the place of a loss that is none, and trains on.
@@ -24,7 +24,7 @@ class Guards(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.begun = state.global_step
         self.looked = False
-        self.before = samples(model)
+        self.before = sample_weights(model)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         import torch
@@ -38,7 +38,7 @@ class Guards(TrainerCallback):
         if self.trainer.is_deepspeed_enabled:  # holds gradients and weights in places of its own
             return
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        norm = float(whole(norm))
+        norm = float(gather_tensor(norm))
         self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
         if self.overflows > (OVERFLOWS - 1 if args.fp16 else 0):
             raise OneRankError(
@@ -61,19 +61,19 @@ class Guards(TrainerCallback):
         if self.looked or state.global_step < last or last <= warmup or self.overflows:
             return
         self.looked = True
-        if all(before.equal(now) for before, now in zip(self.before, samples(model), strict=True)):
+        if all(before.equal(now) for before, now in zip(self.before, sample_weights(model), strict=True)):
             raise OneRankError(
                 f"no weight has moved in {last - self.begun} steps: the learning rate {args.learning_rate:g} is too "
                 "small for these weights to notice: raise it, or hold them in float32 by model.dtype=auto"
             )
 
 
-def samples(model: Any) -> list[Any]:
+def sample_weights(model: Any) -> list[Any]:
     """The first thousand numbers of each tensor that is trained."""
-    return [whole(p.detach()).flatten()[:1000].clone() for p in model.parameters() if p.requires_grad]
+    return [gather_tensor(p.detach()).flatten()[:1000].clone() for p in model.parameters() if p.requires_grad]
 
 
-def whole(tensor: Any) -> Any:
+def gather_tensor(tensor: Any) -> Any:
     """A tensor that FSDP may hold in parts."""
     from torch.distributed.tensor import DTensor
 

@@ -11,13 +11,13 @@ import shutil
 from pathlib import Path
 
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.policies import Loading, base_of, load_policy
-from dpo_pipeline.runs import read_json
+from dpo_pipeline.models import LoadOptions, adapter_base, load_policy
+from dpo_pipeline.run_folder import read_json
 
 log = logging.getLogger(__name__)
 
 
-def merge(adapter: Path, folder: Path, loading: Loading) -> Path:
+def merge(adapter: Path, folder: Path, loading: LoadOptions) -> Path:
     """The whole model, in float32, that an adapter's folder makes with its base; made in `folder` unless it is there.
 
     An adapter that was trained on a quantized base, as the manifest beside it tells, is merged into that base's
@@ -38,7 +38,7 @@ def merge(adapter: Path, folder: Path, loading: Loading) -> Path:
         before = policy(input_ids=ids).logits.cpu()
     if quantization is not None:
         del policy
-        rounded = load_policy(base_of(adapter), loading).dequantize(dtype=torch.float32)
+        rounded = load_policy(adapter_base(adapter), loading).dequantize(dtype=torch.float32)
         policy = PeftModel.from_pretrained(rounded, adapter)
     whole = policy.merge_and_unload(safe_merge=True)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")

@@ -1,6 +1,7 @@
 """What must hold before step 1, looked at on the run's own first batch; and whether its longest batch fits.
 
-TRL checks none of it: with a wrong reference, an adapter that was not loaded or an answer without its end it trains.
+TRL checks none of it: with a wrong reference, an adapter that was not loaded or a completion without its end it
+trains.
 """
 
 import contextlib
@@ -22,12 +23,13 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from dpo_pipeline.config import Run
+from dpo_pipeline.distributed import is_main_process, on_main_process, processes
 from dpo_pipeline.errors import OneRankError, PipelineError
-from dpo_pipeline.logprobs import answer_logprobs
-from dpo_pipeline.machine import card, device, gigabytes, is_main_process, peak_memory, processes, together
-from dpo_pipeline.runs import read_json, write_json
-from dpo_pipeline.training.reference import computed, with_columns
-from dpo_pipeline.training.trainer import sharded
+from dpo_pipeline.hardware import device, device_memory, gigabytes, peak_memory
+from dpo_pipeline.logprobs import completion_logprobs
+from dpo_pipeline.run_folder import read_json, write_json
+from dpo_pipeline.training.reference import compute_reference_logps, with_columns
+from dpo_pipeline.training.trainer import sharding
 
 log = logging.getLogger(__name__)
 
@@ -54,36 +56,37 @@ def check_rate(run: Run, stage: str) -> None:
         )
 
 
-def check_answers(
-    pairs: Iterable[tuple[list[int], list[int]]], ends: list[int], bos: int | None, cut: bool = False
+def check_completions(
+    pairs: Iterable[tuple[list[int], list[int]]], eos_ids: list[int], bos: int | None, cut: bool = False
 ) -> None:
-    """Raise PipelineError unless each answer has one end token, its last, and no BOS, and no prompt opens with two.
+    """Raise PipelineError unless each completion has one end token, its last, and no BOS, and no prompt opens with
+    two.
 
-    An answer that was `cut` may have none.
+    A completion that was `cut` may have none.
     """
-    for row, (prompt, answer) in enumerate(pairs):
-        found = sum(token in ends for token in answer)
-        if not (cut and not found) and (found != 1 or answer[-1] not in ends):
+    for row, (prompt, completion) in enumerate(pairs):
+        found = sum(token in eos_ids for token in completion)
+        if not (cut and not found) and (found != 1 or completion[-1] not in eos_ids):
             raise PipelineError(
-                f"answer {row} has {found} end tokens, expected one, as the last of its {len(answer)} tokens: a "
-                "policy trained on it would not learn to stop"
+                f"completion {row} has {found} end tokens, expected one, as the last of its {len(completion)} tokens: "
+                "a policy trained on it would not learn to stop"
             )
         # A chat template may open every message with it, a text may not, and nothing starts with two.
-        if bos is not None and bos not in ends and (prompt[:2] == [bos, bos] or bos in answer):
+        if bos is not None and bos not in eos_ids and (prompt[:2] == [bos, bos] or bos in completion):
             raise PipelineError(
                 f"row {row} holds the BOS token twice: take it out of the text, the tokenizer puts one before it"
             )
 
 
-def check_rows(rows: Any, ends: list[int], bos: int | None, cut: bool = False) -> None:
-    """`check_answers` of every answer of a table of token ids."""
+def check_rows(rows: Any, eos_ids: list[int], bos: int | None, cut: bool = False) -> None:
+    """`check_answers` of every completion of a table of token ids."""
     for name in rows.column_names:
         if name.endswith("_ids") and name != "prompt_ids":
-            check_answers(zip(rows["prompt_ids"], rows[name], strict=True), ends, bos, cut)
+            check_completions(zip(rows["prompt_ids"], rows[name], strict=True), eos_ids, bos, cut)
 
 
-def learnt_pairs(batch: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
-    """(prompt, answer) of each row of a collated batch, as the trainer's masks have them."""
+def unpack_batch(batch: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """(prompt, completion) of each row of a collated batch, as the trainer's masks have them."""
     if "labels" in batch:
         masks = batch["labels"] != -100
         real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(masks)
@@ -92,7 +95,7 @@ def learnt_pairs(batch: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
     pairs = []
     for ids, mask, there in zip(batch["input_ids"], masks, real, strict=True):
         if not mask[there].diff().int().sum() <= 1 or not mask.any():
-            raise PipelineError("a batch learns from something else than one answer behind its prompt")
+            raise PipelineError("a batch learns from something else than one completion behind its prompt")
         pairs.append((ids[there & ~mask].tolist(), ids[mask].tolist()))
     return pairs
 
@@ -116,29 +119,29 @@ def first_batch(trainer: Any) -> dict[str, Any]:
     return batch
 
 
-def probe(trainer: Any) -> dict[str, Any]:
+def policy_fingerprint(trainer: Any) -> dict[str, Any]:
     """Two rows to recognise a policy by, with their log-probs in nats before training."""
     rows = trainer.train_dataset.select(range(min(2, len(trainer.train_dataset))))
-    pairs = learnt_pairs(trainer.data_collator(list(rows)))[: len(rows)]
-    prompts, answers = [p[-256:] for p, _ in pairs], [a[:256] for _, a in pairs]
-    return {"prompts": prompts, "answers": answers, "before": nats(trainer, prompts, answers)}
+    pairs = unpack_batch(trainer.data_collator(list(rows)))[: len(rows)]
+    prompts, completions = [p[-256:] for p, _ in pairs], [a[:256] for _, a in pairs]
+    return {"prompts": prompts, "answers": completions, "before": probe_logprobs(trainer, prompts, completions)}
 
 
-def nats(trainer: Any, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
-    """The log-prob of each answer under the policy before it trains: as anybody loads it, without autocast."""
-    return [float(row.sum()) for row in answer_logprobs(trainer.model, prompts, answers, len(prompts))]
+def probe_logprobs(trainer: Any, prompts: list[list[int]], completions: list[list[int]]) -> list[float]:
+    """The log-prob of each completion under the policy before it trains: as anybody loads it, without autocast."""
+    return [float(row.sum()) for row in completion_logprobs(trainer.model, prompts, completions, len(prompts))]
 
 
-def check_policy(trainer: Any, ends: list[int], bos: int | None, rows: Any, cut: bool = False) -> dict[str, Any]:
+def check_policy(trainer: Any, eos_ids: list[int], bos: int | None, rows: Any, cut: bool = False) -> dict[str, Any]:
     """The first batch of a run whose policy can learn from it; raises PipelineError where it cannot."""
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     if not trained:
         raise PipelineError("no weight of the policy is trainable: nothing would be learnt; check lora.target_modules")
-    check_rows(rows, ends, bos, cut)
+    check_rows(rows, eos_ids, bos, cut)
     batch = first_batch(trainer)
-    check_answers(learnt_pairs(batch), ends, bos, cut)
+    check_completions(unpack_batch(batch), eos_ids, bos, cut)
     total = sum(p.numel() for p in trainer.model.parameters())
-    log.info("preflight: %s of %s parameters are trained; every answer ends once", f"{trained:,}", f"{total:,}")
+    log.info("preflight: %s of %s parameters are trained; every completion ends once", f"{trained:,}", f"{total:,}")
     return batch
 
 
@@ -151,23 +154,24 @@ def check_adapter(trainer: Any, source: Any) -> None:
         )
 
 
-def check_start(trainer: Any, left: dict[str, Any], exact: bool, source: Any) -> None:
+def check_start(trainer: Any, fingerprint: dict[str, Any], exact: bool, source: Any) -> None:
     """Raise PipelineError where the starting policy is not what SFT ended with, by the rows it left to know it by.
 
     Unless `exact`, weights were rounded on the way, to another precision or quantization: then what that changed is
     told where it is much.
     """
-    found = nats(trainer, left["prompts"], left["answers"])
-    moved = sum(abs(a - b) for a, b in zip(left["after"], left["before"], strict=True))
-    off = sum(abs(a - b) for a, b in zip(left["after"], found, strict=True))
-    from_base = sum(abs(a - b) for a, b in zip(left["before"], found, strict=True))
+    found = probe_logprobs(trainer, fingerprint["prompts"], fingerprint["answers"])
+    moved = sum(abs(a - b) for a, b in zip(fingerprint["after"], fingerprint["before"], strict=True))
+    off = sum(abs(a - b) for a, b in zip(fingerprint["after"], found, strict=True))
+    from_base = sum(abs(a - b) for a, b in zip(fingerprint["before"], found, strict=True))
     if moved == 0:
         raise PipelineError(f"the SFT policy {source} is the bare base: its training changed nothing; train it anew")
-    allowed = sum(map(len, left["answers"])) * (1e-3 if trainer.model.dtype.itemsize == 4 else 0.02)
+    allowed = sum(map(len, fingerprint["answers"])) * (1e-3 if trainer.model.dtype.itemsize == 4 else 0.02)
     if off >= from_base or (exact and off > allowed):
         raise PipelineError(
-            f"the starting policy is not what SFT ended with ({source}): answers that SFT left to know it by differ "
-            f"by {off:.3g} nats, and by {from_base:.3g} from its base: its weights or its adapter were not loaded"
+            f"the starting policy is not what SFT ended with ({source}): completions that SFT left to know it by "
+            f"differ by {off:.3g} nats, and by {from_base:.3g} from its base: its weights or its adapter were not "
+            "loaded"
         )
     if off > moved / 4:
         log.warning(
@@ -193,14 +197,14 @@ def pair_logps(trainer: Any, model: Any, batch: dict[str, Any], of_policy: bool)
 def tolerance(trainer: Any, batch: dict[str, Any], roundings: int) -> Any:
     """How far two log-probs [chosen..., rejected...] of one policy may differ, in nats.
 
-    That is 0.001, or so many roundings of the dtype for the square root of the answer's tokens.
+    That is 0.001, or so many roundings of the dtype for the square root of the completion's tokens.
     """
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     used = next((t for name, t in dtypes.items() if getattr(trainer.args, name)), trainer.model.dtype)
     return (roundings * torch.finfo(used).eps * batch["completion_mask"].sum(-1).double().sqrt()).clamp(min=1e-3)
 
 
-def padded(trainer: Any, batch: dict[str, Any]) -> Any:
+def padding_tolerance(trainer: Any, batch: dict[str, Any]) -> Any:
     """The `tolerance` between two forwards that pad one batch otherwise."""
     return tolerance(trainer, batch, 40)
 
@@ -248,7 +252,7 @@ def check_cache(trainer: Any, source: Any) -> None:
     batch = first_batch(trainer)
     held = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]).double()
     off = (pair_logps(trainer, trainer.model, batch, True) - held).abs()
-    allowed = padded(trainer, batch)
+    allowed = padding_tolerance(trainer, batch)
     worst = int((off / allowed).argmax())
     if not off[worst] <= allowed[worst]:
         raise PipelineError(
@@ -257,32 +261,32 @@ def check_cache(trainer: Any, source: Any) -> None:
         )
 
 
-def rehearse(trainer: Any, run: Run, stage: str) -> None:
+def check_memory(trainer: Any, run: Run, stage: str) -> None:
     """Let the longest rows make two whole steps, unless a run that needs the same memory has done so on this machine.
 
     Jobs of a sweep differ in beta, loss and seed, which need none. `memory_told` says what to type where the device's
     memory does not hold them.
     """
-    if sharded(trainer):
+    if sharding(trainer):
         log.info("preflight: no rehearsal, what is put in parts cannot be put back: watch the first two steps")
         return
     longest, length = longest_row(trainer.train_dataset)
     args, keys = trainer.args, ("optim", "activation_checkpointing", "per_device_train_batch_size", "world_size")
-    needs = [dataclasses.asdict(run), stage, length, card(), [getattr(args, key) for key in keys]]
+    needs = [dataclasses.asdict(run), stage, length, device_memory(), [getattr(args, key) for key in keys]]
     needs[0] = {key: needs[0][key] for key in ("model", "lora", "quantization", "precision", "reference")}
     digest = hashlib.sha256(json.dumps(needs, sort_keys=True).encode()).hexdigest()
     place = Path(run.root) / ".cache" / "rehearsed" / f"{digest}.json"
-    known = together(lambda: read_json(place))
+    known = on_main_process(lambda: read_json(place))
     if known is None:
-        two_steps(trainer, longest, stage)
-        name, size = card()
+        run_trial_steps(trainer, longest, stage)
+        name, size = device_memory()
         known = {"peak": f"{gigabytes(peak_memory())} of {gigabytes(size)} ({name})"}
         if is_main_process():
             write_json(place, known)
     log.info("preflight: the longest batch, %d tokens a row, makes two steps: peak %s", length, known["peak"])
 
 
-def two_steps(trainer: Any, longest: Any, stage: str) -> None:
+def run_trial_steps(trainer: Any, longest: Any, stage: str) -> None:
     """Make two whole steps of copies of the one row `longest` at learning rate 0, and put everything back as it was.
 
     Two, since the optimizer's memory exists only after the first.
@@ -297,7 +301,7 @@ def two_steps(trainer: Any, longest: Any, stage: str) -> None:
         with random_state_kept():
             # Before the reference pass the rows have no log-probs of it yet.
             cached = stage == "dpo" and args.precompute_ref_log_probs
-            row = with_columns(longest, computed(trainer, longest)) if cached else longest
+            row = with_columns(longest, compute_reference_logps(trainer, longest)) if cached else longest
             trainer.train_dataset = row.select([0] * copies)
             trainer.args = copy.copy(args)
             off = dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), IntervalStrategy.NO)
@@ -337,7 +341,7 @@ def longest_row(rows: Any) -> tuple[Any, int]:
 
 
 @contextlib.contextmanager
-def memory_told(run: Run, stage: str) -> Iterator[None]:
+def explain_oom(run: Run, stage: str) -> Iterator[None]:
     """Raise PipelineError with cheaper settings where the device's memory does not suffice for what is done."""
     try:
         yield
@@ -349,7 +353,7 @@ def memory_told(run: Run, stage: str) -> Iterator[None]:
 
 def out_of_memory(run: Run, stage: str) -> str:
     """What was needed, what there is, and cheaper settings to type, the cheapest in speed first."""
-    (name, size), micro, cheaper = card(), run.batch.micro_size, []
+    (name, size), micro, cheaper = device_memory(), run.batch.micro_size, []
     if stage == "dpo" and run.reference.mode == "frozen":
         cheaper.append("reference=cached (no second model; no slower)")
     if micro > 1:

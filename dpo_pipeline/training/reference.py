@@ -18,24 +18,24 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from dpo_pipeline import locks, runs
+from dpo_pipeline import locks, run_folder
 from dpo_pipeline.config import Run
-from dpo_pipeline.machine import is_main_process, together
-from dpo_pipeline.policies import Loading
+from dpo_pipeline.distributed import is_main_process, on_main_process
+from dpo_pipeline.models import LoadOptions
 
 log = logging.getLogger(__name__)
 
-Values = dict[str, torch.Tensor]  # `train.ref_chosen_logps` ...: sums over an answer's tokens, in nats
+Values = dict[str, torch.Tensor]  # `train.ref_chosen_logps` ...: sums over a completion's tokens, in nats
 
 
-def place_of(run: Run, weights: str | Path, loading: Loading, tables: dict[str, str], args: Any) -> Path:
+def cache_path(run: Run, weights: str | Path, loading: LoadOptions, tables: dict[str, str], args: Any) -> Path:
     """Where the log-probs of a reference lie: a function of what they depend on, and of nothing else.
 
     That is its weights, the token ids of the rows (`tables`: the fingerprint of each split, which the tokenizer, its
     template and the limits of length have made), how weights are held and multiplied, and `ld_alpha`.
     """
     key = {
-        "weights": runs.weights_of(weights, run.model.revision),
+        "weights": run_folder.weights_of(weights, run.model.revision),
         "rows": tables,
         "dtype": str(loading.dtype),
         "quantization": loading.quantization,
@@ -46,7 +46,7 @@ def place_of(run: Run, weights: str | Path, loading: Loading, tables: dict[str, 
     return Path(run.root) / ".cache" / "reference" / digest
 
 
-def cache(trainer: Any, place: Path, allowed: Any) -> None:
+def add_reference_logps(trainer: Any, place: Path, allowed: Any) -> None:
     """Give every row its log-probs under the reference: the policy before step 1, or a model given to the trainer.
 
     By the trainer's own forward, so that a first reward is exactly 0; read from `place` where a run has left them and
@@ -55,12 +55,12 @@ def cache(trainer: Any, place: Path, allowed: Any) -> None:
     """
     with contextlib.ExitStack() as held:
 
-        def found() -> Values | None:
-            held.enter_context(locks.alone(place))  # of two jobs at once, one computes
-            return read(place, trainer)
+        def find_cached() -> Values | None:
+            held.enter_context(locks.file_lock(place))  # of two jobs at once, one computes
+            return read_cache(place, trainer)
 
-        values = together(found)
-        if values is not None and not agrees(trainer, values, allowed):
+        values = on_main_process(find_cached)
+        if values is not None and not spot_check(trainer, values, allowed):
             if is_main_process():
                 log.warning("reference log-probs in %s are not those of this reference: computed anew", place)
             values = None
@@ -68,9 +68,9 @@ def cache(trainer: Any, place: Path, allowed: Any) -> None:
             values = {
                 f"{split}.{column}": torch.tensor(numbers)
                 for split, rows in splits(trainer).items()
-                for column, numbers in computed(trainer, rows, f"reference on {split}").items()
+                for column, numbers in compute_reference_logps(trainer, rows, f"reference on {split}").items()
             }
-            together(lambda: write(place, values))
+            on_main_process(lambda: write_cache(place, values))
         elif is_main_process():
             log.info("reference log-probs of %d pairs: read from %s", len(trainer.train_dataset), place)
     trainer.train_dataset, trainer.eval_dataset = (
@@ -91,7 +91,7 @@ def splits(trainer: Any) -> dict[str, Any]:
     return {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
 
 
-def computed(trainer: Any, rows: Any, label: str | None = None) -> dict[str, list[float]]:
+def compute_reference_logps(trainer: Any, rows: Any, label: str | None = None) -> dict[str, list[float]]:
     """The columns of these rows, by forwards of all processes; the longest rows first, which pads least."""
     lengths = [len(p) + max(len(c), len(r)) for p, c, r in zip(*(rows[n][:] for n in IDS), strict=True)]
     order = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)
@@ -118,17 +118,17 @@ def with_columns(rows: Any, columns: dict[str, list[float]]) -> Any:
     return rows
 
 
-def agrees(trainer: Any, values: Values, allowed: Any) -> bool:
+def spot_check(trainer: Any, values: Values, allowed: Any) -> bool:
     """Whether the first, middle and last training pair, computed again, have these log-probs."""
     count = len(trainer.train_dataset)
     few = sorted({0, count // 2, count - 1})
     rows = trainer.train_dataset.select(few)
-    again = computed(trainer, rows)
+    again = compute_reference_logps(trainer, rows)
     off = torch.tensor([again[name] for name in COLUMNS]) - torch.stack([values[f"train.{n}"][few] for n in COLUMNS])
     return bool((off.abs().flatten() <= allowed(trainer, trainer.data_collator(list(rows)))).all())
 
 
-def read(place: Path, trainer: Any) -> Values | None:
+def read_cache(place: Path, trainer: Any) -> Values | None:
     """What an earlier run left, or None where there is nothing, or where it is damaged."""
     file = place / "logps.safetensors"
     if not file.is_file():
@@ -143,7 +143,7 @@ def read(place: Path, trainer: Any) -> Values | None:
     return None
 
 
-def write(place: Path, values: Values) -> None:
+def write_cache(place: Path, values: Values) -> None:
     """Put log-probs at `place`, whole or not at all."""
     partial = place.with_suffix(".partial")
     for folder in (partial, place):

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from dpo_pipeline.data import reviews
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.runs import read_json, write_json
+from dpo_pipeline.run_folder import read_json, write_json
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,12 @@ from accelerate.utils import is_peft_model
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 
-from dpo_pipeline import runs
+from dpo_pipeline import run_folder
+from dpo_pipeline.distributed import on_main_process, processes
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.logprobs import answer_logprobs
-from dpo_pipeline.machine import STOPS, device, processes, together
-from dpo_pipeline.policies import Loading, load_policy
+from dpo_pipeline.hardware import STOPS, device
+from dpo_pipeline.logprobs import completion_logprobs
+from dpo_pipeline.models import LoadOptions, load_policy
 from dpo_pipeline.training.callbacks import CheckpointOnInterrupt, KeepRandomState
 
 log = logging.getLogger(__name__)
@@ -35,17 +36,17 @@ class PairTrainer(DPOTrainer):
 
 
 def build_sft(policy: Any, lora: Any, tokenizer: Any, args: Any, rows: dict[str, Any]) -> SFTTrainer:
-    """An SFTTrainer on rows of `prompt_ids` and `answer_ids`; loss on the answer alone."""
+    """An SFTTrainer on rows of `prompt_ids` and `completion_ids`; loss on the completion alone."""
 
     def labelled(row: dict) -> dict:
-        prompt, answer = row["prompt_ids"], row["answer_ids"]
-        return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+        prompt, completion = row["prompt_ids"], row["completion_ids"]
+        return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
 
     train, validation = (
         rows[split].map(labelled, remove_columns=rows[split].column_names, keep_in_memory=True)
         for split in ("train", "validation")
     )
-    return built(
+    return make_trainer(
         SFTTrainer, policy,
         args=args, train_dataset=train, eval_dataset=validation, processing_class=tokenizer, peft_config=lora,
     )  # fmt: skip
@@ -60,14 +61,14 @@ def build_dpo(policy: Any, reference: Any, lora: Any, tokenizer: Any, args: Any,
     for module in policy.modules():
         for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
             setattr(module, name, 0.0)
-    return built(
+    return make_trainer(
         PairTrainer, policy,
         ref_model=reference, args=args, train_dataset=rows["train"], eval_dataset=rows["validation"],
         processing_class=tokenizer, peft_config=lora,
     )  # fmt: skip
 
 
-def built(trainer: Any, policy: Any, **arguments: Any) -> Any:
+def make_trainer(trainer: Any, policy: Any, **arguments: Any) -> Any:
     """The trainer of these arguments, adapter weights in float32; one sentence where TRL refuses them.
 
     On a quantized base TRL casts them to bfloat16: fp16's gradient scaler fails on that, and a continued adapter would
@@ -86,7 +87,7 @@ def built(trainer: Any, policy: Any, **arguments: Any) -> Any:
             "FSDP was asked for and needs GPUs: Accelerate leaves it out on a CPU, where each process would hold all "
             "weights: start it with launch/accelerate/ddp.yaml"
         )
-    if sharded(made):
+    if sharding(made):
         made.model.to(made.args.device)  # whole until it trains: preflight and the reference pass need it there
     if is_peft_model(made.model):
         for name, weight in made.model.named_parameters():
@@ -95,7 +96,7 @@ def built(trainer: Any, policy: Any, **arguments: Any) -> Any:
     return made
 
 
-def sharded(trainer: Any) -> str | None:
+def sharding(trainer: Any) -> str | None:
     """What holds the policy's weights in parts, as far as a checkpoint depends on it; None where all have all."""
     deepspeed = f"deepspeed on {processes()} processes" if trainer.is_deepspeed_enabled else None
     return "fsdp" if trainer.is_fsdp_enabled else deepspeed
@@ -110,7 +111,7 @@ def train(trainer: Any, folder: Path, callbacks: list[TrainerCallback]) -> None:
     trainer.remove_callback(PrinterCallback)
     for callback in (*callbacks, KeepRandomState(), interrupt):
         trainer.add_callback(callback)
-    checkpoint = runs.newest_checkpoint(folder)
+    checkpoint = run_folder.newest_checkpoint(folder)
     if checkpoint:
         log.info("resuming from %s", checkpoint)
     before = {each: signal.signal(each, interrupt.note) for each in STOPS}
@@ -123,7 +124,9 @@ def train(trainer: Any, folder: Path, callbacks: list[TrainerCallback]) -> None:
         raise KeyboardInterrupt
 
 
-def save_final(trainer: Any, tokenizer: Any, folder: Path, loading: Loading, probe: dict[str, Any]) -> dict[str, Any]:
+def save_final(
+    trainer: Any, tokenizer: Any, folder: Path, loading: LoadOptions, probe: dict[str, Any]
+) -> dict[str, Any]:
     """Save what `from_pretrained` loads into `folder/final`, reload it once, and tell its facts for the manifest.
 
     Written by rank 0. Raises PipelineError where the reloaded policy does not give the log-probs that training ended
@@ -132,8 +135,8 @@ def save_final(trainer: Any, tokenizer: Any, folder: Path, loading: Loading, pro
     # Without Accelerate's autocast, as anybody loads it.
     policy = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     # A sharded policy is whole only where all processes take part.
-    whole = {"state_dict": trainer.accelerator.get_state_dict(trainer.model_wrapped)} if sharded(trainer) else {}
-    trained = answer_logprobs(policy, probe["prompts"], probe["answers"], len(probe["prompts"]))
+    whole = {"state_dict": trainer.accelerator.get_state_dict(trainer.model_wrapped)} if sharding(trainer) else {}
+    trained = completion_logprobs(policy, probe["prompts"], probe["answers"], len(probe["prompts"]))
 
     def save() -> dict[str, Any]:
         final = folder / "final"
@@ -143,19 +146,22 @@ def save_final(trainer: Any, tokenizer: Any, folder: Path, loading: Loading, pro
         trainer.accelerator.free_memory()
         if loading.quantization is None and not whole:
             policy.to("cpu")
-        return {**reloaded(trainer, final, loading, probe, trained), "sha256": runs.content_hash(final, runs.WEIGHTS)}
+        return {
+            **verify_saved_policy(trainer, final, loading, probe, trained),
+            "sha256": run_folder.content_hash(final, run_folder.WEIGHTS),
+        }
 
-    return together(save)
+    return on_main_process(save)
 
 
-def write_final(trainer: Any, policy: Any, whole: dict[str, Any], tokenizer: Any, final: Path) -> None:
+def write_final(trainer: Any, policy: Any, save_options: dict[str, Any], tokenizer: Any, final: Path) -> None:
     """Write the policy, its tokenizer and its model card to `final`, whole or not at all."""
     partial = final.with_name("final.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(final, ignore_errors=True)
     # Of an adapter's folder, without the frozen copy that served as its reference.
     adapter = {"selected_adapters": ["default"]} if is_peft_model(policy) else {}
-    policy.save_pretrained(partial, **whole, **adapter)
+    policy.save_pretrained(partial, **save_options, **adapter)
     policy.generation_config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     trainer.create_model_card(model_name=final.parent.name)
@@ -165,12 +171,14 @@ def write_final(trainer: Any, policy: Any, whole: dict[str, Any], tokenizer: Any
     partial.rename(final)
 
 
-def reloaded(trainer: Any, final: Path, loading: Loading, probe: dict[str, Any], trained: Any) -> dict[str, Any]:
+def verify_saved_policy(
+    trainer: Any, final: Path, loading: LoadOptions, probe: dict[str, Any], trained: Any
+) -> dict[str, Any]:
     """The step that `final` is of, and how far it is, loaded back, from what was `trained`."""
     rows = probe["prompts"], probe["answers"]
-    saved = answer_logprobs(load_policy(final, loading, on=device()), *rows, len(rows[0]))
+    saved = completion_logprobs(load_policy(final, loading, device_name=device()), *rows, len(rows[0]))
     worst = max(float((a - b).abs().max()) for a, b in zip(trained, saved, strict=True))
-    rounded = loading.dtype.itemsize < 4 or (sharded(trainer) and (trainer.args.bf16 or trainer.args.fp16))
+    rounded = loading.dtype.itemsize < 4 or (sharding(trainer) and (trainer.args.bf16 or trainer.args.fp16))
     if worst > (0.1 if rounded else 1e-3):
         raise PipelineError(f"{final} does not load back as it was trained: log-probs differ by {worst:.3g} nats")
     best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint

@@ -23,14 +23,14 @@ SHARED = Path(__file__).resolve().parents[3] / "shared"
 def prepare_ours(file: str, model: str, folder: str) -> float:
     """Seconds from the file to token ids on disk, as `dpo` prepares them."""
     from dpo_pipeline.config import compose
-    from dpo_pipeline.policies import load_tokenizer
-    from dpo_pipeline.training import start
+    from dpo_pipeline.data import prepare
+    from dpo_pipeline.models import load_tokenizer
 
     options = ["model=path", f"model.path={model}", "dataset=json", f"dataset.path={file}", f"root={folder}"]
     run = compose([*options, "length.max=256"])
     tokenizer = load_tokenizer(run.model)
     began = time.monotonic()
-    start.prepared(run, "dpo", tokenizer, "train", "validation", "test")
+    prepare.prepare_tables(run, "dpo", tokenizer, "train", "validation", "test")
     return time.monotonic() - began
 
 

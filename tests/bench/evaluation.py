@@ -1,8 +1,9 @@
-"""Times batched answers against a `generate` loop of batch 1, alternating, with the same prompts and the same lengths.
+"""Times batched completions against a `generate` loop of batch 1, alternating, with the same prompts and the same
+lengths.
 
     make bench-eval                    or: python tests/bench/evaluation.py --model FOLDER --prompts 64 --rounds 3
 
-Prompts are of the pairs at hand. Neither may end an answer early, so that both make as many tokens.
+Prompts are of the pairs at hand. Neither may end a completion early, so that both make as many tokens.
 """
 
 import argparse
@@ -43,14 +44,14 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dpo_pipeline.data.files import read
+    from dpo_pipeline.data.sources import read_source
     from dpo_pipeline.sampling import sample
 
     torch.set_num_threads(given.threads)
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     file = SHARED / "data" / "rasbt_preference" / "instruction-data-with-preference.json"
-    rows = [row["instruction"] for _, row in read(str(file))["train"]]
+    rows = [row["instruction"] for _, row in read_source(str(file))["train"]]
     prompts = [ids[:64] for ids in tokenizer(rows[: given.prompts])["input_ids"]]
     ways = {
         "batched": lambda: sample(model, prompts, [model.config.vocab_size], 0, given.tokens, given.batch, seed=0),
@@ -61,9 +62,9 @@ def main() -> None:
         took = {}
         for name, way in ways.items():
             began = time.monotonic()
-            answers = way()
+            completions = way()
             took[name] = time.monotonic() - began
-            assert all(len(answer) == given.tokens for answer in answers)
+            assert all(len(completion) == given.tokens for completion in completions)
         ratios.append(took["loop of 1"] / took["batched"])
         told = ", ".join(f"{name} {len(prompts) / seconds:.1f} prompts/s" for name, seconds in took.items())
         print(f"round {number + 1}: {told}: {ratios[-1]:.1f} times", flush=True)

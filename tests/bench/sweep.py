@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from dpo_pipeline.config import compose
 from dpo_pipeline.data.hh_rlhf import load
-from dpo_pipeline.training.start import load_rows
+from dpo_pipeline.data.prepare import load_rows
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 BETAS = ("0.05", "0.1", "0.2", "0.3", "0.5")

@@ -21,10 +21,11 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from dpo_pipeline import locks, runs
-from dpo_pipeline.config import Run, checked, sweep_in_ranks
+from dpo_pipeline import locks, run_folder
+from dpo_pipeline.config import Run, compose_and_validate, sweep_in_ranks
+from dpo_pipeline.distributed import processes
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.machine import processes, visible_gpus
+from dpo_pipeline.hardware import visible_gpus
 
 
 @dataclass
@@ -70,7 +71,7 @@ class ProcessLauncher(Launcher):
         slots = self.slots(len(self.free))
         for job in self.jobs:
             if self.is_done(job):
-                self.tell(job, "done", "already")
+                self.set_state(job, "done", "already")
         try:
             while todo := [job for job in self.jobs if job.state in ("waiting", "running", "elsewhere")]:
                 for job in todo:
@@ -90,7 +91,7 @@ class ProcessLauncher(Launcher):
 
     def job(self, typed: list[str]) -> Job:
         """A job with its checked config; raises PipelineError as the same command alone would."""
-        run = checked(self.context.config_loader.load_sweep_config(self.config, typed))
+        run = compose_and_validate(self.context.config_loader.load_sweep_config(self.config, typed))
         folder = run.sft_folder if self.stage == "sft" else run.dpo_folder
         log = Path(self.config.hydra.sweep.dir) / str(run.name) / self.stage / f"{folder.name}.log"
         return Job(typed, run, folder, log)
@@ -103,7 +104,7 @@ class ProcessLauncher(Launcher):
                     f"{count} jobs would share {folder}: a value is typed twice, or variant= is one for all"
                 )
         for job in self.jobs if self.stage == "dpo" else ():
-            if job.run.policy == "sft" and runs.state(job.run.sft_folder) != "done":
+            if job.run.policy == "sft" and run_folder.run_state(job.run.sft_folder) != "done":
                 common = " ".join(item for item in job.typed if item in self.common)
                 raise PipelineError(
                     f"there is no finished SFT in {job.run.sft_folder}, from which a job starts: type "
@@ -130,10 +131,10 @@ class ProcessLauncher(Launcher):
     def is_done(self, job: Job) -> bool:
         """Whether there is nothing left to do, the comparison included; where its folder is refused it has failed."""
         try:
-            decision = runs.decide(job.folder, runs.identity(job.run, self.stage), job.run.overwrite)
+            decision = run_folder.decide(job.folder, run_folder.identity(job.run, self.stage), job.run.overwrite)
         except PipelineError as error:
-            if locks.holder(job.folder) is None:
-                self.tell(job, "failed", str(error))
+            if locks.lock_owner(job.folder) is None:
+                self.set_state(job, "failed", str(error))
             return False
         measured = all((job.folder / file).is_file() for file in ("eval.json", "validation.json"))
         return decision == "done" and (self.stage == "sft" or measured)
@@ -143,15 +144,15 @@ class ProcessLauncher(Launcher):
         if job.state == "running" and job.process.poll() is not None:
             job.output.close()
             self.free += job.gpus
-            self.tell(job, *self.outcome(job))
-        elif job.state == "elsewhere" and locks.holder(job.folder) is None:
+            self.set_state(job, *self.outcome(job))
+        elif job.state == "elsewhere" and locks.lock_owner(job.folder) is None:
             job.state = "waiting"
         elif job.state == "waiting" and sum(j.state in ("running", "elsewhere") for j in self.jobs) < slots:
-            if who := locks.holder(job.folder):  # of a sweep that was killed, or in another terminal
-                self.tell(job, "elsewhere", f"process {who['pid']} on {who['host']}, which is waited for")
+            if who := locks.lock_owner(job.folder):  # of a sweep that was killed, or in another terminal
+                self.set_state(job, "elsewhere", f"process {who['pid']} on {who['host']}, which is waited for")
             else:
                 self.start(job)
-                self.tell(job, "running", f"its output: {job.log}")
+                self.set_state(job, "running", f"its output: {job.log}")
 
     def start(self, job: Job) -> None:
         """Start a job's process, in a session of its own: a terminal's Ctrl-C is for us to pass on."""
@@ -174,9 +175,9 @@ class ProcessLauncher(Launcher):
         """The state in which a job has ended, and why."""
         code = job.process.returncode
         if code == 0:
-            return "done", runs.last_loss(job.folder)
-        if code == 75 or (runs.state(job.folder) == "interrupted" and code > 0):
-            return "interrupted", runs.last_loss(job.folder)
+            return "done", run_folder.loss_summary(job.folder)
+        if code == 75 or (run_folder.run_state(job.folder) == "interrupted" and code > 0):
+            return "interrupted", run_folder.loss_summary(job.folder)
         lines = [line.strip() for line in re.split(r"[\r\n]", job.log.read_text(encoding="utf-8")) if line.strip()]
         told = [line.partition("error: ")[2] for line in lines if "error: " in line] or lines[-1:]
         if code < 0:
@@ -185,7 +186,7 @@ class ProcessLauncher(Launcher):
             return "failed", why
         return "failed", told[-1] if told else f"exit code {code}, without a word"
 
-    def tell(self, job: Job, state: str, detail: str) -> None:
+    def set_state(self, job: Job, state: str, detail: str) -> None:
         """Set a job's state, and print it in one line with what is still to come."""
         job.state, job.why = state, detail
         count = Counter(job.state for job in self.jobs)
@@ -199,12 +200,12 @@ class ProcessLauncher(Launcher):
 
     def report(self) -> None:
         """The table of each name that was swept, with its plots."""
-        from dpo_pipeline.evaluation import variants
+        from dpo_pipeline.evaluation import sweep_report
 
         failed = [job for job in self.jobs if job.state != "done"]
         for home in dict.fromkeys(job.run.home for job in self.jobs if self.stage == "dpo"):
             reasons = {job.folder.name: f"{job.state}: {job.why}" for job in failed if job.run.home == home}
-            print("\n" + variants.report(home, self.jobs[0].run.evaluation.kl_budget, reasons), flush=True)
+            print("\n" + sweep_report.sweep_report(home, self.jobs[0].run.evaluation.kl_budget, reasons), flush=True)
             print(f"\nWritten: {home}/report/sweep.md, sweep.csv, sweep.png, reward_kl_frontier.png", flush=True)
 
     def stop(self) -> None:
@@ -216,7 +217,7 @@ class ProcessLauncher(Launcher):
                 job.process.terminate()
             for job in running:
                 job.process.wait()
-                self.tell(job, *self.outcome(job))
+                self.set_state(job, *self.outcome(job))
         finally:
             for job in running:
                 job.process.kill()

@@ -10,15 +10,15 @@ from typing import Any
 
 from dpo_pipeline import estimates
 from dpo_pipeline.evaluation import tables
-from dpo_pipeline.printing import shown
-from dpo_pipeline.runs import read_json, state
+from dpo_pipeline.formatting import format_estimate
+from dpo_pipeline.run_folder import read_json, run_state
 
 COLUMNS = {
     "preference_accuracy": "preference accuracy",
     "margin_nats": "margin_nats",
     "kl": "KL from samples, nats",
     "score": "reward",
-    "answer_tokens": "answer length, tokens",
+    "completion_tokens": "completion length, tokens",
 }
 
 
@@ -35,7 +35,7 @@ class Variant:
     validation: dict[str, Any]
 
 
-def report(home: Path, kl_budget: float, failed: dict[str, str]) -> str:
+def sweep_report(home: Path, kl_budget: float, failed: dict[str, str]) -> str:
     """Write sweep.md, sweep.csv, sweep.png and reward_kl_frontier.png into `home/report`; the Markdown.
 
     All are measured against the policy they started from where that is one, else against the base. `failed` are
@@ -79,19 +79,19 @@ def reference_of(result: dict[str, Any]) -> list[str]:
     return next(([name, value] for name, value in weights.items() if name != "base"), ["base", weights["base"]])
 
 
-def variant(folder: Path, why: str | None, against: str) -> Variant:
+def variant(folder: Path, problem: str | None, against: str) -> Variant:
     """A DPO's folder as a row: its numbers where it is done and measured, else the reason why there are none."""
     identity = (read_json(folder / "manifest.json") or {"identity": {"beta": None, "seed": None}})["identity"]
     status, test = read_json(folder / "status.json"), read_json(folder / "eval.json")
     validation = read_json(folder / "validation.json")
-    if why is None and state(folder) != "done":
-        why = f"{state(folder)} at step {status['step']}" + (f": {status['error']}" if status["error"] else "")
-    if why is None and not test:
-        why = "not measured: type its command again"
+    if problem is None and run_state(folder) != "done":
+        problem = f"{run_state(folder)} at step {status['step']}" + (f": {status['error']}" if status["error"] else "")
+    if problem is None and not test:
+        problem = "not measured: type its command again"
     blocks = ((test, against), (validation, "reference"))
-    numbers = [{**f["against"][b], **f["own"]} if f and not why else {} for f, b in blocks]
+    numbers = [{**f["against"][b], **f["own"]} if f and not problem else {} for f, b in blocks]
     setting = json.dumps({key: value for key, value in identity.items() if key not in ("beta", "seed")})
-    return Variant(folder.name, setting, identity["beta"], identity["seed"], why or "", *numbers)
+    return Variant(folder.name, setting, identity["beta"], identity["seed"], problem or "", *numbers)
 
 
 BETA_SEED = re.compile(r"-(beta[0-9.]+(e-?\d+)?|seed\d+)(?=-|$)")
@@ -140,7 +140,7 @@ def recommendation(variants: list[Variant], judge: str | None, kl_budget: float)
     near = [key for key, e in within.items() if key != best and (math.inf if e["high"] is None else e["high"]) >= low]
     several = len({setting for setting, _ in within}) > 1
     names = {key: f"beta {key[1]:g}" + (f" ({key[0]})" if several else "") for key in within}
-    text = f"Recommended: {names[best]}, {name} {shown(within[best])} ({rule})."
+    text = f"Recommended: {names[best]}, {name} {format_estimate(within[best])} ({rule})."
     if near:
         listed = ", ".join(names[key] for key in near)
         text += f" Within noise of it: {listed}; more seeds or evaluation.prompts would tell them apart."
@@ -161,9 +161,9 @@ def write_csv(file: Path, variants: list[Variant], columns: list[str]) -> None:
 ENDS = ("value", "low", "high")
 
 
-def bars(found: list[dict[str, Any]]) -> list[list[float]]:
+def bars(estimates: list[dict[str, Any]]) -> list[list[float]]:
     """Lengths of error bars below and above, none where an interval is unknown."""
-    known = [f if f["low"] is not None else {**f, "low": f["value"], "high": f["value"]} for f in found]
+    known = [f if f["low"] is not None else {**f, "low": f["value"], "high": f["value"]} for f in estimates]
     return [[f["value"] - f["low"] for f in known], [f["high"] - f["value"] for f in known]]
 
 
@@ -175,7 +175,7 @@ def plot_sweep(file: Path, variants: list[Variant], columns: dict[str, str]) -> 
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    shown_keys = [key for key in columns if key != "answer_tokens"]
+    shown_keys = [key for key in columns if key != "completion_tokens"]
     for axis, key in zip(axes.flat, shown_keys, strict=False):
         for setting in sorted({v.setting for v in variants}):
             line = {beta: group for (s, beta), group in groups(variants).items() if s == setting}

@@ -1,36 +1,36 @@
-"""The one shape of a row: a prompt and its answers, as text for a base model or as messages for a chat model.
+"""The one shape of a row: a prompt and its completions, as text for a base model or as messages for a chat model.
 
-Values come in many forms: text; messages (role and content, or ShareGPT's from and value); a whole dialogue in
-place of an answer, as messages or as HH-RLHF's text. A row has `prompt` (text, or a list of messages with role and
-content), its answers as text (`chosen`, `rejected`, `demonstration`, as far as it has them), `source` and `origin`,
-`problem` where it cannot be learnt from, and `left_out` where it is not to be.
+Values come in many forms: text; messages (role and content, or ShareGPT's from and value); a whole dialogue in place
+of a completion, as messages or as HH-RLHF's text. A row has `prompt` (text, or a list of messages with role and
+content), its completions as text (`chosen`, `rejected`, `demonstration`, as far as it has them), `source` and
+`origin`, `problem` where it cannot be learnt from, and `left_out` where it is not to be.
 """
 
 import re
 from typing import Any
 
-from dpo_pipeline.data.files import kind
+from dpo_pipeline.data.sources import json_type
 from dpo_pipeline.errors import PipelineError
 
-ANSWERS = ("chosen", "rejected", "demonstration")
+COMPLETIONS = ("chosen", "rejected", "demonstration")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 ROLES |= {"developer": "system", "bot": "assistant", "chatbot": "assistant", "model": "assistant"}
 ASK, REPLY = "\n\nHuman:", "\n\nAssistant:"
 TURN = re.compile("(\n\nHuman:|\n\nAssistant:)")
 
 
-def shape(origin: str, source: str, chat: bool, prompt: Any, answers: dict[str, Any]) -> dict[str, Any]:
+def normalize_row(origin: str, source: str, chat: bool, prompt: Any, completions: dict[str, Any]) -> dict[str, Any]:
     """A row of values in any of the forms, as messages where `chat`, else as text.
 
-    `prompt` may be None where every answer is a whole dialogue. An answer of None is left out. Raises PipelineError
-    that names the origin where a value is none of the forms.
+    `prompt` may be None where every completion is a whole dialogue. A completion of None is left out. Raises
+    PipelineError that names the origin where a value is none of the forms.
     """
-    row: dict[str, Any] = {"prompt": prompt if prompt is None else plain(prompt, "prompt", origin)}
+    row: dict[str, Any] = {"prompt": prompt if prompt is None else parse_messages(prompt, "prompt", origin)}
     prefixes = []
-    for name, value in answers.items():
+    for name, value in completions.items():
         if value is None:
             continue
-        found = plain(value, name, origin)
+        found = parse_messages(value, name, origin)
         if isinstance(found, list):
             if not found or found[-1]["role"] != "assistant":
                 last = found[-1]["role"] if found else "no message"
@@ -54,20 +54,21 @@ def shape(origin: str, source: str, chat: bool, prompt: Any, answers: dict[str, 
         elif any(prefix != prefixes[0] for prefix in prefixes):
             problem = "prompt differs"
     if row["prompt"] is None:
-        raise PipelineError(f"{origin} has no prompt, and its answers are no whole dialogues")
+        raise PipelineError(f"{origin} has no prompt, and its completions are no whole dialogues")
     row = as_messages(row) if chat else as_text(row)
     return {**row, "source": source, "origin": origin, **({"problem": problem} if problem else {})}
 
 
-def plain(value: Any, name: str, origin: str) -> str | list[dict[str, str]]:
+def parse_messages(value: Any, name: str, origin: str) -> str | list[dict[str, str]]:
     """Text as it is, messages with role and content whatever their form; raises PipelineError for anything else."""
     if isinstance(value, str):
         return value
-    if isinstance(value, dict):  # ShareGPT's single answer
+    if isinstance(value, dict):  # ShareGPT's single completion
         value = [value]
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise PipelineError(
-            f"{origin}: {name} is {kind(value)}, not text or messages with role and content: correct it or take it out"
+            f"{origin}: {name} is {json_type(value)}, not text or messages with role and content: correct it or take "
+            "it out"
         )
     messages = []
     for number, message in enumerate(value, 1):
@@ -83,7 +84,7 @@ def plain(value: Any, name: str, origin: str) -> str | list[dict[str, str]]:
         if isinstance(content, list) and all(isinstance(each, dict) and "text" in each for each in content):
             content = "".join(each["text"] for each in content)  # in parts, as OpenAI's
         if not isinstance(content, str):
-            raise PipelineError(f"{origin}: {name}, message {number}: its content is {kind(content)}, not text")
+            raise PipelineError(f"{origin}: {name}, message {number}: its content is {json_type(content)}, not text")
         messages.append({"role": ROLES[role], "content": content})
     return messages
 
@@ -92,10 +93,10 @@ def as_messages(row: dict[str, Any]) -> dict[str, Any]:
     """A row for a chat model: text in HH-RLHF's form becomes its turns, any other what the user says."""
     if isinstance(row["prompt"], list):
         return row
-    answers = {name: row[name].strip() for name in ANSWERS if name in row}
+    completions = {name: row[name].strip() for name in COMPLETIONS if name in row}
     prompt = row["prompt"]
     if not prompt.endswith(REPLY):
-        return {**row, **answers, "prompt": [{"role": "user", "content": prompt.strip()}]}
+        return {**row, **completions, "prompt": [{"role": "user", "content": prompt.strip()}]}
     opening, *turns = TURN.split(prompt.removesuffix(REPLY))
     messages = [{"role": "system", "content": opening.strip()}] if opening.strip() else []
     for mark, said in zip(turns[::2], turns[1::2], strict=True):
@@ -104,7 +105,7 @@ def as_messages(row: dict[str, Any]) -> dict[str, Any]:
             messages[-1]["content"] += f"\n\n{said.strip()}"
         else:
             messages.append({"role": role, "content": said.strip()})
-    return {**row, **answers, "prompt": messages}
+    return {**row, **completions, "prompt": messages}
 
 
 def as_text(row: dict[str, Any]) -> dict[str, Any]:
@@ -113,9 +114,9 @@ def as_text(row: dict[str, Any]) -> dict[str, Any]:
         return row
     heads = {"system": "", "user": f"{ASK} ", "assistant": f"{REPLY} "}
     prompt = "".join(heads[message["role"]] + message["content"] for message in row["prompt"]) + REPLY
-    return {**row, "prompt": prompt, **{name: f" {row[name]}" for name in ANSWERS if name in row}}
+    return {**row, "prompt": prompt, **{name: f" {row[name]}" for name in COMPLETIONS if name in row}}
 
 
-def words(prompt: str | list[dict[str, str]]) -> str:
+def prompt_to_text(prompt: str | list[dict[str, str]]) -> str:
     """A prompt as a person reads it."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

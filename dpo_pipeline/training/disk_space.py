@@ -5,11 +5,11 @@ from pathlib import Path
 
 from dpo_pipeline.config import Run
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.machine import gigabytes
-from dpo_pipeline.training.handoff import Start, new_adapter, on_meta
+from dpo_pipeline.hardware import gigabytes
+from dpo_pipeline.training.starting_policy import StartingPolicy, new_adapter, on_meta
 
 
-def check_room(run: Run, stage: str, folder: Path, start: Start) -> tuple[int, int]:
+def check_disk_space(run: Run, stage: str, folder: Path, start: StartingPolicy) -> tuple[int, int]:
     """Bytes that a run will still write, and those that are free; raises PipelineError where they do not suffice.
 
     Counts `final/`, what is merged, and the checkpoints kept, one more while the oldest goes: trained weights in

@@ -15,7 +15,7 @@ FORM = "give one JSON object for each row: one on each line, or all in one list"
 Rows = Iterator[tuple[str, dict[str, Any]]]  # each with its origin, such as `pairs.jsonl, line 3`
 
 
-def read(
+def read_source(
     path: str, data_dir: str | None = None, revision: str | None = None, splits: dict[str, str] | None = None
 ) -> dict[str, Rows]:
     """Rows of the splits `train` and `test`, as far as there are, one at a time; a single file is `train`.
@@ -84,11 +84,11 @@ def read(
     return {ours: rows_of(found[theirs], f"{where}, {theirs} row") for ours, theirs in names.items()}
 
 
-def rows_of(split: Any, where: str) -> Rows:
+def rows_of(split: Any, label: str) -> Rows:
     """The rows of a `datasets` split, a thousand at a time."""
     for start in range(0, len(split), 1000):
         for i, row in enumerate(split.select(range(start, min(start + 1000, len(split)))).to_list(), start):
-            yield f"{where} {i}", row
+            yield f"{label} {i}", row
 
 
 def read_file(file: Path, path: str) -> Rows:
@@ -102,7 +102,7 @@ def read_file(file: Path, path: str) -> Rows:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
             for origin, row in csv_rows(stream, path) if name.endswith(".csv") else json_rows(stream, path):
                 if not isinstance(row, dict):
-                    raise PipelineError(f"{origin} holds {kind(row)}, not an object: {FORM}")
+                    raise PipelineError(f"{origin} holds {json_type(row)}, not an object: {FORM}")
                 empty = False
                 yield origin, row
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -118,20 +118,20 @@ def json_rows(stream: IO[bytes], path: str) -> Rows:
     """The objects of JSON text: one on each line, or all in one list."""
     # Lines end at \n alone: text may hold other line breaks, such as U+2028, as they are.
     for i, line in enumerate(stream, 1):
-        text = decoded(line, path, i)
+        text = decode_line(line, path, i)
         if text.lstrip().startswith("["):
-            rest = [decoded(other, path, j) for j, other in enumerate(stream, i + 1)]
-            for j, row in enumerate(parsed("".join([text, *rest]), path, i), 1):
+            rest = [decode_line(other, path, j) for j, other in enumerate(stream, i + 1)]
+            for j, row in enumerate(parse_json("".join([text, *rest]), path, i), 1):
                 yield f"{path}, row {j}", row
         elif text.strip():
-            yield f"{path}, line {i}", parsed(text.rstrip("\r\n"), path, i)
+            yield f"{path}, line {i}", parse_json(text.rstrip("\r\n"), path, i)
 
 
 def csv_rows(stream: IO[bytes], path: str) -> Rows:
     """The rows of comma-separated values below a line of column names."""
     csv.field_size_limit(2**31 - 1)  # of characters in a field, 131,072 unless said
     # Strict: a quote that is never closed would take all lines behind it into one field.
-    reader = csv.reader((decoded(line, path, i) for i, line in enumerate(stream, 1)), strict=True)
+    reader = csv.reader((decode_line(line, path, i) for i, line in enumerate(stream, 1)), strict=True)
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
@@ -162,7 +162,7 @@ def parquet_rows(file: Path, path: str) -> Rows:
         raise PipelineError(f"{path} cannot be read as a data set: {first_line(error)}: fetch it again") from error
 
 
-def decoded(line: bytes, path: str, number: int) -> str:
+def decode_line(line: bytes, path: str, number: int) -> str:
     """A line's text."""
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -172,7 +172,7 @@ def decoded(line: bytes, path: str, number: int) -> str:
         ) from error
 
 
-def parsed(text: str, path: str, first: int) -> Any:
+def parse_json(text: str, path: str, first: int) -> Any:
     """What JSON text of a file holds, whose first line is the file's line `first`."""
     try:
         value = json.loads(text)
@@ -188,7 +188,7 @@ def parsed(text: str, path: str, first: int) -> Any:
     raise PipelineError(f"{path} cannot be read as a data set: line {line} is no JSON ({why}): {FORM}")
 
 
-def require(row: dict[str, Any], columns: tuple[str, ...], origin: str) -> dict[str, str]:
+def require_text(row: dict[str, Any], columns: tuple[str, ...], origin: str) -> dict[str, str]:
     """These columns of a row; raises PipelineError unless each is there and is text."""
     for column in columns:
         if column not in row:
@@ -197,7 +197,7 @@ def require(row: dict[str, Any], columns: tuple[str, ...], origin: str) -> dict[
                 f"{', '.join(columns)}"
             )
         if not isinstance(row[column], str):
-            raise PipelineError(f"{origin}: {column} is {kind(row[column])}, not text: correct it or take it out")
+            raise PipelineError(f"{origin}: {column} is {json_type(row[column])}, not text: correct it or take it out")
     return {column: row[column] for column in columns}
 
 
@@ -206,7 +206,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def kind(value: Any) -> str:
+def json_type(value: Any) -> str:
     """What a JSON value is, in words."""
     names = {
         type(None): "null",

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.config import Model, build
+from dpo_pipeline.config import Model, instantiate_node
 from dpo_pipeline.errors import PipelineError, explain_disk
-from dpo_pipeline.machine import device
+from dpo_pipeline.hardware import device
 
 
 @dataclass(frozen=True)
-class Loading:
+class LoadOptions:
     """How a run loads weights: its base, the torch dtype, and the quantization of what an adapter lies on."""
 
     model: Model
@@ -26,7 +26,7 @@ def is_adapter(path: str | Path) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
 
 
-def base_of(adapter: str | Path) -> str:
+def adapter_base(adapter: str | Path) -> str:
     """The model that an adapter names as its base; raises PipelineError where it names none."""
     file = Path(adapter) / "adapter_config.json"
     try:
@@ -42,7 +42,7 @@ def base_of(adapter: str | Path) -> str:
     return named
 
 
-def explained(load: Any, path: str | Path, **options: Any) -> Any:
+def explain_load_errors(load: Any, path: str | Path, **options: Any) -> Any:
     """`load(path, **options)`, with one sentence where nothing can be loaded from there."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -65,11 +65,11 @@ def explained(load: Any, path: str | Path, **options: Any) -> Any:
             raise PipelineError(sentence) from error
         reason = " ".join(str(error).split())
         reason = reason if " " in reason else repr(error)  # the text of a KeyError is the key alone
-        fix = way_out(local, reason)
+        fix = load_hint(local, reason)
         raise PipelineError(f"no model could be loaded from {path} ({reason[:300]}): {fix}") from error
 
 
-def way_out(path: Path, reason: str) -> str:
+def load_hint(path: Path, reason: str) -> str:
     """What to type where a library could not load a model, for the reason it gave."""
     if "attn_implementation" in reason or "FlashAttention" in reason:
         return "type model.attn_implementation=sdpa or eager"
@@ -98,7 +98,7 @@ def load_tokenizer(model: Model, path: str | Path | None = None) -> Any:
             "adapter by policy=FOLDER"
         )
     where = {"revision": model.revision} if path is None else {}
-    tokenizer = explained(
+    tokenizer = explain_load_errors(
         AutoTokenizer.from_pretrained, path or model.path, trust_remote_code=model.trust_remote_code, **where
     )
     if tokenizer.pad_token_id is None:
@@ -115,7 +115,7 @@ def load_config(model: Model, path: str | Path | None = None) -> Any:
 
     where = {"revision": model.revision} if path is None else {}
     path = path or model.path
-    config = explained(AutoConfig.from_pretrained, path, trust_remote_code=model.trust_remote_code, **where)
+    config = explain_load_errors(AutoConfig.from_pretrained, path, trust_remote_code=model.trust_remote_code, **where)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not model.trust_remote_code:
         raise PipelineError(
             f"{path} is no causal language model (model_type {config.model_type}): give one that AutoModelForCausalLM "
@@ -129,7 +129,7 @@ def load_config(model: Model, path: str | Path | None = None) -> Any:
     return config
 
 
-def load_policy(path: str | Path, loading: Loading, trainable: bool = False, on: str = "cpu") -> Any:
+def load_policy(path: str | Path, loading: LoadOptions, trainable: bool = False, device_name: str = "cpu") -> Any:
     """The model at `path` on the device `on`; an adapter comes on its base, ready to train where `trainable`.
 
     A quantized model lies where this machine trains: its weights cannot be moved. Raises PipelineError where nothing
@@ -149,11 +149,14 @@ def load_policy(path: str | Path, loading: Loading, trainable: bool = False, on:
     if loading.quantization is not None:
         compute = {"bnb_4bit_compute_dtype": loading.dtype} if "load_in_4bit" in loading.quantization else {}
         place = torch.cuda.current_device() if device() == "cuda" else device()
-        options |= {"quantization_config": build(loading.quantization, **compute), "device_map": {"": place}}
-    base = base_of(path) if is_adapter(path) else str(path)
+        options |= {
+            "quantization_config": instantiate_node(loading.quantization, **compute),
+            "device_map": {"": place},
+        }
+    base = adapter_base(path) if is_adapter(path) else str(path)
     if base == model.path:
         options["revision"] = model.revision
-    loaded, info = explained(AutoModelForCausalLM.from_pretrained, base, output_loading_info=True, **options)
+    loaded, info = explain_load_errors(AutoModelForCausalLM.from_pretrained, base, output_loading_info=True, **options)
     if lacking := sorted(info["missing_keys"]):
         raise PipelineError(
             f"{base} lacks {len(lacking)} weights of its architecture, {type(loaded).__name__}, such as {lacking[0]}: "
@@ -180,9 +183,11 @@ def load_policy(path: str | Path, loading: Loading, trainable: bool = False, on:
             # Else an adapter of another architecture leaves the base as it is.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             try:
-                loaded = explained(lambda p: PeftModel.from_pretrained(loaded, p, is_trainable=trainable), path)
+                loaded = explain_load_errors(
+                    lambda p: PeftModel.from_pretrained(loaded, p, is_trainable=trainable), path
+                )
             except UserWarning as warning:
                 reason = " ".join(str(warning).split())[:200]
                 raise PipelineError(f"the adapter in {path} does not fit its base {base}: {reason}") from warning
-    loaded = loaded if loading.quantization is not None else loaded.to(on)
+    loaded = loaded if loading.quantization is not None else loaded.to(device_name)
     return loaded if trainable else loaded.eval()

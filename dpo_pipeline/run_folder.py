@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from dpo_pipeline.config import CONF, Run
+from dpo_pipeline.distributed import is_main_process, processes
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.locks import in_use, this_process
-from dpo_pipeline.machine import git_state, is_main_process, processes, versions
+from dpo_pipeline.hardware import git_state, versions
+from dpo_pipeline.locks import in_use_message, this_process
+from dpo_pipeline.models import adapter_base, is_adapter
 from dpo_pipeline.naming import NOT_IDENTITY, TRACKED, loss_names
-from dpo_pipeline.policies import base_of, is_adapter
 
 log = logging.getLogger(__name__)
 
@@ -95,11 +96,11 @@ def identity(run: Run, stage: str) -> dict[str, Any]:
     else:
         parts |= {"dataset": run.dataset, "beta": run.beta, "reference": run.reference.mode, "policy": run.policy}
         parts["reference_path"] = by_content(run.reference.path, WEIGHTS)
-        if run.policy == "sft" and state(run.sft_folder) == "done":
+        if run.policy == "sft" and run_state(run.sft_folder) == "done":
             parts["starting_policy"] = finished_sft(run)["final"]["sha256"]
         elif run.policy not in ("sft", "base"):
             policy = by_content(run.policy, (*WEIGHTS, "adapter_config.json"))
-            base = by_content(base_of(run.policy), WEIGHTS) if is_adapter(run.policy) else None
+            base = by_content(adapter_base(run.policy), WEIGHTS) if is_adapter(run.policy) else None
             parts |= {"policy": "folder", "starting_policy": policy, "starting_base": base}
         if "sft" in loss_names(run):
             parts["micro_size"] = run.batch.micro_size  # TRL takes that term per token of each micro batch
@@ -136,20 +137,20 @@ def weights_of(path: str | Path, revision: str | None) -> str:
     if not Path(path).is_dir():
         return f"{path}@{revision or 'main'}"
     own = content_hash(Path(path), WEIGHTS)
-    return f"{own}+{weights_of(base_of(path), revision)}" if is_adapter(path) else own
+    return f"{own}+{weights_of(adapter_base(path), revision)}" if is_adapter(path) else own
 
 
 def finished_sft(run: Run) -> dict[str, Any]:
     """The manifest of the SFT that a DPO starts from; raises PipelineError where it is not done."""
-    if state(run.sft_folder) == "done":
+    if run_state(run.sft_folder) == "done":
         return read_json(run.sft_folder / "manifest.json")
     raise PipelineError(
-        f"there is no finished SFT in {run.sft_folder} ({state(run.sft_folder)}): run `make sft` or `python -m "
+        f"there is no finished SFT in {run.sft_folder} ({run_state(run.sft_folder)}): run `make sft` or `python -m "
         "dpo_pipeline.sft` with the same arguments first, or start from the base model with policy=base"
     )
 
 
-def state(folder: Path) -> str:
+def run_state(folder: Path) -> str:
     """`none`, `running`, `done`, `interrupted` or `failed`; a run whose process is gone reads as interrupted."""
     status = read_json(folder / "status.json")
     if status is None:
@@ -197,7 +198,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def last_loss(folder: Path) -> str:
+def loss_summary(folder: Path) -> str:
     """`loss 0.5231 at step 40`, or where there is none yet, `no step yet`."""
     losses = [(row["loss"], row["step"]) for row in metrics(folder) if "loss" in row]
     return f"loss {losses[-1][0]:.4f} at step {losses[-1][1]}" if losses else "no step yet"
@@ -213,23 +214,26 @@ def claim(run: Run, stage: str, folder: Path) -> tuple[dict[str, Any], str]:
         write_json(folder / "status.json", {**status, "state": "interrupted"})
     decision = decide(folder, mine, run.overwrite)
     if decision == "resume":
-        cut_back(folder)
-    elif state(folder) == "done":  # so nothing waits for it: a kill has left what it replaced
-        shutil.rmtree(aside(folder), ignore_errors=True)
+        rollback_to_checkpoint(folder)
+    elif run_state(folder) == "done":  # so nothing waits for it: a kill has left what it replaced
+        shutil.rmtree(backup_path(folder), ignore_errors=True)
     if decision == "replace":
-        print(f"replacing the {state(folder)} run in {folder}, kept in {aside(folder)} until the new one is done")
-        if aside(folder).exists():  # the run that was finished; what lies here only tried to replace it
-            gone = aside(folder).with_name(f"{folder.name}.gone")  # whole, or not there: a part is nobody's run
+        print(
+            f"replacing the {run_state(folder)} run in {folder}, kept in {backup_path(folder)} until the new one is "
+            "done"
+        )
+        if backup_path(folder).exists():  # the run that was finished; what lies here only tried to replace it
+            gone = backup_path(folder).with_name(f"{folder.name}.gone")  # whole, or not there: a part is nobody's run
             shutil.rmtree(gone, ignore_errors=True)
             folder.rename(gone)
             shutil.rmtree(gone)
         else:
-            aside(folder).parent.mkdir(parents=True, exist_ok=True)
-            folder.rename(aside(folder))
+            backup_path(folder).parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(backup_path(folder))
     return mine, decision
 
 
-def cut_back(folder: Path) -> None:
+def rollback_to_checkpoint(folder: Path) -> None:
     """Leave of an interrupted run what it had at its newest complete checkpoint, from which it goes on."""
     # Else the trainer counts a torn one as the newest when it deletes old ones.
     for torn in (place for place in (folder / "checkpoints").glob("checkpoint-*") if not is_complete(place)):
@@ -246,31 +250,31 @@ def cut_back(folder: Path) -> None:
         write_json(folder / POINTS, [point for point in points if point["step"] <= step])
 
 
-def aside(folder: Path) -> Path:
+def backup_path(folder: Path) -> Path:
     """Where a run waits that another one is replacing."""
     return folder.parent.parent / ".replaced" / folder.parent.name / folder.name
 
 
-def decide(folder: Path, mine: dict[str, Any], overwrite: bool) -> str:
+def decide(folder: Path, ours: dict[str, Any], overwrite: bool) -> str:
     """`new`, `resume`, `done` or `replace` for a run of this identity; touches nothing.
 
     Raises PipelineError where another run lies there that is worth keeping, or one that is still running.
     """
-    manifest, found = read_json(folder / "manifest.json"), state(folder)
+    manifest, found = read_json(folder / "manifest.json"), run_state(folder)
     if found == "running":
-        raise PipelineError(in_use(folder, read_json(folder / "status.json")))
+        raise PipelineError(in_use_message(folder, read_json(folder / "status.json")))
     if manifest is None:
         # What a kill before the first manifest leaves is none of anybody's.
         if folder.is_file() or (folder.is_dir() and any(file.suffix != ".partial" for file in folder.iterdir())):
             raise PipelineError(f"{folder} holds files but no run: choose another place with variant=, name= or root=")
         return "new"
     theirs = manifest["identity"]
-    differing = [key for key in {**theirs, **mine} if theirs.get(key) != mine.get(key)]
+    differing = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
     if not differing:
         return "done" if found == "done" else "resume"
     if overwrite or (found != "done" and newest_checkpoint(folder) is None):
         return "replace"
-    listed = "; ".join(f"{key} is {theirs.get(key)} there, {mine.get(key)} here" for key in sorted(differing))
+    listed = "; ".join(f"{key} is {theirs.get(key)} there, {ours.get(key)} here" for key in sorted(differing))
     typed = "sft_variant=NAME" if folder.parent.name == "sft" else "variant=NAME"
     raise PipelineError(
         f"{folder} holds another run ({listed}): keep both with {typed} or name=NAME, or replace that one with "
@@ -279,7 +283,7 @@ def decide(folder: Path, mine: dict[str, Any], overwrite: bool) -> str:
 
 
 @dataclass
-class Record:
+class RunRecord:
     """What a run writes of itself while it goes on; only the main process writes."""
 
     folder: Path
@@ -307,7 +311,7 @@ class Record:
 
 
 @contextlib.contextmanager
-def recording(run: Run, stage: str, folder: Path, mine: dict[str, Any]) -> Iterator[Record]:
+def recorded_run(run: Run, stage: str, folder: Path, ours: dict[str, Any]) -> Iterator[RunRecord]:
     """Keep the folder's config, manifest, status and log while a run goes on.
 
     The status ends as `done`, as `interrupted` (KeyboardInterrupt), or as `failed` with the error's first line.
@@ -328,15 +332,15 @@ def recording(run: Run, stage: str, folder: Path, mine: dict[str, Any]) -> Itera
         "machine": {"platform": platform.platform(), "host": socket.gethostname()},
         "seed": run.seed,
         "world_size": processes(),
-        "identity": mine,
+        "identity": ours,
     }
     status = {"state": "running", "step": 0, "error": None, **this_process()}
-    record = Record(folder, manifest, status)
+    record = RunRecord(folder, manifest, status)
     record.save_manifest()  # first: a folder without it is nobody's run
     record.save_status()
     if is_main_process():
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(run)), encoding="utf-8")
-    with logged(folder / "train.log"):
+    with run_logging(folder / "train.log"):
         if before["world_size"] != processes():
             there, here = before["world_size"], processes()
             log.info("begun on %d process(es), goes on on %d: the same global batch, not bit for bit", there, here)
@@ -355,12 +359,12 @@ def recording(run: Run, stage: str, folder: Path, mine: dict[str, Any]) -> Itera
         record.save_manifest(seconds=round(before["seconds"] + time.monotonic() - started, 1))
         record.save_status(state="done")
         if is_main_process():
-            shutil.rmtree(aside(folder), ignore_errors=True)
+            shutil.rmtree(backup_path(folder), ignore_errors=True)
         log.info("%s done in %.0f s: %s", stage.upper(), manifest["seconds"], folder / "final")
 
 
 @contextlib.contextmanager
-def logged(file: Path | None) -> Iterator[None]:
+def run_logging(file: Path | None) -> Iterator[None]:
     """Show our messages on the screen, and keep them with every library's warnings in `file`; rank 0 alone does."""
     ours = logging.getLogger("dpo_pipeline")
     handlers: list[tuple[logging.Logger, logging.Handler]] = []

@@ -1,4 +1,4 @@
-"""What this machine is and can do: its device and precision, its processes, its memory and versions."""
+"""What this machine is and can do: its device, precision, memory and versions."""
 
 import os
 import platform
@@ -6,70 +6,18 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from datetime import timedelta
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from dpo_pipeline.distributed import processes
 from dpo_pipeline.errors import PipelineError
 
 # Ctrl-C, what schedulers send before they kill, and Slurm's warning before the time limit (not on Windows).
 STOPS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1") if name in signal.Signals.__members__]
 
+
 LIBRARIES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
-
-
-def processes() -> int:
-    """How many processes a launcher started for this run; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def is_main_process() -> bool:
-    """Whether this process writes and prints: rank 0, or the only one."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def together(decision: Callable[[], Any]) -> Any:
-    """What rank 0 makes of `decision`, given to every process; where it raises PipelineError, all do.
-
-    For what must be decided or made once: ranks that look at a folder by themselves may each see another state of it.
-    """
-    if processes() == 1:
-        return decision()
-    import torch
-    from accelerate import PartialState
-
-    # Before TRL makes its own with ten minutes: rank 0 may tokenize, or merge, for longer than that.
-    PartialState(cpu=device() == "cpu", timeout=timedelta(days=1))
-    box: list[Any] = [None, None]
-    if is_main_process():
-        try:
-            box[0] = decision()
-        except PipelineError as error:
-            box[1] = error
-    torch.distributed.broadcast_object_list(box)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
-
-
-def spread(work: Callable[[list[int]], list[Any]], count: int) -> list[Any]:
-    """What `work` gives for the rows of these numbers, for all of `count` rows in order; each process does its share.
-
-    `work` may not wait for the other processes: their shares differ.
-    """
-    mine = list(range(count))[int(os.environ.get("RANK", 0)) :: processes()]
-    if processes() == 1:
-        return work(mine)
-    import torch
-
-    shares: list[Any] = [None] * processes()
-    torch.distributed.all_gather_object(shares, work(mine))
-    done: list[Any] = [None] * count
-    for rank, share in enumerate(shares):
-        done[rank :: processes()] = share
-    return done
 
 
 def device() -> str:
@@ -115,7 +63,7 @@ def visible_gpus() -> list[str]:
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
-def mixed_precision(asked: str) -> str:
+def mixed_precision(requested: str) -> str:
     """`bf16`, `fp16` or `fp32`: what is asked for, and for `auto` the fastest that the device can do.
 
     Raises PipelineError where the device lacks it.
@@ -125,16 +73,16 @@ def mixed_precision(asked: str) -> str:
     where = device()
     # Emulated bf16 (T4, V100) is slower than fp32, and counts as none.
     has_bf16 = where == "cpu" or (where == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
-    if asked == "auto":
+    if requested == "auto":
         return "fp32" if where != "cuda" else "bf16" if has_bf16 else "fp16"
-    if asked == "fp16" and where == "cpu":
+    if requested == "fp16" and where == "cpu":
         raise PipelineError("precision=fp16 needs a GPU, and there is none: type precision=auto, fp32 or bf16")
-    if asked == "bf16" and not has_bf16:
+    if requested == "bf16" and not has_bf16:
         card = torch.cuda.get_device_name() if where == "cuda" else where
         raise PipelineError(
             f"precision=bf16: {card} cannot compute in bfloat16: type precision=fp16 or precision=auto"
         )
-    return asked
+    return requested
 
 
 def peak_memory() -> int | None:
@@ -151,7 +99,7 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def card() -> tuple[str, int | None]:
+def device_memory() -> tuple[str, int | None]:
     """The name of what holds the weights in training, and its memory in bytes, as far as known."""
     import torch
 

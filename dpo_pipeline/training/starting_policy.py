@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.config import Run, build
+from dpo_pipeline.config import Run, instantiate_node
+from dpo_pipeline.distributed import on_main_process
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.locks import alone
-from dpo_pipeline.machine import together
-from dpo_pipeline.policies import Loading, base_of, is_adapter, load_config, load_policy, load_tokenizer
+from dpo_pipeline.locks import file_lock
+from dpo_pipeline.models import LoadOptions, adapter_base, is_adapter, load_config, load_policy, load_tokenizer
 from dpo_pipeline.training.arguments import weights_dtype
 from dpo_pipeline.training.merge import merge
 
@@ -24,7 +24,7 @@ SAME_ADAPTER = (
 
 
 @dataclass
-class Start:
+class StartingPolicy:
     """What DPO starts from: the policy's own folder (or hub id), whether it is an adapter, and how it is handed over.
 
     `into` is where an adapter is merged before anything is trained on it, None where nothing is to be merged; `lora`
@@ -48,24 +48,24 @@ class Start:
         )
 
 
-def loading(run: Run) -> Loading:
+def load_options(run: Run) -> LoadOptions:
     """How the weights of a run are loaded."""
-    return Loading(run.model, weights_dtype(run), run.quantization)
+    return LoadOptions(run.model, weights_dtype(run), run.quantization)
 
 
-def sft_start(run: Run) -> Start:
+def sft_start(run: Run) -> StartingPolicy:
     """SFT starts from the base, with a new adapter where there is one."""
-    return Start(run.model.path, False, None, new_adapter(run, run.model.path))
+    return StartingPolicy(run.model.path, False, None, new_adapter(run, run.model.path))
 
 
 def new_adapter(run: Run, base: str | Path) -> Any:
     """The config of an adapter to be made on `base`, which it names with its revision; None where there is none."""
     if run.lora is None:
         return None
-    return build(run.lora, revision=run.model.revision if str(base) == run.model.path else None)
+    return instantiate_node(run.lora, revision=run.model.revision if str(base) == run.model.path else None)
 
 
-def dpo_start(run: Run) -> Start:
+def dpo_start(run: Run) -> StartingPolicy:
     """How the starting policy becomes what this run trains; reads configs, no weights.
 
     Raises PipelineError where a policy of another base, architecture or tokenizer was given.
@@ -75,8 +75,8 @@ def dpo_start(run: Run) -> Start:
     source = run.sft_folder / "final" if run.policy == "sft" else Path(run.policy)
     if not is_adapter(source):
         check_fits(run, source)
-        return Start(source, False, None, new_adapter(run, source))
-    base = base_of(source)
+        return StartingPolicy(source, False, None, new_adapter(run, source))
+    base = adapter_base(source)
     if not Path(base).is_dir() and base != run.model.path:
         raise PipelineError(
             f"the adapter in {source} lies on the base {base}, which is no folder here, and this run's base is "
@@ -86,20 +86,20 @@ def dpo_start(run: Run) -> Start:
     if run.policy != "sft" and base != run.model.path:
         log.info("the adapter in %s lies on %s, not on this run's base %s", source, base, run.model.path)
     mine = new_adapter(run, base)
-    differing = [] if mine is None else different(run, base, mine, source)
+    differing = [] if mine is None else adapter_differences(run, base, mine, source)
     if mine is not None and not differing:
-        return Start(source, True, None, None)
+        return StartingPolicy(source, True, None, None)
     into = (run.sft_folder if run.policy == "sft" else run.dpo_folder) / "merged"
     if differing:
         log.info(
             "the adapter in %s is another one (%s): merged, and a new one made on it", source, "; ".join(differing)
         )
-    return Start(source, True, into, new_adapter(run, into))
+    return StartingPolicy(source, True, into, new_adapter(run, into))
 
 
-def sft_to_come(run: Run) -> Start:
+def planned_sft(run: Run) -> StartingPolicy:
     """What DPO will start from once the same config has made its SFT."""
-    return Start(run.sft_folder / "final", run.lora is not None, None, None)
+    return StartingPolicy(run.sft_folder / "final", run.lora is not None, None, None)
 
 
 def check_fits(run: Run, path: str | Path) -> None:
@@ -116,17 +116,17 @@ def check_fits(run: Run, path: str | Path) -> None:
             )
 
 
-def different(run: Run, base: str | Path, mine: Any, adapter: Path) -> list[str]:
+def adapter_differences(run: Run, base: str | Path, lora: Any, adapter: Path) -> list[str]:
     """Where the adapter that `lora` makes on `base` differs from the one in a folder: `r 8, not 16`."""
-    mine = on_meta(run, base, mine).peft_config["default"].to_dict()
+    lora = on_meta(run, base, lora).peft_config["default"].to_dict()
     theirs = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    pairs = {key: (plain(theirs[key]) if key in theirs else None, plain(mine[key])) for key in SAME_ADAPTER}
+    pairs = {key: (json_value(theirs[key]) if key in theirs else None, json_value(lora[key])) for key in SAME_ADAPTER}
     return [
         f"{key} {found}, not {wanted}" for key, (found, wanted) in pairs.items() if (found or None) != (wanted or None)
     ]
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """A value as JSON has it, sets and lists of names in one order."""
     return sorted(value) if isinstance(value, set | list) else value
 
@@ -153,19 +153,19 @@ def on_meta(run: Run, base: str | Path, lora: Any) -> Any:
             ) from error
 
 
-def load_start(run: Run, start: Start) -> Any:
+def load_start(run: Run, start: StartingPolicy) -> Any:
     """The starting policy, merged first where it has to be, ready to train."""
     if start.into:
 
         def merged() -> None:
-            with alone(start.into):  # of the jobs of a sweep one does it
-                merge(Path(start.source), start.into, loading(run))
+            with file_lock(start.into):  # of the jobs of a sweep one does it
+                merge(Path(start.source), start.into, load_options(run))
 
-        together(merged)
-    return load_policy(start.weights, loading(run), trainable=True)
+        on_main_process(merged)
+    return load_policy(start.weights, load_options(run), trainable=True)
 
 
-def second_model(run: Run, start: Start) -> Any:
+def second_model(run: Run, start: StartingPolicy) -> Any:
     """The reference as a model of its own, that nothing trains, where the run needs one; else None.
 
     That is a copy of the starting policy for reference=frozen, or what reference.path names.
@@ -174,8 +174,8 @@ def second_model(run: Run, start: Start) -> Any:
     if path is None:
         return None
     if run.reference.path:
-        check_fits(run, base_of(path) if is_adapter(path) else path)
-    loaded = load_policy(path, loading(run)).requires_grad_(False)
+        check_fits(run, adapter_base(path) if is_adapter(path) else path)
+    loaded = load_policy(path, load_options(run)).requires_grad_(False)
     # TRL puts its loss head on the model itself, which a PEFT wrapper would hide; the adapter's layers are inside.
     return loaded.get_base_model() if is_adapter(path) else loaded
 

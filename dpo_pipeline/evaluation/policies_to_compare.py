@@ -7,17 +7,17 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dpo_pipeline import runs
+from dpo_pipeline import run_folder
 from dpo_pipeline.config import Run
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.evaluation.records import Policy
-from dpo_pipeline.naming import clean, policy_name
-from dpo_pipeline.policies import base_of, is_adapter
+from dpo_pipeline.evaluation.measure import Policy
+from dpo_pipeline.models import adapter_base, is_adapter
+from dpo_pipeline.naming import clean_name, policy_name
 
 log = logging.getLogger(__name__)
 
 
-def of_name(run: Run) -> list[Policy]:
+def policies_of_name(run: Run) -> list[Policy]:
     """All finished policies of a name, each before what it is measured against: DPOs, SFTs, references, the base.
 
     Tells which runs are left out, and why; raises PipelineError where there is none.
@@ -25,7 +25,7 @@ def of_name(run: Run) -> list[Policy]:
     done: dict[str, list[Path]] = {}
     for stage in ("sft", "dpo"):
         folders = sorted(file.parent for file in (run.home / stage).glob("*/status.json"))
-        found = {folder: why_not(folder) for folder in folders}
+        found = {folder: reason_to_skip(folder) for folder in folders}
         done[stage] = [folder for folder, why in found.items() if why is None]
         for folder, why in found.items():
             if why is not None:
@@ -35,9 +35,9 @@ def of_name(run: Run) -> list[Policy]:
             f"there is no finished run in {run.home}: run `make sft dpo` with the same arguments first, or give the "
             "model=, dataset= or name= of another, or one folder by evaluation.policy=FOLDER"
         )
-    mine = runs.identity(run, "dpo")
+    mine = run_folder.identity(run, "dpo")
     for folder in done["dpo"]:
-        theirs = runs.read_json(folder / "manifest.json")["identity"]
+        theirs = run_folder.read_json(folder / "manifest.json")["identity"]
         differing = [key for key in mine if key.startswith(("dataset.", "model.")) and mine[key] != theirs.get(key)]
         if differing:
             listed = "; ".join(f"{key} was {theirs.get(key)}, is {mine[key]} here" for key in differing)
@@ -48,28 +48,30 @@ def of_name(run: Run) -> list[Policy]:
     tuned = next((sft.name for sft in sfts if sft.folder == run.sft_folder), sfts[0].name if sfts else None)
     sfts = [sft if sft.name == tuned else replace(sft, sft=tuned) for sft in sfts]
     places: dict[str, Any] = {}
-    lines = [of_dpo(folder, run, tuned, places) for folder in done["dpo"]]
+    lines = [dpo_with_references(folder, run, tuned, places) for folder in done["dpo"]]
     befores = [policy for line in lines for policy in line[1:] if policy.name != "base"]
-    return unique([*(line[0] for line in lines), *sfts, *befores, base_policy(run, tuned)])
+    return unique_by_name([*(line[0] for line in lines), *sfts, *befores, base_policy(run, tuned)])
 
 
-def why_not(folder: Path) -> str | None:
+def reason_to_skip(folder: Path) -> str | None:
     """Why a run cannot be measured, if so: it is not done, has lost its weights, or its SFT was trained anew."""
-    if (state := runs.state(folder)) != "done":
+    if (state := run_folder.run_state(folder)) != "done":
         return f"is {state}: type its command again to go on"
     if not any((folder / "final").glob("*.safetensors")):
         return "holds no weights in final/: put them back, or train it anew with overwrite=true"
-    identity = runs.read_json(folder / "manifest.json")["identity"]
+    identity = run_folder.read_json(folder / "manifest.json")["identity"]
     if folder.parent.name == "dpo" and identity.get("policy") == "sft":
         start = folder.parent.parent / "sft" / OmegaConf.load(folder / "config.yaml").sft_variant
-        if (why := why_not(start)) is not None:
+        if (why := reason_to_skip(start)) is not None:
             return f"started from {start}, which {why}"
-        if runs.read_json(start / "manifest.json")["final"]["sha256"] != identity["starting_policy"]:
+        if run_folder.read_json(start / "manifest.json")["final"]["sha256"] != identity["starting_policy"]:
             return f"started from another {start} than lies there now, which was trained anew: type its command again"
     return None
 
 
-def of_dpo(folder: Path, run: Run, tuned: str | None = None, places: dict[str, Any] | None = None) -> list[Policy]:
+def dpo_with_references(
+    folder: Path, run: Run, tuned: str | None = None, places: dict[str, Any] | None = None
+) -> list[Policy]:
     """A DPO, what it started from, and its reference where that is another, from its folder's config.
 
     `tuned` is the SFT policy that it is to beat where it did not start from one; without that, what it started from.
@@ -94,7 +96,7 @@ def of_dpo(folder: Path, run: Run, tuned: str | None = None, places: dict[str, A
     if (path := config.reference.path) is not None:
         reference = Policy(named("reference", path), path, folder / "reference", run.beta, shown=False)
     own = Policy(f"dpo/{folder.name}", folder / "final", folder, config.beta, reference.name, tuned or start.name)
-    return unique([own, start, reference])
+    return unique_by_name([own, start, reference])
 
 
 def base_policy(run: Run, tuned: str | None) -> Policy:
@@ -102,41 +104,41 @@ def base_policy(run: Run, tuned: str | None) -> Policy:
     return Policy("base", str(run.model.path), run.home / "base", run.beta, sft=tuned)
 
 
-def of_folder(run: Run) -> list[Policy]:
+def external_policies(run: Run) -> list[Policy]:
     """`evaluation.policy` and `evaluation.reference`; where that is null, what the first was trained from.
 
     That is what its run's manifest says, else an adapter's base, else the base model. Raises PipelineError where it is
     the policy itself.
     """
-    path = final(str(run.evaluation.policy))
-    manifest = runs.read_json(Path(path).parent / "manifest.json") if Path(path).name == "final" else None
-    made = manifest["starting_policy"] if manifest else base_of(path) if is_adapter(path) else str(run.model.path)
-    against = final(run.evaluation.reference or made)
+    path = final_folder(str(run.evaluation.policy))
+    manifest = run_folder.read_json(Path(path).parent / "manifest.json") if Path(path).name == "final" else None
+    made = manifest["starting_policy"] if manifest else adapter_base(path) if is_adapter(path) else str(run.model.path)
+    against = final_folder(run.evaluation.reference or made)
     if against == path:
         raise PipelineError(
             f"evaluation.policy={path} would be measured against itself: name another by evaluation.reference=FOLDER"
         )
     beta = manifest["identity"]["beta"] if manifest and manifest["stage"] == "dpo" else run.beta
-    name, other = (f"policy/{clean(policy_name(each))}" for each in (path, against))
+    name, other = (f"policy/{clean_name(policy_name(each))}" for each in (path, against))
     if other == name:
-        other = f"reference/{clean(policy_name(against))}"
+        other = f"reference/{clean_name(policy_name(against))}"
     return [
         Policy(each, weights, run.home / "evaluated" / each.replace("/", "-"), of, reference=other, sft=other)
         for each, weights, of in ((name, path, beta), (other, against, run.beta))
     ]
 
 
-def final(path: str) -> str:
+def final_folder(path: str) -> str:
     """The policy in a run's folder, or `path` itself."""
     return str(Path(path) / "final") if (Path(path) / "final").is_dir() else path
 
 
-def preferred(policies: list[Policy]) -> list[str]:
-    """Which SFT policies learnt the chosen answers of the pairs: Preferred-FT of the DPO paper (arXiv:2305.18290)."""
+def preferred_ft_names(policies: list[Policy]) -> list[str]:
+    """Which SFT policies learned the chosen completions: Preferred-FT of the DPO paper (arXiv:2305.18290)."""
     configs = {p.name: OmegaConf.load(p.folder / "config.yaml") for p in policies if p.name.startswith("sft/")}
     return [name for name, config in configs.items() if config.sft_target == "chosen" and config.sft_dataset is None]
 
 
-def unique(policies: list[Policy]) -> list[Policy]:
+def unique_by_name(policies: list[Policy]) -> list[Policy]:
     """The first of each name."""
     return list({policy.name: policy for policy in reversed(policies)}.values())[::-1]

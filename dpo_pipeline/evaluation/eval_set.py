@@ -5,23 +5,23 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_pipeline.judges.judge import Answer
-from dpo_pipeline.policies import Loading
+from dpo_pipeline.judges.judge import Completion
+from dpo_pipeline.models import LoadOptions
 
 
 @dataclass
-class Questions:
-    """Prompts to answer, as their rows have them and as token ids, and the data's own answer to each, if any."""
+class PromptSet:
+    """Prompts to complete, as their rows have them and as token ids, and the data's own completion to each, if any."""
 
     prompts: list[Any]
     ids: list[list[int]]
-    human: list[Answer] = field(default_factory=list)
+    human: list[Completion] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)  # safe or unsafe
     groups: list[tuple[str, str]] = field(default_factory=list)  # (template, group)
 
 
 @dataclass
-class Material:
+class EvalSet:
     """Test pairs and questions, with all that a policy's numbers depend on beside its weights; `sources` of pairs."""
 
     dataset: str
@@ -29,16 +29,16 @@ class Material:
     prompts: list[list[int]]
     chosen: list[list[int]]
     rejected: list[list[int]]
-    questions: Questions
+    prompt_set: PromptSet
     tokenizer: Any
-    ends: list[int]
+    eos_ids: list[int]
     max_new_tokens: int
     seed: int
-    loading: Loading
+    loading: LoadOptions
     batch_size: int
-    asked: str | None = None  # the file of the questions, where they are not those of the pairs
+    prompts_file: str | None = None  # the file of the questions, where they are not those of the pairs
 
-    def how(self) -> dict[str, Any]:
+    def compute_settings(self) -> dict[str, Any]:
         """In what numbers weights are computed."""
         return {
             "dtype": str(self.loading.dtype).removeprefix("torch."),
@@ -48,52 +48,52 @@ class Material:
 
     def settings(self, weights: dict[str, str], beta: float) -> dict[str, Any]:
         """All that a policy's numbers depend on: `weights` of itself and of what it is measured against, and these."""
-        data = json.dumps([self.prompts, self.chosen, self.rejected, self.questions.ids])
+        data = json.dumps([self.prompts, self.chosen, self.rejected, self.prompt_set.ids])
         return {
             "pairs": len(self.prompts),
-            "prompts": len(self.questions.ids),
-            "prompts_file": self.asked,
+            "prompts": len(self.prompt_set.ids),
+            "prompts_file": self.prompts_file,
             "max_new_tokens": self.max_new_tokens,
             "temperature": 1.0,
             "beta": beta,
             "seed": self.seed,
-            **self.how(),
+            **self.compute_settings(),
             "data": hashlib.sha256(data.encode()).hexdigest(),
             "weights": weights,
         }
 
-    def answers(self, questions: Questions, ids: list[list[int]], draws: int = 1) -> list[Answer]:
-        """Sampled answers as a judge reads them, in the order of `ids`: `draws` for each question."""
-        asked = [i for i in range(len(questions.ids)) for _ in range(draws)]
-        texts = texts_behind([questions.ids[i] for i in asked], ids, self.tokenizer)
+    def completions(self, prompt_set: PromptSet, ids: list[list[int]], draws: int = 1) -> list[Completion]:
+        """Sampled completions as a judge reads them, in the order of `ids`: `draws` for each question."""
+        asked = [i for i in range(len(prompt_set.ids)) for _ in range(draws)]
+        texts = completion_texts([prompt_set.ids[i] for i in asked], ids, self.tokenizer)
         return [
-            Answer(questions.prompts[i], text, own[-1] in self.ends, tuple(questions.ids[i]), tuple(own))
+            Completion(prompt_set.prompts[i], text, own[-1] in self.eos_ids, tuple(prompt_set.ids[i]), tuple(own))
             for i, text, own in zip(asked, texts, ids, strict=True)
         ]
 
 
-def texts_behind(prompts: list[list[int]], answers: list[list[int]], tokenizer: Any) -> list[str]:
-    """Answers as text, as each follows its prompt.
+def completion_texts(prompts: list[list[int]], completions: list[list[int]], tokenizer: Any) -> list[str]:
+    """Completions as text, as each follows its prompt.
 
-    Decoded alone, an answer loses its first space with some tokenizers: those of the data, which have it, would be
+    Decoded alone, a completion loses its first space with some tokenizers: those of the data, which have it, would be
     known by that.
     """
-    if not answers:  # of which transformers makes one empty text
+    if not completions:  # of which transformers makes one empty text
         return []
     before = tokenizer.batch_decode(prompts, skip_special_tokens=True)
-    both = zip(prompts, answers, strict=True)
-    whole = tokenizer.batch_decode([prompt + answer for prompt, answer in both], skip_special_tokens=True)
-    alone = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    both = zip(prompts, completions, strict=True)
+    whole = tokenizer.batch_decode([prompt + completion for prompt, completion in both], skip_special_tokens=True)
+    alone = tokenizer.batch_decode(completions, skip_special_tokens=True)
     texts = zip(before, whole, alone, strict=True)
     return [full.removeprefix(prompt) if full.startswith(prompt) else own for prompt, full, own in texts]
 
 
-def cut(ids: list[int], room: int) -> list[int]:
+def cut_prompt(ids: list[int], room: int) -> list[int]:
     """A prompt of at most `room` tokens: cut from its left, but for its first token, which may open every text."""
     return ids if len(ids) <= room else ids[:1] + ids[1 - room :]
 
 
-def material(table: Any, rows: list[dict[str, Any]], pairs: int, prompts: int, room: int, **rest: Any) -> Material:
+def make_eval_set(table: Any, rows: list[dict[str, Any]], pairs: int, prompts: int, room: int, **rest: Any) -> EvalSet:
     """The first `pairs` rows of a tokenized `table`, with their texts in `rows`, and its first different prompts.
 
     A prompt longer than `room` tokens is cut before it is answered.
@@ -102,16 +102,16 @@ def material(table: Any, rows: list[dict[str, Any]], pairs: int, prompts: int, r
     kept = [rows[i] for i in table["row"]]
     first: dict[tuple[int, ...], int] = {}
     for place, ids in enumerate(table["prompt_ids"]):
-        first.setdefault(tuple(cut(ids, room)), place)
+        first.setdefault(tuple(cut_prompt(ids, room)), place)
     asked = dict(list(first.items())[:prompts])
     chosen = list(table["chosen_ids"])
     theirs = [chosen[at] for at in asked.values()]
-    texts = texts_behind([list(ids) for ids in asked], theirs, rest["tokenizer"])
+    texts = completion_texts([list(ids) for ids in asked], theirs, rest["tokenizer"])
     human = [
-        Answer(kept[at]["prompt"], text, True, ids, tuple(chosen[at]))
+        Completion(kept[at]["prompt"], text, True, ids, tuple(chosen[at]))
         for (ids, at), text in zip(asked.items(), texts, strict=True)
     ]
-    return Material(
+    return EvalSet(
         rows=kept, prompts=list(table["prompt_ids"]), chosen=chosen, rejected=list(table["rejected_ids"]),
-        questions=Questions([each.prompt for each in human], [list(ids) for ids in asked], human), **rest,
+        prompt_set=PromptSet([each.prompt for each in human], [list(ids) for ids in asked], human), **rest,
     )  # fmt: skip
