@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 
 .NOTPARALLEL:
-.PHONY: help install check inspect sft dpo sweep evaluate test test-real test-slurm test-chaos bench-data bench-eval \
+.PHONY: help install check inspect sft dpo sweep evaluate deepspeed test test-real test-slurm test-chaos bench-data bench-eval \
 	bench-sweep lint clean
 .DEFAULT_GOAL := help
 

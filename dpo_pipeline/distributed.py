@@ -1,6 +1,7 @@
-"""The processes of one run: which of them this is, and what they share."""
+"""The processes of one run: which of them this is, and how they share results and errors."""
 
 import os
+import pickle
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -9,7 +10,7 @@ from dpo_pipeline.errors import PipelineError
 
 
 def processes() -> int:
-    """How many processes a launcher started for this run; 1 without one."""
+    """Number of processes that a launcher started for this run; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -18,43 +19,56 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def on_main_process(decision: Callable[[], Any]) -> Any:
-    """What rank 0 makes of `decision`, given to every process; where it raises PipelineError, all do.
+def on_main_process(function: Callable[[], Any]) -> Any:
+    """Call `function` on rank 0 alone, and give its result, or raise its exception, on every rank.
 
-    For what must be decided or made once: ranks that look at a folder by themselves may each see another state of it.
+    An exception that cannot be pickled is raised elsewhere as PipelineError with its text. Used for what must be
+    decided once: ranks that each look at a folder may see different states of it.
     """
     if processes() == 1:
-        return decision()
+        return function()
+    from accelerate.utils import broadcast_object_list
+
+    connect_processes()
+    outcome: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            outcome[0] = function()
+        except BaseException as error:
+            broadcast_object_list([None, picklable(error)])
+            raise
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def connect_processes() -> None:
+    """Connect the ranks, before TRL does with a timeout of ten minutes: rank 0 may tokenize or merge for longer."""
     import torch
     from accelerate import PartialState
 
-    # Before TRL makes its own with ten minutes: rank 0 may tokenize, or merge, for longer than that.
     PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
-    box: list[Any] = [None, None]
-    if is_main_process():
-        try:
-            box[0] = decision()
-        except PipelineError as error:
-            box[1] = error
-    torch.distributed.broadcast_object_list(box)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
 
 
-def map_over_ranks(work: Callable[[list[int]], list[Any]], count: int) -> list[Any]:
-    """What `work` gives for the rows of these numbers, for all of `count` rows in order; each process does its share.
+def picklable(error: BaseException) -> BaseException:
+    """The exception, or a PipelineError with its text where it does not survive pickling."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # an exception class decides for itself what its pickling raises
+        return PipelineError(f"{type(error).__name__}: {error}")
+    return error
 
-    `work` may not wait for the other processes: their shares differ.
+
+def map_over_ranks(function: Callable[[list[int]], list[Any]], count: int) -> list[Any]:
+    """Give each rank its share of the row numbers below `count`, and return the results of all rows in order.
+
+    `function` maps row numbers to results. It must not wait for other ranks: the shares differ in length.
     """
-    mine = list(range(count))[int(os.environ.get("RANK", 0)) :: processes()]
     if processes() == 1:
-        return work(mine)
-    import torch
+        return function(list(range(count)))
+    from accelerate.utils import gather_object
 
-    shares: list[Any] = [None] * processes()
-    torch.distributed.all_gather_object(shares, work(mine))
-    done: list[Any] = [None] * count
-    for rank, share in enumerate(shares):
-        done[rank :: processes()] = share
-    return done
+    connect_processes()
+    rows = list(range(int(os.environ["RANK"]), count, processes()))
+    return [result for _, result in sorted(gather_object(list(zip(rows, function(rows), strict=True))))]

@@ -3,9 +3,16 @@
 import difflib
 import errno
 import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
+
+# Old commands and experiment files: what to type now.
+RENAMED = {"length.answer": "length.completion", "precision.mixed": "precision", "reference=auto": "reference=cached"}
+
+
+ListKeys = Callable[[], list[str]]
 
 
 class PipelineError(Exception):
@@ -13,14 +20,14 @@ class PipelineError(Exception):
 
 
 class OneRankError(PipelineError):
-    """One that a single process of several may meet: it tells it itself."""
+    """An error that one process of several may meet alone: that process reports it."""
 
 
-def nearest(name: Any, names: Any) -> str:
+def nearest(name: Any, names: Iterable[Any]) -> str:
     """`: did you mean a or b?`, or nothing where no name is near; a name's last dotted part counts too."""
-    names = [str(n) for n in names]
+    names = list(dict.fromkeys(map(str, names)))
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
-    near += [n for n in names if n not in near and n.split(".")[-1] == str(name).split(".")[-1]]
+    near += [known for known in names if known not in near and known.split(".")[-1] == str(name).split(".")[-1]]
     return f": did you mean {' or '.join(near[:3])}?" if near else ""
 
 
@@ -39,7 +46,7 @@ WRONG_KIND = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
 def explain_disk(error: BaseException) -> str | None:
-    """One sentence where room or a right on the disk is lacking, or a file is in a folder's place; None for the rest.
+    """One sentence where the disk is full, a right is missing, or a file is in a folder's place; None for the rest.
 
     The last two count only where they are the error itself or its stated cause: a library that tries one place and
     fails later, for a reason of its own, has them in its past.
@@ -47,83 +54,96 @@ def explain_disk(error: BaseException) -> str | None:
     for inner in chain_of(error):
         if re.search(DISK_FULL, str(inner)):
             where = f" while {inner.filename} was written" if isinstance(inner, OSError) and inner.filename else ""
-            return (
-                f"the disk is full{where}: free some space and type the same command, which goes on from the newest "
-                "checkpoint, or name another disk (root=... for results, HF_HOME=... for what is fetched)"
-            )
+            again = "free some space and type the same command, which goes on from the newest checkpoint"
+            return f"the disk is full{where}: {again}, or name another disk (root=..., HF_HOME=... for downloads)"
     while error.__cause__ is not None and not isinstance(error, OSError):
         error = error.__cause__
     if not isinstance(error, OSError) or error.errno not in (*REFUSED, *WRONG_KIND):
         return None
-    where = error.filename or "a file of this run"
+    path, why = error.filename or "a file of this run", error.strerror
     if error.errno in REFUSED:
-        return (
-            f"{where} cannot be read or written ({error.strerror}): give yourself the right to it, or name another "
-            "place (root=... for results)"
-        )
-    return (
-        f"{where} cannot be made or opened ({error.strerror}): a file lies where a folder has to be, or a folder "
-        "where a file has to be: move it away, or name another place (root=..., name=...)"
-    )
+        return f"{path} cannot be read or written ({why}): change its permissions, or name another place by root=..."
+    return f"{path} cannot be made or opened ({why}), it is a file and not a folder, or the reverse: move it away"
 
 
-def explain_config_error(error: BaseException, keys: list[str], groups: dict[str, list[str]]) -> str | None:
-    """One sentence for an error of ours, of the disk, or the innermost of Hydra or OmegaConf; None for any other.
+def explain_fault(fault: dict[str, Any], list_keys: ListKeys) -> tuple[str, str]:
+    """The dotted key of a fault that pydantic found, and a sentence on it; `list_keys` gives the keys that exist."""
+    path = [str(part) for part in fault["loc"] if part not in ("int", "float")]  # pydantic's names for a union's parts
+    key, value, kind = ".".join(path), fault["input"], fault["type"]
+    if kind == "value_error":
+        return key, str(fault["ctx"]["error"])
+    if kind == "extra_forbidden":
+        return key, unknown_key(key, list_keys())
+    if kind == "missing" and path[0].endswith("dataset"):
+        return key, f"{key} has no value: begin the file of the data set with `defaults: [common/rows@_here_]`"
+    if value is None or kind in ("missing", "string_too_short"):
+        return key, f"{key} has no value: type {key}=..."
+    if kind == "dict_type" and ".sets." in key:
+        return key, f"{key}={value} is no data set: type +dataset@{key}=OPTION"
+    options = re.findall(r"'(.*?)'", fault["msg"]) if kind == "literal_error" else []
+    return key, f"{key}={value}: {re.sub('^(Input|String) ', '', fault['msg'])}{nearest(value, options)}"
 
-    `keys` are the config's dotted keys, `groups` the options of each group: what a misspelt name is held against.
+
+def unknown_key(key: str, keys: list[str], groups: Iterable[str] = ()) -> str:
+    """The sentence on a key that does not exist: with its new name, the nearest, or what makes it exist."""
+    if key in RENAMED:
+        return f"{key} is now called {RENAMED[key]}: type {RENAMED[key]}=..."
+    if key in keys:
+        return f"{key} is a key and no group: write `{key}: ...` outside of the defaults list"
+    group, _, name = key.partition(".")
+    if name and group in groups:
+        near = nearest(key, [known for known in keys if "." in known])
+        return f"{key} is no key of the config{near or f': it needs another option of {group}='}"
+    return f"{key} is no key of the config{nearest(key, [*keys, *groups]) or ': --cfg job lists all keys'}"
+
+
+def missing_option(group: str, option: str, options: list[str]) -> str:
+    """The sentence on an option of a group that has no file."""
+    if not group:
+        return f"there is no config named {option}: leave --config-name out"
+    if f"{group}={option}" in RENAMED:
+        return f"{group}={option} is now called {RENAMED[f'{group}={option}']}: type that"
+    if option in ("submitit_slurm", "submitit_local"):
+        return f"{group}={option} needs a plugin: `pip install -e '.[slurm]'`"
+    return f"{group}={option} is no option{nearest(option, options) or ': there are ' + ', '.join(sorted(options))}"
+
+
+def refused_key(error: BaseException) -> str | None:
+    """The key of an override that Hydra refused because the config has no such key."""
+    refusal = re.search(r"Could not override '([^'@]*)", str(error))
+    return refusal and refusal[1]
+
+
+def explain_config_error(error: BaseException, list_keys: ListKeys, groups: dict[str, list[str]]) -> str | None:
+    """One sentence for an error of the disk, or the innermost of ours, Hydra or OmegaConf; None for any other.
+
+    `list_keys` gives the config's dotted keys, `groups` are the options of each group, to find the nearest names in.
     """
-    from hydra.errors import (
-        ConfigCompositionException,
-        HydraException,
-        InstantiationException,
-        MissingConfigException,
-        OverrideParseException,
-    )
+    from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 
-    if isinstance(error, PipelineError):
-        return str(error)
     if sentence := explain_disk(error):
         return sentence
     if isinstance(error, InstantiationException):
         return None  # Hydra's wrapping of whatever a loader of ours raised: its traceback is needed
     if type(error).__module__.startswith("submitit.") or "on a slurm cluster" in str(error):
-        return (
-            f"the sweep could not be handed to its launcher ({' '.join(str(error).split())}): type it on a machine of "
-            "the cluster, or leave hydra/launcher= out to run the jobs here"
-        )
-    chain = chain_of(error)
-    for inner in chain:
-        if isinstance(inner, OverrideParseException):
-            why = str(inner.message).splitlines()[0]
-            return f"{inner.override} cannot be read ({why}): type KEY=VALUE, and quote a value that holds = or spaces"
-    for inner in reversed(chain):
-        text = str(inner).strip().split("\n")[0]
-        if "$" in text and inner is not error:
-            continue  # OmegaConf's template of the message that the next one fills in
+        why = " ".join(str(error).split())
+        return f"the sweep could not be submitted ({why}): run it on the cluster, or take hydra/launcher= out"
+    if isinstance(error, OverrideParseException):
+        why = error.message.splitlines()[0]
+        return f"{error.override} cannot be read ({why}): type KEY=VALUE, and quote a value that holds = or spaces"
+    if isinstance(error, HydraException) and (key := refused_key(error)):
+        return unknown_key(key, list_keys(), groups)
+    for inner in reversed(chain_of(error)):
+        text = " ".join(str(inner).split("\n    ")[0].split())  # without OmegaConf's list of types
         if isinstance(inner, PipelineError):
-            return str(inner)
+            return text
         if isinstance(inner, MissingConfigException):
-            option = (inner.missing_cfg_file or "").split("/")[-1]
-            group = "/".join((inner.missing_cfg_file or "").split("/")[:-1])
-            if not group:
-                return f"there is no config named {option}"
-            if option in ("submitit_slurm", "submitit_local"):
-                return f"{group}={option} needs its plugin, which is not installed: `pip install -e '.[slurm]'`"
-            options = sorted(inner.options or groups[group])
-            return f"{group}={option} is no option{nearest(option, options) or ': there are ' + ', '.join(options)}"
+            group, _, option = inner.missing_cfg_file.rpartition("/")
+            return missing_option(group, option, inner.options or groups.get(group, []))
         if isinstance(inner, OmegaConfBaseException):
-            key = inner.full_key or inner.key
-            if key is not None and re.search(r"not in|is not in struct", text):
-                return f"{key} is no key of the config{nearest(key, keys) or ': --cfg job lists them all'}"
-            return f"{key}: {text[:1].lower()}{text[1:]}" if key is not None else text
+            return f"{inner.full_key}: {text}" if inner.full_key else text
         if isinstance(inner, ValueError) and "override must be a string or a list" in text:
-            return "a config group cannot be null: name one of its options, such as lora=none"
-        if isinstance(inner, AssertionError) and "Unexpected type for root" in text:
-            return "a key was set under a group that is none: choose one of its options first, such as lora=r16"
-        if isinstance(inner, ConfigCompositionException | HydraException):
-            override = re.search(r"Could not override '([^']*)'|In '.*': (.*)", text)
-            key = override.group(1) if override and override.group(1) else None
-            if key and key.split("@")[0] not in groups:
-                return f"{key} is no key of the config{nearest(key, [*keys, *groups])}"
-            return " ".join(str(inner).split())
+            return "a config group cannot be null or a number: type one of its options, such as lora=none"
+        if isinstance(inner, HydraException):
+            return text
     return None

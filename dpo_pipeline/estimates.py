@@ -1,8 +1,8 @@
-"""Means with their 95% intervals: `{"value", "low", "high", "n"}`, never a bare mean."""
+"""Estimates with 95% intervals: `{"value", "low", "high", "n"}`, never a bare mean."""
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 Estimate = dict[str, float | int | None]
 
@@ -14,13 +14,16 @@ def estimate(value: float, low: float | None, high: float | None, n: int) -> Est
     return {"value": value, "low": low, "high": high, "n": n}
 
 
-def mean(values: Sequence[float]) -> Estimate:
-    """The mean with Student's t interval; of one value, or of equal values, the interval is what it can be.
-
-    Raises ValueError for no values.
-    """
+def t_interval(value: float, error: float, n: int) -> tuple[float, float]:
+    """Student's t interval of a value with this standard error, estimated from n rows."""
     from scipy.stats import t
 
+    half = float(t.ppf(0.975, n - 1)) * error
+    return value - half, value + half
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """The mean with Student's t interval; one value has no interval. Raises ValueError for no values."""
     n = len(values)
     if not n:
         raise ValueError("the mean of no values")
@@ -28,14 +31,13 @@ def mean(values: Sequence[float]) -> Estimate:
     if n == 1:
         return estimate(value, None, None, 1)
     error = math.sqrt(math.fsum((v - value) ** 2 for v in values) / (n - 1) / n)
-    half = float(t.ppf(0.975, n - 1)) * error
-    return estimate(value, value - half, value + half, n)
+    return estimate(value, *t_interval(value, error, n), n)
 
 
 def proportion(values: Sequence[float]) -> Estimate:
-    """The mean of values 0, 0.5 (a tie) or 1, with Wilson's interval.
+    """The mean of values 0, 0.5 (a tie) or 1, with Wilson's interval. Raises ValueError for no values.
 
-    A tie counts half a success: its variance is below that of a trial, so the interval is, if anything, too wide.
+    A tie counts half a success. Its variance is below that of a trial, so the interval is, if anything, too wide.
     """
     n = len(values)
     if not n:
@@ -46,8 +48,13 @@ def proportion(values: Sequence[float]) -> Estimate:
     return estimate(value, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
+def accuracy(margins: Sequence[float]) -> Estimate:
+    """The share of pairs whose margin is above 0; a tie counts half, and one NaN makes the share NaN."""
+    return proportion([m if math.isnan(m) else 1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins])
+
+
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
-    """Sum of numerators over sum of denominators, with a bootstrap interval over rows (2,000 draws, seeded).
+    """The sum of numerators over the sum of denominators, with a seeded bootstrap interval over rows (2,000 draws).
 
     One row has no interval. Raises ValueError for no rows, or for lists of different lengths.
     """
@@ -57,27 +64,26 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimat
     if not n or n != len(denominators):
         raise ValueError(f"the ratio of {n or 'no'} values to {len(denominators)}")
     if n == 1:
-        return estimate(numerators[0] / denominators[0], None, None, 1)
+        return estimate(float(numerators[0] / denominators[0]), None, None, 1)
     top, bottom = np.asarray(numerators, float), np.asarray(denominators, float)
     rows = np.random.default_rng(0).integers(0, n, (2000, n))
     low, high = np.quantile(top[rows].sum(1) / bottom[rows].sum(1), [0.025, 0.975])
     return estimate(float(top.sum() / bottom.sum()), float(low), float(high), n)
 
 
-def perplexity(completion_logprobs: Sequence[float], completion_tokens: Sequence[int]) -> Estimate:
-    """exp of the summed negative log-prob of all completion tokens over their number, all rows together."""
-    nats = ratio([-logprob for logprob in completion_logprobs], completion_tokens)
-    return {key: value if key == "n" or value is None else math.exp(value) for key, value in nats.items()}
+def transform(estimate: Estimate, function: Callable[[float], float]) -> Estimate:
+    """The estimate of an increasing function of the quantity."""
+    return {key: value if key == "n" or value is None else function(value) for key, value in estimate.items()}
 
 
 def scaled(estimate: Estimate, factor: float) -> Estimate:
     """The estimate of `factor` times the quantity, for a factor above 0."""
-    return {key: value if key == "n" or value is None else value * factor for key, value in estimate.items()}
+    return transform(estimate, lambda value: value * factor)
 
 
-def accuracy(margins: Sequence[float]) -> Estimate:
-    """Share of pairs whose margin is above 0; a tie counts half. Of a margin that is no number, so is the share."""
-    return proportion([m if math.isnan(m) else 1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins])
+def perplexity(completion_logprobs: Sequence[float], completion_tokens: Sequence[int]) -> Estimate:
+    """exp of the summed negative log-prob of all completion tokens over their number, all rows together."""
+    return transform(ratio([-logprob for logprob in completion_logprobs], completion_tokens), math.exp)
 
 
 def ngrams(completion: Sequence[int], n: int) -> list[tuple[int, ...]]:
@@ -88,31 +94,28 @@ def ngrams(completion: Sequence[int], n: int) -> list[tuple[int, ...]]:
 def distinct(completions: Sequence[Sequence[int]], n: int) -> Estimate:
     """distinct-n (arXiv:1510.03055): different n-grams over all n-grams, of all completions together.
 
-    With a delete-one jackknife interval over completions: a bootstrap would draw completions twice, and find fewer
-    different ones. Where a single completion has all n-grams there is no interval. Raises ValueError where there is no
-    n-gram.
+    The interval is a delete-one jackknife over completions: a bootstrap draws completions twice, and finds fewer
+    different n-grams. There is none if a single completion has all n-grams. Raises ValueError for no n-gram.
     """
-    from scipy.stats import t
-
     counts = [Counter(ngrams(completion, n)) for completion in completions]
-    together = Counter(gram for own in counts for gram in own.elements())
-    total, size = together.total(), len(completions)
+    all_counts = Counter(gram for counter in counts for gram in counter.elements())
+    total, size = all_counts.total(), len(completions)
     if not total:
         raise ValueError(f"no completion has {n} tokens")
-    value = len(together) / total
-    if any(own.total() == total for own in counts):
+    value = len(all_counts) / total
+    if any(counter.total() == total for counter in counts):
         return estimate(value, None, None, size)
-    without = [
-        (len(together) - sum(together[gram] == times for gram, times in own.items())) / (total - own.total())
-        for own in counts
-    ]
-    centre = math.fsum(without) / size
-    error = math.sqrt(math.fsum((each - centre) ** 2 for each in without) * (size - 1) / size)
-    half = float(t.ppf(0.975, size - 1)) * error
-    return estimate(value, max(0.0, value - half), min(1.0, value + half), size)
+    deleted = []  # the value without each completion
+    for counter in counts:
+        unique_grams = sum(all_counts[gram] == count for gram, count in counter.items())
+        deleted.append((len(all_counts) - unique_grams) / (total - counter.total()))
+    centre = math.fsum(deleted) / size
+    error = math.sqrt(math.fsum((v - centre) ** 2 for v in deleted) * (size - 1) / size)
+    low, high = t_interval(value, error, size)
+    return estimate(value, max(0.0, low), min(1.0, high), size)
 
 
 def repetition(completion: Sequence[int], n: int = 3) -> float:
-    """The share of a completion's n-grams that it has had before; 0 for a completion shorter than n."""
+    """The share of a completion's n-grams that repeat an earlier one; 0 for a completion shorter than n."""
     grams = ngrams(completion, n)
     return 1 - len({*grams}) / len(grams) if grams else 0.0

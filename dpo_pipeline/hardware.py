@@ -1,4 +1,4 @@
-"""What this machine is and can do: its device, precision, memory and versions."""
+"""What this machine is and can do: its device, precision, memory, and the versions of its software."""
 
 import os
 import platform
@@ -6,7 +6,8 @@ import re
 import signal
 import subprocess
 import sys
-from importlib.metadata import distributions
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,6 @@ from dpo_pipeline.errors import PipelineError
 
 # Ctrl-C, what schedulers send before they kill, and Slurm's warning before the time limit (not on Windows).
 STOPS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1") if name in signal.Signals.__members__]
-
-
 LIBRARIES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 
 
@@ -28,23 +27,18 @@ def device() -> str:
 
 
 def check_device(command: str) -> None:
-    """Raise PipelineError where the GPUs cannot be used as the process was started; `command` is what was typed."""
+    """Raise PipelineError where the installed torch or this process cannot use the GPUs; `command` names the stage."""
     import torch
 
     if device() != "cuda":
         return
-    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    kinds = [re.match(r"(sm|compute)_(\d+)(\d)", kind) for kind in torch.cuda.get_arch_list()]
-    built = [(kind[1], int(kind[2]), int(kind[3])) for kind in kinds if kind]
-    # Kernels run on later minor versions of their own major one, intermediate code (compute_) on all later ones.
-    if built and not any(
-        (own == major and sub <= minor) if kind == "sm" else (own, sub) <= (major, minor) for kind, own, sub in built
-    ):
+    if not has_kernels(*torch.cuda.get_device_capability()):
+        major, minor = torch.cuda.get_device_capability()
         raise PipelineError(
-            f"{name} has compute capability {major}.{minor}, and the installed torch {torch.__version__} holds "
-            f"kernels for {', '.join(torch.cuda.get_arch_list())} alone: install a build that has them, `pip install "
-            f"torch=={torch.__version__.split('+')[0]} --index-url https://download.pytorch.org/whl/cu126` (Pascal, "
-            "Volta) or cu130 (Turing and newer)"
+            f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, and torch {torch.__version__} "
+            f"holds kernels for {', '.join(torch.cuda.get_arch_list())} only: install a build that has them, `pip "
+            f"install torch=={torch.__version__.split('+')[0]} --index-url https://download.pytorch.org/whl/cu126` "
+            "(Pascal, Volta) or cu130 (Turing and newer)"
         )
     if (count := torch.cuda.device_count()) > 1 and processes() == 1:
         raise PipelineError(
@@ -54,53 +48,60 @@ def check_device(command: str) -> None:
         )
 
 
+def has_kernels(major: int, minor: int) -> bool:
+    """Whether the installed torch has kernels for a GPU of this compute capability (AMD's names are not compared)."""
+    import torch
+
+    names = [re.match(r"(sm|compute)_(\d+)(\d)", name) for name in torch.cuda.get_arch_list()]
+    builds = [(name[1], int(name[2]), int(name[3])) for name in names if name]
+    # sm_ code runs on later minor versions of its own major one, intermediate code (compute_) on all later ones.
+    return not builds or any(
+        (sm == major and sub <= minor) if kind == "sm" else (sm, sub) <= (major, minor) for kind, sm, sub in builds
+    )
+
+
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may name: the GPUs that this process sees, by number or identifier."""
-    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in named.split(",") if name.strip() and name != "-1"]
+    """The GPUs that this process sees, by number or identifier, as CUDA_VISIBLE_DEVICES may name them."""
+    if (names := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in names.split(",") if name.strip() and name != "-1"]
     import torch
 
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
 def mixed_precision(requested: str) -> str:
-    """`bf16`, `fp16` or `fp32`: what is asked for, and for `auto` the fastest that the device can do.
+    """`bf16`, `fp16` or `fp32`: as requested, and for `auto` the fastest that the device supports.
 
-    Raises PipelineError where the device lacks it.
+    Raises PipelineError where the device does not support it.
     """
     import torch
 
-    where = device()
-    # Emulated bf16 (T4, V100) is slower than fp32, and counts as none.
-    has_bf16 = where == "cpu" or (where == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    place = device()
+    # Emulated bf16 (T4, V100) is slower than fp32, so it does not count.
+    has_bf16 = place == "cpu" or (place == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     if requested == "auto":
-        return "fp32" if where != "cuda" else "bf16" if has_bf16 else "fp16"
-    if requested == "fp16" and where == "cpu":
-        raise PipelineError("precision=fp16 needs a GPU, and there is none: type precision=auto, fp32 or bf16")
-    if requested == "bf16" and not has_bf16:
-        card = torch.cuda.get_device_name() if where == "cuda" else where
-        raise PipelineError(
-            f"precision=bf16: {card} cannot compute in bfloat16: type precision=fp16 or precision=auto"
-        )
+        return "fp32" if place != "cuda" else "bf16" if has_bf16 else "fp16"
+    if (requested == "fp16" and place == "cpu") or (requested == "bf16" and not has_bf16):
+        name = torch.cuda.get_device_name() if place == "cuda" else place
+        raise PipelineError(f"precision={requested} is not supported by {name}: type precision=auto")
     return requested
 
 
 def peak_memory() -> int | None:
-    """Peak memory of this process in bytes: the GPU's where there is one, else resident; None where unknown."""
+    """Peak memory of this process in bytes: of the GPU, else resident; None on Windows."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def device_memory() -> tuple[str, int | None]:
-    """The name of what holds the weights in training, and its memory in bytes, as far as known."""
+    """The name of the device that holds the weights in training, and its memory in bytes (None on Windows)."""
     import torch
 
     if device() == "cuda":
@@ -111,22 +112,21 @@ def device_memory() -> tuple[str, int | None]:
 
 
 def gigabytes(size: int | None) -> str:
-    """Bytes as `14.5 GB`, of 10^9."""
+    """Bytes as `14.5 GB` of 10^9."""
     return "?" if size is None else f"{size / 1e9:.1f} GB"
 
 
 def versions() -> dict[str, str]:
-    """The version of Python and of each library that is installed."""
-    there = {dist.metadata["Name"].lower(): dist.version for dist in distributions()}
-    return {"python": platform.python_version(), **{name: there[name] for name in LIBRARIES if name in there}}
+    """The version of Python and of each installed library that training depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES if find_spec(name)}}
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit and dirtiness of the checkout in `folder`, or None where it is none."""
-    call = ["git", "-C", str(folder)]
+    """Commit of the checkout in `folder`, and whether it has changes; None without git or a checkout."""
+    call = ["git", "-C", str(folder), "status", "--porcelain=2", "--branch"]
     try:
-        commit = subprocess.run([*call, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*call, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        lines = subprocess.run(call, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
+    commit = next(line.split()[-1] for line in lines if line.startswith("# branch.oid"))
+    return {"commit": commit, "dirty": any(not line.startswith("#") for line in lines)}

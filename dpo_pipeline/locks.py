@@ -1,12 +1,10 @@
-"""Who works on a folder: locks of the system, which die with their holder."""
+"""Locks of the operating system, released when their holder dies: on a run folder, and on a file that many write."""
 
 import contextlib
-import json
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -15,56 +13,36 @@ from dpo_pipeline.errors import PipelineError
 
 
 @contextlib.contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Hold a run's folder while this process lives, on rank 0 for all; raises PipelineError naming who holds it.
-
-    By a lock of the system, which dies with its holder.
-    """
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-
-    def acquire() -> None:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=1)  # not at once: `holder` looks by taking it for a moment
-        except Timeout:
-            raise PipelineError(
-                in_use_message(folder, json.loads(Path(lock.lock_file).read_text() or "null"))
-            ) from None
-        Path(lock.lock_file).write_text(json.dumps(this_process()), encoding="utf-8")
-
-    on_main_process(acquire)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def this_process() -> dict[str, Any]:
-    """What others are told of who holds a folder."""
-    return {"pid": os.getpid(), "host": socket.gethostname()}
-
-
-def in_use_message(folder: Path, holder: dict[str, Any] | None) -> str:
-    """The sentence for a folder that another process holds; `holder` is None while that one is just starting."""
-    who = f"process {holder['pid']} on {holder['host']}" if holder else "a process that has just started"
-    return f"{folder} is in use by {who}: wait for it or end it"
-
-
-def lock_owner(folder: Path) -> dict[str, Any] | None:
-    """The process that holds a run's folder, or None where it is free."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    if not Path(lock.lock_file).exists():
-        return None
-    try:
-        with lock.acquire(timeout=0):
-            return None
-    except Timeout:
-        return json.loads(Path(lock.lock_file).read_text() or "null") or {"pid": "?", "host": "?"}
+def file_lock(path: Path, timeout: float = -1) -> Iterator[Path]:
+    """Hold the lock of a path, and give its lock file; raises filelock.Timeout after `timeout` seconds (-1: never)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock"), timeout) as lock:
+        yield Path(lock.lock_file)
 
 
 @contextlib.contextmanager
-def file_lock(place: Path) -> Iterator[None]:
-    """Wait until no other process is making what lies at `place`; the wait ends with the other's life too."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.with_name(f".{place.name}.lock")):
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run folder, on rank 0 for all; raises PipelineError that names the other holder."""
+    with contextlib.ExitStack() as stack:
+
+        def acquire() -> None:
+            try:
+                lock_file = stack.enter_context(file_lock(folder, timeout=1))  # lock_owner() may hold it for a moment
+            except Timeout:
+                raise PipelineError(f"{folder} is in use by {lock_owner(folder)}: wait for it or end it") from None
+            lock_file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+
+        on_main_process(acquire)
         yield
+
+
+def lock_owner(folder: Path) -> str | None:
+    """`process PID on HOST`, which holds the lock of a run folder, or None."""
+    lock_file = folder.with_name(f".{folder.name}.lock")
+    if not lock_file.exists():
+        return None
+    try:
+        with file_lock(folder, timeout=0.1):  # not at once: another process may be looking too
+            return None
+    except Timeout:
+        return lock_file.read_text(encoding="utf-8") or "a process that has just started"

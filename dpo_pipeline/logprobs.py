@@ -1,8 +1,26 @@
 """Per-token log-probs of given completions under a model: the only place that computes them for measuring."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm.auto import tqdm
+
+from dpo_pipeline.distributed import is_main_process
+
+
+@contextlib.contextmanager
+def inference(model: Any) -> Iterator[None]:
+    """Puts the model in eval mode without gradients, and in its earlier mode at the end."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def completion_logprobs(
@@ -10,38 +28,30 @@ def completion_logprobs(
 ) -> list[Any]:
     """Log pi(token | prompt, completion so far) in nats, for every token of each completion.
 
-    Takes token ids, returns one float64 CPU tensor of shape [completion tokens] for each row, in the order given. A
-    row's values do not depend on the others beside it, up to the rounding of the model's dtype; softmax is taken in
-    float32. `label` names a progress bar.
+    Takes token ids, returns one float64 CPU tensor of shape [completion tokens] for each row, in the given order. A
+    row's values do not depend on the rows beside it, up to the rounding of the model's dtype; softmax is taken in
+    float32. `label` names a progress bar, which rank 0 shows.
     """
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    lengths = [len(p) + len(a) for p, a in zip(prompts, completions, strict=True)]
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    results: list[Any] = [None] * len(lengths)
-    bar = tqdm(total=len(lengths), desc=label, leave=False, disable=label is None)
-    was_training = model.training
-    model.eval()
-    try:
+    rows = [torch.tensor(p + c) for p, c in zip(prompts, completions, strict=True)]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    results: list[Any] = [None] * len(rows)
+    with (
+        inference(model),
+        tqdm(total=len(rows), desc=label, leave=False, disable=label is None or not is_main_process()) as bar,
+    ):
         for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            width = max(lengths[i] for i in rows)
-            ids = torch.zeros(len(rows), width, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for line, i in enumerate(rows):
-                ids[line, : lengths[i]] = torch.tensor(prompts[i] + completions[i])
-                mask[line, : lengths[i]] = 1
-            ids, mask = ids.to(model.device), mask.to(model.device)
-            with torch.inference_mode():
-                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-                for line, i in enumerate(rows):
-                    # The token at t is predicted at t - 1.
-                    at = slice(len(prompts[i]) - 1, lengths[i] - 1)
-                    token_logprobs = logits[line, at].float().log_softmax(-1)
-                    chosen = ids[line, len(prompts[i]) : lengths[i], None]
-                    results[i] = token_logprobs.gather(-1, chosen)[:, 0].double().cpu()
-            bar.update(len(rows))
-    finally:
-        bar.close()
-        model.train(was_training)
+            batch = order[start : start + batch_size]
+            ids = pad_sequence([rows[i] for i in batch], batch_first=True).to(model.device)
+            mask = pad_sequence([torch.ones_like(rows[i]) for i in batch], batch_first=True).to(model.device)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            for line, i in enumerate(batch):
+                first, end = len(prompts[i]), len(rows[i])
+                # The token at position t is predicted at t - 1.
+                token_logprobs = logits[line, first - 1 : end - 1].float().log_softmax(-1)
+                chosen = ids[line, first:end, None]
+                results[i] = token_logprobs.gather(-1, chosen)[:, 0].double().cpu()
+            bar.update(len(batch))
     return results

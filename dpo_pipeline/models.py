@@ -1,24 +1,39 @@
-"""Loads a policy or a base model: from a folder that a run saved, a folder of anybody's, or the hub."""
+"""Loads a policy or a base model: from a folder that a run saved, from any other folder, or from the hub."""
 
 import json
-import pickle
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.config import Model, instantiate_node
-from dpo_pipeline.errors import PipelineError, explain_disk
-from dpo_pipeline.hardware import device
+from dpo_pipeline.config import instantiate_node
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.hardware import device, mixed_precision
+from dpo_pipeline.load_errors import explain_load_errors
+from dpo_pipeline.schema import Model, Run
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a run loads weights: its base, the torch dtype, and the quantization of what an adapter lies on."""
+    """How a run loads weights: its base, their torch dtype, and the quantization of the base under an adapter."""
 
     model: Model
     dtype: Any
     quantization: dict[str, Any] | None = None
+
+
+def load_options(run: Run) -> LoadOptions:
+    """The load options of a run: float32 where every weight is trained, the run's precision under an adapter."""
+    import torch
+
+    if run.model.dtype != "auto":
+        dtype = getattr(torch, run.model.dtype)
+    elif run.lora is None:
+        dtype = torch.float32
+    else:
+        precisions = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+        dtype = precisions[mixed_precision(run.precision)]
+    return LoadOptions(run.model, dtype, run.quantization)
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -31,65 +46,24 @@ def adapter_base(adapter: str | Path) -> str:
     file = Path(adapter) / "adapter_config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PipelineError(f"{file} is no JSON ({error}): give the folder as PEFT saved it") from error
-    if not isinstance(config, dict):
-        raise PipelineError(f"{file} holds no JSON object: give the folder as PEFT saved it")
-    if not (named := config.get("base_model_name_or_path")):
+        base = config["base_model_name_or_path"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise PipelineError(f"{file} is not readable ({error!r}): give the folder as PEFT saved it") from error
+    if not base:
         raise PipelineError(
             f"the adapter in {adapter} names no base: set base_model_name_or_path in adapter_config.json"
         )
-    return named
+    return base
 
 
-def explain_load_errors(load: Any, path: str | Path, **options: Any) -> Any:
-    """`load(path, **options)`, with one sentence where nothing can be loaded from there."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-    from torch import OutOfMemoryError
-
-    local = Path(path)
-    if local.is_file():
-        raise PipelineError(f"{path} is a file, not a model: give the folder that holds config.json and the weights")
-    if str(path).startswith(("/", ".", "~")) and not local.is_dir():
-        raise PipelineError(f"there is no model folder {path} (from {Path.cwd()}): give one that is, or a hub id")
-    try:
-        return load(str(path), **options)
-    except OutOfMemoryError:
-        raise
-    except (
-        *(OSError, ValueError, TypeError, ImportError, RuntimeError, KeyError),
-        *(SafetensorError, StrictDataclassError, pickle.PickleError),
-    ) as error:
-        if sentence := explain_disk(error):
-            raise PipelineError(sentence) from error
-        reason = " ".join(str(error).split())
-        reason = reason if " " in reason else repr(error)  # the text of a KeyError is the key alone
-        fix = load_hint(local, reason)
-        raise PipelineError(f"no model could be loaded from {path} ({reason[:300]}): {fix}") from error
-
-
-def load_hint(path: Path, reason: str) -> str:
-    """What to type where a library could not load a model, for the reason it gave."""
-    if "attn_implementation" in reason or "FlashAttention" in reason:
-        return "type model.attn_implementation=sdpa or eager"
-    if "trust_remote_code" in reason or "contains custom code" in reason:
-        return "read that code, then type model.trust_remote_code=true to run it"
-    if not path.is_dir() and ("gated" in reason or "401" in reason or "403" in reason):
-        return "accept its licence on its page on the hub, then log in with `hf auth login`"
-    if not path.is_dir():
-        return f"no folder {path} lies here: check the name, give one by model=path model.path=..., or reach the hub"
-    if is_adapter(path):
-        return "give the folder that PEFT saved: adapter_config.json and adapter_model.safetensors, made on its base"
-    if not any(path.glob("*.safetensors")) and "safetensors" in reason:
-        if any(path.glob("*.bin")) and ".bin" not in reason:  # else it was looked for too
-            return "it holds pickles alone: model.use_safetensors=null takes them through torch's weights-only loader"
-        return "it holds no weights: give a folder with model.safetensors"
-    return "give a folder that from_pretrained loads, with config.json, whole weights and the tokenizer's files"
+def with_base_of(run: Run, policy: str | Path) -> Run:
+    """The run with the base of a policy as its model, whatever `model=` says: its own tokenizer and context."""
+    base = adapter_base(policy) if is_adapter(policy) else str(policy)
+    return run.model_copy(update={"model": run.model.model_copy(update={"builder": None, "path": base})})
 
 
 def load_tokenizer(model: Model, path: str | Path | None = None) -> Any:
-    """The tokenizer of `path`, else of the base model; its padding token is its end token where it has none."""
+    """The tokenizer of `path`, by default of the base; a missing padding token becomes the end token."""
     from transformers import AutoTokenizer
 
     if path is None and is_adapter(model.path):
@@ -97,31 +71,53 @@ def load_tokenizer(model: Model, path: str | Path | None = None) -> Any:
             f"{model.path} is an adapter, not a whole model: give its base by model.path=, and start DPO from the "
             "adapter by policy=FOLDER"
         )
-    where = {"revision": model.revision} if path is None else {}
+    revision = {"revision": model.revision} if path is None else {}
     tokenizer = explain_load_errors(
-        AutoTokenizer.from_pretrained, path or model.path, trust_remote_code=model.trust_remote_code, **where
+        AutoTokenizer.from_pretrained, path or model.path, trust_remote_code=model.trust_remote_code, **revision
     )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_config(model: Model, path: str | Path | None = None) -> Any:
-    """The config of the model at `path`, else of the base (layers, context), without its weights.
+def check_same_tokenizer(tokenizer: Any, model: Model, policy: str | Path) -> None:
+    """Raise PipelineError where a policy's folder brings another tokenizer than that of the base model."""
+    folder = Path(policy)
+    if str(policy) == model.path:
+        return
+    if folder.is_dir() and not (any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file()):
+        return
+    other = load_tokenizer(model, policy)
+    for what, expected, found in (
+        ("vocabulary", tokenizer.get_vocab(), other.get_vocab()),
+        ("chat template", tokenizer.chat_template, other.chat_template),
+        ("end token", tokenizer.eos_token, other.eos_token),
+        ("BOS", tokenizer.bos_token, other.bos_token),
+    ):
+        if expected != found:
+            raise PipelineError(
+                f"the tokenizer in {policy} has another {what} than that of the base {model.path}: use the tokenizer "
+                "that the policy was trained with in both"
+            )
 
-    Raises PipelineError where it is not that of a causal language model, or names no context.
+
+def load_config(model: Model, path: str | Path | None = None) -> Any:
+    """The config of the model at `path`, by default of the base, without its weights.
+
+    Raises PipelineError where it is not a causal language model, or has no context length.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    where = {"revision": model.revision} if path is None else {}
+    revision = {"revision": model.revision} if path is None else {}
     path = path or model.path
-    config = explain_load_errors(AutoConfig.from_pretrained, path, trust_remote_code=model.trust_remote_code, **where)
+    options = {"trust_remote_code": model.trust_remote_code, **revision}
+    config = explain_load_errors(AutoConfig.from_pretrained, path, **options)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not model.trust_remote_code:
         raise PipelineError(
             f"{path} is no causal language model (model_type {config.model_type}): give one that AutoModelForCausalLM "
             "loads, such as model=gpt2"
         )
-    # Not an attribute of every architecture: some need no positions, and have no limit that rows could be held to.
+    # Some architectures have no such attribute: they need no positions, so rows could have no limit.
     if getattr(config.get_text_config(), "max_position_embeddings", None) is None:
         raise PipelineError(
             f"{path} names no context (model_type {config.model_type}): set max_position_embeddings in its config.json"
@@ -129,65 +125,109 @@ def load_config(model: Model, path: str | Path | None = None) -> Any:
     return config
 
 
-def load_policy(path: str | Path, loading: LoadOptions, trainable: bool = False, device_name: str = "cpu") -> Any:
-    """The model at `path` on the device `on`; an adapter comes on its base, ready to train where `trainable`.
+def load_generation_config(model: Model, config: Any) -> Any:
+    """The generation config of the base model, made from its `config` where the folder has none."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(model.path, revision=model.revision)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
+
+
+def empty_model(model: Model, config: Any, lora: Any) -> Any:
+    """A model with an adapter, if any, on the meta device: it has names and shapes, and no memory for weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        if lora is None:
+            return empty
+        from peft import get_peft_model
+
+        try:
+            return get_peft_model(empty, lora)
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise PipelineError(
+                f"PEFT refuses what stands under lora: {reason}: name this model's layers by "
+                "lora.target_modules=all-linear, and see the other keys of lora"
+            ) from error
+
+
+def load_policy(path: str | Path, options: LoadOptions, trainable: bool = False, device_name: str = "cpu") -> Any:
+    """The model at `path`; an adapter comes on its base, ready to train where `trainable`.
 
     A quantized model lies where this machine trains: its weights cannot be moved. Raises PipelineError where nothing
     can be loaded, or where weights are missing: transformers would draw them at random, with a warning.
     """
+    base = adapter_base(path) if is_adapter(path) else str(path)
+    loaded = load_whole_model(base, options)
+    if base != str(path):
+        loaded = load_adapter(loaded, path, base, trainable)
+    if options.quantization is None:
+        loaded = loaded.to(device_name)
+    return loaded if trainable else loaded.eval()
+
+
+def load_whole_model(path: str, options: LoadOptions) -> Any:
+    """The model at `path`, quantized where the options say so; raises PipelineError for missing or misfit weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = loading.model
-    options: dict[str, Any] = {
-        "dtype": loading.dtype,
+    model = options.model
+    arguments: dict[str, Any] = {
+        "dtype": options.dtype,
         "attn_implementation": model.attn_implementation,
         "trust_remote_code": model.trust_remote_code,
         "use_safetensors": model.use_safetensors,
-        "ignore_mismatched_sizes": True,  # told below: transformers' own error refers to a table it logs
+        "ignore_mismatched_sizes": True,  # checked below: transformers' own error refers to a table in its log
     }
-    if loading.quantization is not None:
-        compute = {"bnb_4bit_compute_dtype": loading.dtype} if "load_in_4bit" in loading.quantization else {}
+    if path == model.path:
+        arguments["revision"] = model.revision
+    if options.quantization is not None:
+        compute = {"bnb_4bit_compute_dtype": options.dtype} if "load_in_4bit" in options.quantization else {}
         place = torch.cuda.current_device() if device() == "cuda" else device()
-        options |= {
-            "quantization_config": instantiate_node(loading.quantization, **compute),
-            "device_map": {"": place},
-        }
-    base = adapter_base(path) if is_adapter(path) else str(path)
-    if base == model.path:
-        options["revision"] = model.revision
-    loaded, info = explain_load_errors(AutoModelForCausalLM.from_pretrained, base, output_loading_info=True, **options)
-    if lacking := sorted(info["missing_keys"]):
+        arguments["quantization_config"] = instantiate_node(options.quantization, **compute)
+        arguments["device_map"] = {"": place}
+    loaded, info = explain_load_errors(
+        AutoModelForCausalLM.from_pretrained, path, output_loading_info=True, **arguments
+    )
+    if missing := sorted(info["missing_keys"]):
         raise PipelineError(
-            f"{base} lacks {len(lacking)} weights of its architecture, {type(loaded).__name__}, such as {lacking[0]}: "
+            f"{path} lacks {len(missing)} weights of its architecture, {type(loaded).__name__}, such as {missing[0]}: "
             "it is cut short, or another kind of model: give a causal language model"
         )
-    if other := sorted(info["mismatched_keys"]):
-        name, found, wanted = other[0]
+    if misfits := sorted(info["mismatched_keys"]):
+        name, found, expected = misfits[0]
         raise PipelineError(
-            f"{len(other)} weights in {base} have not the shape that its config.json names, such as {name}, "
-            f"{list(found)} instead of {list(wanted)}: give the config.json that these weights were saved with"
+            f"{len(misfits)} weights in {path} do not have the shape that its config.json names, such as {name}, "
+            f"{list(found)} instead of {list(expected)}: give the config.json that these weights were saved with"
         )
-    if loading.quantization is not None and device() == "cpu":
+    if options.quantization is not None and device() == "cpu":
         from bitsandbytes.nn import Linear4bit
 
         # Else a forward in eval mode packs the weights anew, with coarser scales: policy and reference then differ.
-        for layer in (module for module in loaded.modules() if isinstance(module, Linear4bit)):
-            layer.support_avx512bf16_for_cpu = False
-    if base != str(path):
-        from peft import PeftModel
+        for layer in loaded.modules():
+            if isinstance(layer, Linear4bit):
+                layer.support_avx512bf16_for_cpu = False
+    return loaded
 
-        if not any(Path(path).glob("adapter_model.*")):
-            raise PipelineError(f"{path} holds no adapter_model.safetensors: give the folder as PEFT saved it")
-        with warnings.catch_warnings():
-            # Else an adapter of another architecture leaves the base as it is.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            try:
-                loaded = explain_load_errors(
-                    lambda p: PeftModel.from_pretrained(loaded, p, is_trainable=trainable), path
-                )
-            except UserWarning as warning:
-                reason = " ".join(str(warning).split())[:200]
-                raise PipelineError(f"the adapter in {path} does not fit its base {base}: {reason}") from warning
-    loaded = loaded if loading.quantization is not None else loaded.to(device_name)
-    return loaded if trainable else loaded.eval()
+
+def load_adapter(base_model: Any, path: str | Path, base: str, trainable: bool) -> Any:
+    """The adapter at `path` on its loaded base; raises PipelineError where it does not fit."""
+    from peft import PeftModel
+
+    if not any(Path(path).glob("adapter_model.*")):
+        raise PipelineError(f"{path} holds no adapter_model.safetensors: give the folder as PEFT saved it")
+    with warnings.catch_warnings():
+        # Else an adapter of another architecture leaves the base as it is.
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return explain_load_errors(
+                lambda folder: PeftModel.from_pretrained(base_model, folder, is_trainable=trainable), path
+            )
+        except UserWarning as warning:
+            reason = " ".join(str(warning).split())[:200]
+            raise PipelineError(f"the adapter in {path} does not fit its base {base}: {reason}") from warning

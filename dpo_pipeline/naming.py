@@ -2,24 +2,31 @@
 
 import hashlib
 import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.schema import Run
 
-if TYPE_CHECKING:
-    from dpo_pipeline.config import Run
-
-# Training arguments that cannot change `final/`: they may differ when a run is continued, and no folder tells them.
-NOT_IDENTITY = frozenset(
-    "logging_steps logging_first_step logging_strategy eval_steps eval_strategy eval_on_start save_steps "
-    "save_strategy save_total_limit on_bad_row activation_checkpointing dataloader_num_workers run_name".split()
+# Keys that do not change the `final/` of a run: places, trackers, logging, checkpoints, evaluation, and how rows are
+# spread over devices. They are no part of a run's identity nor of its folder's name. Patterns of fnmatch.
+NOT_IDENTITY = (
+    *("root", "name", "variant", "sft_variant", "check", "overwrite", "report_to", "wandb.*", "hydra*"),
+    *("evaluation.*", "best_of.*", "guard.*", "judge*"),
+    *("batch.micro_size", "model.micro_size", "model.use_safetensors", "model.trust_remote_code"),
+    *("*.activation_checkpointing", "*.dataloader_num_workers", "*.run_name", "*.logging_*", "*.on_bad_row"),
+    *("*.eval_steps", "*.eval_strategy", "*.eval_on_start", "*.save_steps", "*.save_strategy", "*.save_total_limit"),
+    "*dataset*.sft_target",  # the default of the key `sft_target`
 )
-
+# Keys that one stage alone reads.
+READ_BY_OTHER_STAGE = {
+    "sft": ("dpo.*", "dpo_best", "beta", "policy", "reference.*"),
+    "dpo": ("sft.*", "sft_best", "sft_target", "*sft_dataset*"),
+}
 TRACKED = ("reward", "kl", "stop_rate")  # what `dpo_best` may name that the tracker alone measures
 
 
-def name_folders(run: "Run", typed: list[str], choices: dict[str, str]) -> None:
+def name_folders(run: Run, overrides: list[str], choices: dict[str, str]) -> None:
     """Fill in `name`, `sft_variant` and `variant` where they are null, from the options chosen and what was typed."""
     model, dataset = choices["model"], choices["dataset"]
     if model == "path":
@@ -35,37 +42,63 @@ def name_folders(run: "Run", typed: list[str], choices: dict[str, str]) -> None:
     if run.variant is None:
         parts = ["+".join(loss_names(run)), f"beta{run.beta:g}", *adapter]
         parts += [policy_name(run.policy)] if run.policy != "sft" else []
-        run.variant = clean_name("-".join([*parts, f"seed{run.seed}", *override_labels(typed)]))
+        run.variant = clean_name("-".join([*parts, f"seed{run.seed}", *override_labels(run, overrides)]))
 
 
 def policy_name(policy: str) -> str:
-    """`base`, or the part of a folder's path that tells it apart: that above `final` and `merged`."""
-    return next(part for part in reversed(Path(policy).parts) if part not in ("final", "merged"))
+    """`base`, or the part of a folder's path that names it: the last one that is not `final` or `merged`."""
+    return next(part for part in reversed(Path(policy).absolute().parts) if part not in ("final", "merged"))
 
 
-def loss_names(run: "Run") -> list[str]:
-    """The preference losses of a run; raises PipelineError where `dpo.loss_type` names none."""
-    if "loss_type" not in run.dpo:
-        raise PipelineError("dpo.loss_type is missing: choose a loss by loss=, or by ++dpo.loss_type=NAME")
-    given = run.dpo["loss_type"]
-    names = given if isinstance(given, list) else [given]
-    if not names or not all(isinstance(name, str) for name in names):
-        raise PipelineError(f"dpo.loss_type={given} names no loss: choose one by loss=, or by ++dpo.loss_type=[A,B]")
-    return names
+def loss_names(run: Run) -> list[str]:
+    """The preference losses of a run."""
+    losses = run.dpo["loss_type"]
+    return losses if isinstance(losses, list) else [losses]
 
 
-def override_labels(typed: list[str]) -> list[str]:
-    """`key_value` for each typed key that is of DPO's identity and that no other part of the name tells."""
-    told = r"(model|dataset|experiment|lora|quantization|loss|beta|seed|policy|dpo\.loss_type|.*path)$"
-    ours = r"(model\.|dataset\.|dataset@dataset\.sets|lora\.|quantization\.|precision|reference|batch\.global_size|"
-    ours += r"length\.|sft_variant|dpo\.|dpo_best|guard\.action=stop)"
-    pairs = sorted(item.lstrip("+~").partition("=")[::2] for item in typed)
-    parts = [(key, value) for key, value in pairs if re.match(ours, f"{key}={value}") and not re.match(told, key)]
-    return [f"{key}_{normalize_number(value)}" for key, value in parts if key.split(".")[-1] not in NOT_IDENTITY]
+def is_identity(key: str, run: Run, stage: str) -> bool:
+    """Whether a config key can change the `final/` of a stage in this run."""
+
+    def matches(patterns: Iterable[str]) -> bool:
+        return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+    if matches(READ_BY_OTHER_STAGE[stage]):
+        return False
+    return matches(exceptions_of(run, stage)) or not matches(NOT_IDENTITY)
+
+
+def exceptions_of(run: Run, stage: str) -> list[str]:
+    """The keys of NOT_IDENTITY that do change this run: they choose its start, its checkpoint or its end."""
+    best = run.sft_best if stage == "sft" else run.dpo_best
+    keys = [f"{stage}.eval_steps", f"{stage}.save_steps"] if best != "last" else []
+    if stage == "sft":
+        return keys
+    if run.policy == "sft":
+        keys.append("sft_variant")
+    if run.guard.action == "stop":
+        keys += ["guard.*", "dpo.eval_steps"]
+    if run.guard.action == "stop" or best in TRACKED:
+        keys += ["evaluation.tracker_prompts", "evaluation.max_new_tokens"]
+    if best == "reward":
+        keys += ["evaluation.kl_budget", "judge*"]
+    if "sft" in loss_names(run):
+        keys.append("batch.micro_size")  # TRL takes that term per token of each micro batch
+    return keys
+
+
+def override_labels(run: Run, overrides: list[str]) -> list[str]:
+    """`key_value` for each typed key of DPO's identity that no other part of the name says."""
+    in_name = r"(model|dataset|experiment|lora|quantization|loss|beta|seed|policy|debug|dpo\.loss_type|.*path)$"
+    pairs = sorted(item.lstrip("+~").partition("=")[::2] for item in overrides)
+    return [
+        f"{key}_{normalize_number(value)}"
+        for key, value in pairs
+        if is_identity(key, run, "dpo") and not re.match(in_name, key)
+    ]
 
 
 def normalize_number(value: str) -> str:
-    """A value as a sweep's job has it typed: Hydra writes 1e-4 there as 0.0001."""
+    """A value as Hydra writes it in a sweep's job: 0.0001 for 1e-4."""
     try:
         return value if value.lstrip("+-").isdigit() else str(float(value))
     except ValueError:

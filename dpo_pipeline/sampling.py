@@ -1,17 +1,25 @@
-"""Batched completions from a policy, each the same whatever is sampled beside it."""
+"""Batched sampling from a policy; a completion does not depend on the others in its batch."""
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
+from transformers import GenerationConfig, LogitsProcessorList
+
+from dpo_pipeline.distributed import is_main_process
+from dpo_pipeline.logprobs import inference
 
 
 def sample(
     model: Any,
     prompts: list[list[int]],
     eos_ids: list[int],
-    pad: int,
+    pad_id: int,
     max_new_tokens: int,
     batch_size: int,
     seed: int,
@@ -22,82 +30,86 @@ def sample(
 ) -> list[list[int]]:
     """`draws` completions for each prompt, one prompt after the other, as token ids.
 
-    The last token is one of `ends` unless `max_new_tokens` came first. Drawn from the policy's own distribution at
-    `temperature` (0: its likeliest token), with no top-k, top-p or penalty, whatever the model's generation config
-    says: so at 1 a completion's log-prob is that of its draw. The random numbers of a completion follow from `seed`,
-    its prompt and its number alone, so it is the same in any batch, in any process and beside any others, and two
-    policies completion with the same numbers; no other random state is touched. `synced`: the weights lie in parts,
-    and all processes sample the same prompts together. `label` names a progress bar.
+    The last token is one of `eos_ids`, unless `max_new_tokens` is reached first. Tokens are drawn from the policy's
+    own distribution at `temperature` (0: the likeliest token), without top-k, top-p or penalty: at temperature 1 the
+    log-prob of a completion is that of its draw. The random numbers depend on `seed`, prompt and draw alone, so that
+    all policies sample with the same ones. `synced`: the weights are sharded, and all processes sample the same
+    prompts together. `label` names a progress bar, which rank 0 shows.
     """
-    import torch
-    from transformers import GenerationConfig, LogitsProcessorList
-
-    rows = sorted(
-        ((i * draws + draw, prompt, draw) for i, prompt in enumerate(prompts) for draw in range(draws)),
-        key=lambda row: len(row[1]),
-    )
+    rows = [(prompt, draw) for prompt in prompts for draw in range(draws)]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     completions: list[list[int]] = [[] for _ in rows]
-    plain = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=pad, use_cache=True
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=pad_id, use_cache=True
     )
-    bar = tqdm(total=len(rows), desc=label, leave=False, disable=label is None)
-    was_training, own = model.training, model.generation_config
-    model.eval()
-    try:
-        # `generate` fills what a config leaves open from the model's own, penalties included.
-        model.generation_config = plain
-        with torch.inference_mode():
-            for start in range(0, len(rows), batch_size):
-                batch = rows[start : start + batch_size]
-                width = max(len(prompt) for _, prompt, _ in batch)
-                ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for _, prompt, _ in batch])
-                mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for _, prompt, _ in batch])
-                draw = InverseCdfProcessor(
-                    [uniform_draws(seed, p, d, max_new_tokens) for _, p, d in batch], width, temperature
-                )
-                out = model.generate(
-                    input_ids=ids.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    logits_processor=LogitsProcessorList([draw] if temperature else []),
-                    synced_gpus=synced,
-                )
-                for (place, _, _), completion in zip(batch, out[:, width:].tolist(), strict=True):
-                    stop = next((at + 1 for at, token in enumerate(completion) if token in eos_ids), len(completion))
-                    completions[place] = completion[:stop]
-                bar.update(len(batch))
-    finally:
-        model.generation_config = own
-        model.train(was_training)
-        bar.close()
+    bar = tqdm(total=len(rows), desc=label, leave=False, disable=label is None or not is_main_process())
+    with inference(model), generation_config(model, config), bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            outputs = generate_batch(model, [rows[i] for i in batch], seed, temperature, synced)
+            for i, completion in zip(batch, outputs, strict=True):
+                completions[i] = completion
+            bar.update(len(batch))
     return completions
 
 
-def uniform_draws(seed: int, prompt: list[int], draw: int, count: int) -> Any:
-    """The random numbers in [0, 1) that a completion is drawn with, float64: one for each of its tokens."""
-    import torch
+@contextlib.contextmanager
+def generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Replaces the model's own config, from which `generate` takes what another leaves open, penalties included."""
+    earlier, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = earlier
 
+
+def generate_batch(
+    model: Any, rows: list[tuple[list[int], int]], seed: int, temperature: float, synced: bool
+) -> list[list[int]]:
+    """The completion of each row, a prompt and the number of its draw, up to its first end token."""
+    config = model.generation_config
+    prompts = [torch.tensor(prompt) for prompt, _ in rows]
+    ids = pad_sequence(prompts, batch_first=True, padding_value=config.pad_token_id, padding_side="left")
+    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
+    width, processors = ids.shape[1], LogitsProcessorList()
+    if temperature:
+        numbers = torch.stack([uniform_draws(seed, *row, config.max_new_tokens) for row in rows])
+        processors.append(InverseCdfProcessor(numbers, width, temperature))
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        logits_processor=processors,
+        synced_gpus=synced,
+    )
+    completions = output[:, width:].tolist()
+    for completion in completions:
+        end = next((i for i, token in enumerate(completion) if token in config.eos_token_id), len(completion))
+        del completion[end + 1 :]
+    return completions
+
+
+def uniform_draws(seed: int, prompt: list[int], draw: int, count: int) -> torch.Tensor:
+    """The random numbers in [0, 1) that a completion is drawn with, float64: one for each of its tokens."""
     digest = hashlib.sha256(json.dumps([seed, draw, prompt]).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
 class InverseCdfProcessor:
-    """A logits processor that leaves one token a row: where the row's number falls in its cumulated probabilities.
+    """A logits processor that leaves one token a row: where its random number falls in its cumulative distribution.
 
-    `generate` draws with one random state for a whole batch, so that a completion would hang on those beside it.
+    `numbers` are [rows, new tokens], `width` is the length of the padded prompts. `generate` would draw a whole batch
+    with one random state, so that a completion would depend on the others.
     """
 
-    def __init__(self, rows: list[Any], width: int, temperature: float):
-        import torch
+    def __init__(self, numbers: torch.Tensor, width: int, temperature: float):
+        self.numbers, self.width, self.temperature = numbers, width, temperature
 
-        self.numbers, self.width, self.temperature = torch.stack(rows), width, temperature
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        import torch
-
-        precise = torch.float32 if scores.device.type == "mps" else torch.float64  # which has no other
-        below = (scores.to(precise) / self.temperature).softmax(-1).cumsum(-1)
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        precise = torch.float32 if scores.device.type == "mps" else torch.float64  # MPS has no float64
+        cumulative = (scores.to(precise) / self.temperature).softmax(-1).cumsum(-1)
         number = self.numbers[:, input_ids.shape[1] - self.width, None].to(scores.device, precise)
-        # Their sum may miss 1 by rounding; the last token of all is not to be had so.
-        token = torch.searchsorted(below, number * below[:, -1:], right=True).clamp(max=scores.shape[-1] - 1)
+        # The last sum may differ from 1 by a rounding; the clamp keeps the index in the vocabulary.
+        token = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True)
+        token = token.clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)

@@ -1,88 +1,76 @@
-"""Fine-tune the base model on the completions to imitate: `python -m dpo_pipeline.sft key=value ...`."""
+"""Fine-tune the base model on the completions to imitate.
+
+python -m dpo_pipeline.sft model=gpt2 dataset=hh_rlhf          on one GPU, or on none
+make sft ARGS="model=gpt2 dataset=hh_rlhf" GPUS=4              on four
+"""
 
 import logging
 from pathlib import Path
+from typing import Any
 
-from dpo_pipeline import locks, run_folder
-from dpo_pipeline.config import Run, main
-from dpo_pipeline.distributed import is_main_process, on_main_process
-from dpo_pipeline.hardware import check_device, gigabytes, peak_memory
-from dpo_pipeline.tracking import tracked
+from dpo_pipeline.cli import main
+from dpo_pipeline.record import RunRecord
+from dpo_pipeline.run_folder import open_run
+from dpo_pipeline.schema import Run
 
 log = logging.getLogger("dpo_pipeline.sft")  # __name__ is __main__ when run as a command
 
 
 def run_sft(run: Run) -> Path:
-    """Train the SFT policy of a run, or find it trained; its folder, with `final/` in it."""
-    folder = run.sft_folder
-    if run.check:
-        check_run(run, folder)
-        return folder
-    with locks.run_lock(folder):
-        return train(run, folder)
+    """Train the SFT policy of a run, or find it trained; its folder, with `final/` in it.
 
-
-def train(run: Run, folder: Path) -> Path:
-    """What `run_sft` does in a folder that is this process's own."""
-    mine, decision = on_main_process(lambda: run_folder.claim(run, "sft", folder))
-    if decision == "done":
-        if is_main_process():
-            print(f"already done: {folder}")
-        return folder
-    with run_folder.recorded_run(run, "sft", folder, mine) as record:
-        from dpo_pipeline.data import prepare
-        from dpo_pipeline.models import load_tokenizer
-        from dpo_pipeline.training import callbacks, disk_space, guards, preflight, starting_policy, trainer
-        from dpo_pipeline.training.arguments import training_arguments
-
-        check_device("dpo_pipeline.sft")
-        args, loading = training_arguments(run, "sft", folder), starting_policy.load_options(run)
-        preflight.check_rate(run, "sft")
-        prepare.prepare_base(run)
-        tokenizer, begin = load_tokenizer(run.model), starting_policy.sft_start(run)
-        rows, data_report = prepare.on_main_process_shared(
-            run, lambda: prepare.prepare_tables(run, "sft", tokenizer, "train", "validation")
-        )
-        prepare.limit_steps(run, args, len(rows["train"]))
-        disk_space.check_disk_space(run, "sft", folder, begin)
-        with preflight.explain_oom(run, "sft"):
-            policy = starting_policy.load_start(run, begin)
-            sft = trainer.build_sft(policy, begin.lora, tokenizer, args, rows)
-            record.save_manifest(**prepare.manifest_facts(sft, rows, data_report, run.model.path, loading))
-            log.info("SFT of %s on %d completions -> %s", run.model.path, len(rows["train"]), folder)
-            eos_ids, lengths = prepare.ends_and_lengths(run, tokenizer)
-            cut = lengths.completion == "cut"
-            preflight.check_policy(sft, eos_ids, tokenizer.bos_token_id, rows["train"], cut)
-            probe = preflight.policy_fingerprint(sft)
-            preflight.check_memory(sft, run, "sft")
-            watch = [callbacks.ValidationPerplexity(sft), callbacks.Metrics(record), guards.NumericalGuard(sft)]
-            with tracked(run, folder):
-                trainer.train(sft, folder, watch)
-            record.save_manifest(peak_memory_bytes=peak_memory())
-            record.save_manifest(final=trainer.save_final(sft, tokenizer, folder, loading, probe))
-    return folder
-
-
-def check_run(run: Run, folder: Path) -> None:
-    """Raise PipelineError for whatever would keep this SFT from training; loads no weights and leaves nothing."""
-    from dpo_pipeline.data import prepare
-    from dpo_pipeline.models import load_tokenizer
-    from dpo_pipeline.training import disk_space, fetch, preflight, starting_policy
+    With `check` it stops before weights are loaded.
+    """
+    from dpo_pipeline.base_model import base_model
+    from dpo_pipeline.data.prepare import prepare
     from dpo_pipeline.training.arguments import training_arguments
+    from dpo_pipeline.training.before_loading import check_before_loading
+    from dpo_pipeline.training.starting_policy import resolve_starting_policy
 
-    with run_folder.run_logging(None), fetch.with_base_model(run) as run:
-        training_arguments(run, "sft", folder)
-        preflight.check_rate(run, "sft")
-        decision = run_folder.decide(folder, run_folder.identity(run, "sft"), run.overwrite)
-        tokenizer = load_tokenizer(run.model)
-        rows, _ = prepare.prepare_tables(run, "sft", tokenizer, "train", "validation")
-        eos_ids, lengths = prepare.ends_and_lengths(run, tokenizer)
-        preflight.check_rows(rows["train"], eos_ids, tokenizer.bos_token_id, lengths.completion == "cut")
-        needed, free = disk_space.check_disk_space(run, "sft", folder, starting_policy.sft_start(run))
-        log.info(
-            "check: SFT of %s on %d completions -> %s (%s); writes up to %s of %s free",
-            *(run.model.path, len(rows["train"]), folder, decision, gigabytes(needed), gigabytes(free)),
+    with open_run(run, "sft") as record:
+        if record.decision == "done":
+            return record.folder
+        with base_model(run) as run:
+            args = training_arguments(run, "sft", record.folder)
+            start = resolve_starting_policy(run, "sft")
+            data = prepare(run, "sft")
+            check_before_loading(run, data, start, args, record)
+            if not run.check:
+                train_sft(run, record, args, start, data)
+    return record.folder
+
+
+def train_sft(run: Run, record: RunRecord, args: Any, start: Any, data: Any) -> None:
+    """Train from the base model to `final/`, with everything that must hold checked before step 1."""
+    from trl import SFTTrainer
+
+    from dpo_pipeline.hardware import peak_memory
+    from dpo_pipeline.training import trainer
+    from dpo_pipeline.training.callbacks import Metrics, ValidationPerplexity
+    from dpo_pipeline.training.guards import NumericalGuard
+    from dpo_pipeline.training.memory import explain_oom
+    from dpo_pipeline.training.preflight import check_sft
+    from dpo_pipeline.training.starting_policy import load_start
+    from dpo_pipeline.training.tracking import track
+
+    tables, options = data.tables, data.load_options
+    with explain_oom(run, "sft", data):
+        sft = trainer.make_trainer(
+            SFTTrainer,
+            model=load_start(run, start),
+            args=args,
+            train_dataset=trainer.label_completions(tables["train"]),
+            eval_dataset=trainer.label_completions(tables["validation"]),
+            processing_class=data.tokenizer,
+            peft_config=start.lora,
         )
+        log.info("SFT of %s on %d completions -> %s", run.model.path, len(tables["train"]), record.folder)
+        record.save_manifest(**trainer.manifest_facts(sft, data, start))
+        fingerprint = check_sft(sft, data)
+        with track(run, record, sft):
+            trainer.train(sft, record.folder, [ValidationPerplexity(sft), Metrics(record), NumericalGuard(sft)])
+        record.save_manifest(peak_memory_bytes=peak_memory())
+        record.save_manifest(final=trainer.save_final(sft, data.tokenizer, record.folder, options, fingerprint))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import psutil
 
 from dpo_pipeline import run_folder
 from dpo_pipeline.config import CONF
+from dpo_pipeline.record import read_json
 
 INTERVAL = 3  # steps between two logs; checkpoints come at every second step, so that some cut it
 LOGS = (f"sft.logging_steps={INTERVAL}", f"dpo.logging_steps={INTERVAL}")
@@ -65,7 +66,7 @@ class Command:
 
     def start(self, root: Path, at: int = -1, halts: bool = False) -> subprocess.Popen:
         """The command, watched; beside `root` lie what it prints and writes, and a sign once it is `at` that write."""
-        from tests.conftest import SMALL
+        from tests.helpers import SMALL
 
         module = ("-m", *self.launcher, "tests.chaos", f"dpo_pipeline.{self.stage}")
         for kind in ("writes", "here"):
@@ -186,11 +187,7 @@ def differences(command: Command, root: Path, resumed: Collection[int]) -> list[
     found = [file.name for file in weights if file.read_bytes() != (mine / "final" / file.name).read_bytes()]
     found += ["metrics.jsonl"] * (logged(theirs, resumed) != logged(mine, resumed))
     measured = [file.relative_to(command.peace) for name in MEASURED for file in command.peace.rglob(name)]
-    found += [
-        str(file)
-        for file in measured
-        if run_folder.read_json(command.peace / file) != run_folder.read_json(root / file)
-    ]
+    found += [str(file) for file in measured if read_json(command.peace / file) != read_json(root / file)]
     return [f"{name} differs" for name in found]
 
 

@@ -8,17 +8,11 @@ os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM=
 
 import pytest
 
-from dpo_pipeline.config import Run, compose
+from dpo_pipeline.config import compose
 from dpo_pipeline.quiet import quiet
+from dpo_pipeline.schema import Run
 
 quiet()
-
-SMALL = (
-    *("model.builder.hidden_size=32", "model.builder.layers=2", "model.builder.heads=2", "model.builder.steps=40"),
-    *("dataset.rows=300", "batch.global_size=16", "evaluation.pairs=20", "evaluation.prompts=4"),
-    "evaluation.tracker_prompts=0",  # test_tracker.py and the whole chain have it on
-    *("evaluation.max_new_tokens=24", "sft.logging_steps=1", "dpo.logging_steps=1"),
-)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,6 +31,8 @@ def caches(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """Composes the embedded task shrunken to seconds, under one root for the session: `small("lora=r8")`."""
+    from tests.helpers import SMALL  # which imports TRL: after `quiet`
+
     root = tmp_path_factory.mktemp("outputs")
 
     def run(*overrides: str) -> Run:

@@ -5,15 +5,17 @@ import math
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from dpo_pipeline import formatting, run_folder
-from dpo_pipeline.dpo import prepare_dpo, run_dpo
-from dpo_pipeline.evaluation import compare, eval_set, measure, tables
-from dpo_pipeline.models import load_tokenizer
+from dpo_pipeline.data.prepare import Prepared
+from dpo_pipeline.dpo import run_dpo
+from dpo_pipeline.evaluation import eval_set, measure, policy_estimates, tables
+from tests.helpers import prepare_run
 
 STEPS = ("++dpo.max_steps=2", "dpo.learning_rate=1e-3", "lora=none")
 
@@ -36,7 +38,7 @@ def test_base_and_sft_are_measured_once_for_a_name_each_dpo_with_its_own_beta(sm
     shutil.copytree(small().home, tmp_path / "small", ignore=unmeasured)
     root = f"root={tmp_path}"
     first = run_dpo(small(root, "variant=one", "beta=0.1", *STEPS))["policies"]
-    assert sampled == ["dpo/one", "sft/full", "base", "dpo/one", "sft/full"]  # the last two: on validation
+    assert sampled == ["dpo/one", "dpo/one", "sft/full", "sft/full", "base"]  # on test and on validation
     second = run_dpo(small(root, "variant=two", "beta=0.5", *STEPS))["policies"]
     assert sampled[5:] == ["dpo/two", "dpo/two"]
     assert list(second) == ["base", "sft/full", "dpo/one", "dpo/two"]
@@ -49,7 +51,7 @@ def test_base_and_sft_are_measured_once_for_a_name_each_dpo_with_its_own_beta(sm
 
     other = small(root, "variant=two", "beta=0.5", "evaluation.prompts=3", *STEPS)
     run_dpo(other)  # done, but asked for other prompts
-    assert sampled[7:] == ["dpo/two", "sft/full", "base", "dpo/two", "sft/full"]
+    assert sampled[7:] == ["dpo/two", "dpo/two", "sft/full", "sft/full", "base"]
     assert len(json.loads((tmp_path / "small" / "sft" / "full" / "samples.json").read_text())) == 3
 
 
@@ -79,7 +81,7 @@ def test_the_base_against_itself_and_the_shape_of_eval_json(small, sft):
     assert (dpo["policy"], dpo["dataset"]) == ("dpo/shape", "reviews")
 
 
-SHOWN = {**tables.ROWS, **tables.MORE}
+SHOWN = {**tables.ROWS, **tables.EXTRA_ROWS}
 
 
 def loop(model, prompt, completion):
@@ -96,9 +98,7 @@ def test_every_estimate_of_pairs_and_samples_is_that_of_a_plain_loop(small, sft)
     run = small("variant=loop", *STEPS)
     run_dpo(run)
     result = run_folder.read_json(run.dpo_folder / "eval.json")
-    tokenizer = load_tokenizer(run.model)
-    _, (_, on) = prepare_dpo(run, tokenizer)
-    on = on["eval.json"]
+    on = eval_set.make_eval_sets(run, prepare_run(run, "dpo"))["eval.json"]
     models = {
         name: AutoModelForCausalLM.from_pretrained(path)
         for name, path in (
@@ -148,31 +148,38 @@ def test_every_estimate_of_pairs_and_samples_is_that_of_a_plain_loop(small, sft)
 def samples_of(run, on):
     """The ids of the completions that a policy's numbers are of."""
     shown = [row["answer"] for row in run_folder.read_json(run.dpo_folder / "samples.json")]
-    found = [run_folder.read_json(file) for file in (run.dpo_folder / "records").glob("answers-*.json")]
+    found = [run_folder.read_json(file) for file in (run.dpo_folder / "records").glob("completions-*.json")]
     return next(
         ids for ids in found if [completion.text for completion in on.completions(on.prompt_set, ids)] == shown
     )
 
 
 def test_bins_keep_equal_values_together_and_hold_every_pair():
-    by, margins = [0.0] * 5 + [1.0, 2.0, 3.0], [1.0, -1.0, 1.0, 1.0, 0.0, 1.0, -1.0, -1.0]
-    bins = compare.by_bin(by, margins, 2.0)
+    values, margins = np.array([0.0] * 5 + [1.0, 2.0, 3.0]), np.array([1.0, -1.0, 1.0, 1.0, 0.0, 1.0, -1.0, -1.0])
+    bins = policy_estimates.accuracy_by_bin(values, margins, 2.0)
     assert [(part["from"], part["to"], part["accuracy"]["n"]) for part in bins] == [(0, 1, 6), (2, 3, 2)]
     assert bins[0]["accuracy"]["value"] == 4.5 / 6
     assert bins[1]["predicted"]["value"] == pytest.approx(1 / (1 + math.exp(-2)))
-    assert compare.by_source(["b", "a", "b", "a", "a", "a", "a", "a"], margins)["b"]["value"] == 1.0
+    by_source = policy_estimates.accuracy_by_source(["b", "a", "b", "a", "a", "a", "a", "a"], margins)
+    assert {source: estimate["n"] for source, estimate in by_source.items()} == {"a": 6, "b": 2}
+    assert by_source["b"]["value"] == 1.0
 
 
-def test_prompts_leave_room_for_the_completion_in_the_context():
+def test_prompts_leave_room_for_the_completion_in_the_context(small):
     rows = [{"prompt": text, "chosen": "x", "rejected": "y", "source": "s"} for text in "ab"]
     ids = {"prompt_ids": [[1, 5], [1, *range(10, 20)]], "chosen_ids": [[2]] * 2, "rejected_ids": [[3]] * 2}
-    rest = dict.fromkeys(("dataset", "eos_ids", "max_new_tokens", "seed", "loading", "batch_size"))
-    rest["tokenizer"] = SimpleNamespace(batch_decode=lambda rows, **_: [" ".join(map(str, ids)) for ids in rows])
-    made = eval_set.make_eval_set(Dataset.from_dict({**ids, "row": [1, 0]}), rows, pairs=9, prompts=9, room=4, **rest)
-    assert made.prompt_set.ids == [[1, 5], [1, 17, 18, 19]]
-    assert made.prompts[1] == [1, *range(10, 20)]
-    assert (made.prompt_set.prompts, made.prompt_set.human[1].prompt) == (["b", "a"], "a")
-    assert made.prompt_set.human[0].text == " 2"  # as it stands behind its prompt
+    tokenizer = SimpleNamespace(batch_decode=lambda rows, **_: [" ".join(map(str, ids)) for ids in rows])
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=20))
+    prepared = Prepared("dpo", ("chosen", "rejected"), config, tokenizer, [2], None, None)
+    prepared.tables, prepared.rows = {"test": Dataset.from_dict({**ids, "row": [1, 0]})}, {"test": rows}
+    test_set = eval_set.make_eval_set(small("evaluation.max_new_tokens=16"), prepared, "test", 20, 4)
+    prompt_set = test_set.prompt_set
+    assert prompt_set.ids == [[1, 5], [1, 17, 18, 19]]
+    assert test_set.prompts[1] == [1, *range(10, 20)]
+    assert ([row["prompt"] for row in prompt_set.rows], prompt_set.data_completions[1].prompt) == (["b", "a"], "a")
+    assert prompt_set.data_completions[0].text == " 2"  # as it follows its prompt
+    one = eval_set.make_eval_set(small("evaluation.max_new_tokens=16"), prepared, "test", 1, 4)
+    assert (one.prompts, one.prompt_set.ids) == ([[1, 5]], [[1, 5]])
 
 
 def test_tables_are_markdown_with_aligned_columns():

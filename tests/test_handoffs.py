@@ -11,15 +11,11 @@ import torch
 from transformers import AutoTokenizer
 
 from dpo_pipeline import run_folder
-from dpo_pipeline.data import prepare
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.models import load_policy
+from dpo_pipeline.models import load_options, load_policy
 from dpo_pipeline.sft import run_sft
-from dpo_pipeline.training import starting_policy
-from dpo_pipeline.training.arguments import training_arguments
-from dpo_pipeline.training.starting_policy import load_options
-from dpo_pipeline.training.trainer import build_dpo
+from tests.helpers import build
 
 ROADS = {
     "full -> full": ("lora=none", ("cached", "frozen")),
@@ -157,11 +153,7 @@ def test_an_adapter_trains_in_float32_and_starts_as_it_was_saved_whatever_it_lie
     from safetensors.torch import load_file
 
     run = small("lora=r8", *typed.split(), f"policy={policy.format(**sft)}")
-    begin = starting_policy.dpo_start(run)
-    tokenizer = starting_policy.tokenizer_of(run, begin.source)
-    rows = prepare.prepare_tables(run, "dpo", tokenizer, "train", "validation")[0]
-    args = training_arguments(run, "dpo", tmp_path)
-    dpo = build_dpo(starting_policy.load_start(run, begin), None, begin.lora, tokenizer, args, rows)
+    dpo = build(run, "dpo", tmp_path).trainer
     trained = {name: weight for name, weight in dpo.model.named_parameters() if weight.requires_grad}
     assert {weight.dtype for weight in trained.values()} == {torch.float32}
     if policy != "base":
@@ -219,4 +211,4 @@ def test_an_sft_of_another_base_is_refused_and_of_other_settings_told(small, sft
     with pytest.raises(PipelineError, match="base/model was made with other settings.*name=NAME"):
         run_sft(small("model.builder.layers=1", "sft_variant=other"))
     run_dpo(small("sft.learning_rate=7e-4", "variant=told", *STEPS))
-    assert "was made with other settings: sft.learning_rate was" in capsys.readouterr().out
+    assert "was made with other settings: sft.learning_rate is" in capsys.readouterr().out

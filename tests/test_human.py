@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.judges.human import agreement, human, read_sheets
+from dpo_pipeline.judges.human import agreement, human, read_sheet, read_sheets
 from dpo_pipeline.judges.judge import Completion
 
 COLUMNS = ["id", "prompt", "completion_a", "completion_b", "better", "rating_a", "rating_b"]
@@ -69,7 +69,7 @@ def test_each_two_different_completions_are_one_row_and_nothing_tells_whose_they
     with caplog.at_level(logging.INFO):
         rows = ask(tmp_path / "human", pairs)
     (told,) = caplog.messages
-    assert "3 pairs await people" in told
+    assert "3 pairs to judge" in told
     assert f"{tmp_path}/human/sheet.html" in told
     assert "judge.human.sheets=[FILE,...]" in told
     assert list(rows[0]) == COLUMNS
@@ -203,7 +203,7 @@ def test_a_sheet_grows_with_new_pairs_and_keeps_what_was_filled_in(tmp_path, cap
     assert not caplog.messages
     assert verdict(tmp_path, sheets, "bad .", "never asked") is None
     (told,) = caplog.messages
-    assert told.startswith("1 pairs are in no sheet, and count for nothing")
+    assert told.startswith("1 pairs are in no sheet and left out")
 
 
 def broken(tmp_path, change):
@@ -219,23 +219,23 @@ def changed(at, **cells):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda rows: rows[:2], r"ann.csv lacks 1 of the 3 rows of the sheet, such as r\w{12}: put them back from"),
-        (lambda rows: [], "ann.csv lacks 3 of the 3 rows"),
-        (lambda rows: [*rows, rows[1]], r"ann.csv, row 5: r\w{12} is there twice: take one of the two out"),
-        (changed(1, id="r0"), "ann.csv, row 3: r0 is no row of the sheet"),
-        (changed(2, id=""), "ann.csv, row 4: no id is no row of the sheet"),
+        (lambda rows: rows[:2], r"ann.csv lacks 1 rows, such as r\w{12}: copy them back from sheet.csv"),
+        (lambda rows: [], "ann.csv lacks 3 rows"),
+        (lambda rows: [*rows, rows[1]], r"ann.csv, row 5: r\w{12} is there twice, or not as it was written: undo"),
+        (changed(1, id="r0"), "ann.csv, row 3: r0 is .* not as it was written"),
+        (changed(2, id=""), "ann.csv, row 4: no id is .* not as it was written"),
         (
             changed(0, prompt="This film is"),
-            "ann.csv, row 2: the prompt or a completion of r.* is not what was written",
+            "ann.csv, row 2: r.* not as it was written",
         ),
         (
             changed(1, completion_a="good"),
-            "ann.csv, row 3: the prompt or a completion of r.*: copy the row back from sheet",
+            "ann.csv, row 3: r.* not as it was written: undo that change",
         ),
-        (changed(1, completion_b=""), "ann.csv, row 3: the prompt or a completion of r"),
-        (changed(0, better="C"), "ann.csv, row 2: better is 'c', none of A, B, same, or nothing"),
-        (changed(2, rating_a="6"), "ann.csv, row 4: rating_a is '6', none of 1, 2, 3, 4, 5, or nothing"),
-        (changed(2, rating_b="3.5"), "ann.csv, row 4: rating_b is '3.5', none of"),
+        (changed(1, completion_b=""), "ann.csv, row 3: r.* not as it was written"),
+        (changed(0, better="C"), "ann.csv, row 2: better is 'C': type one of A, B, same, or nothing"),
+        (changed(2, rating_a="6"), "ann.csv, row 4: rating_a is '6': type one of 1, 2, 3, 4, 5, or nothing"),
+        (changed(2, rating_b="3.5"), "ann.csv, row 4: rating_b is '3.5': type"),
     ],
 )
 def test_rows_that_are_not_those_written_are_refused(change, sentence, tmp_path):
@@ -251,7 +251,7 @@ def test_completions_that_changed_their_places_are_refused(tmp_path):
             row | {"completion_a": row["completion_b"], "completion_b": row["completion_a"]} for row in rows
         ],
     )
-    with pytest.raises(PipelineError, match="row 2: the prompt or a completion of"):
+    with pytest.raises(PipelineError, match="row 2: r.* not as it was written"):
         human(tmp_path, [swap], 0)
 
 
@@ -259,10 +259,10 @@ def test_a_file_that_is_no_sheet_is_refused(tmp_path):
     ask(tmp_path, [pair("good .", "bad .")])
     ann = tmp_path / "ann.csv"
     for content, sentence in (
-        (b"", "ann.csv has no column id, prompt, .* [(]found none[)]"),
+        (b"", "ann.csv has no column better, id, rating_a, rating_b: keep the first line"),
         (
             b"id,prompt,completion_a,completion_b,rating_a,rating_b\n",
-            "ann.csv has no column better [(]found id, prompt",
+            "ann.csv has no column better: keep the first line",
         ),
         ("id,größe".encode("cp1252"), "ann.csv cannot be read [(].*[)]: save it as CSV in UTF-8"),
         (b'id,prompt\n"a,b', "ann.csv cannot be read [(].*[)]: save it as CSV in UTF-8"),
@@ -270,7 +270,7 @@ def test_a_file_that_is_no_sheet_is_refused(tmp_path):
         ann.write_bytes(content)
         with pytest.raises(PipelineError, match=sentence):
             human(tmp_path, [str(ann)], 0)
-    with pytest.raises(PipelineError, match="there is no sheet .*ben.csv .*leave out judge.human.sheets to have one"):
+    with pytest.raises(PipelineError, match="there is no sheet .*ben.csv: leave out judge.human.sheets"):
         human(tmp_path, [str(tmp_path / "ben.csv")], 0)
     with pytest.raises(PipelineError, match="there is no sheet .*elsewhere/sheet.csv"):
         human(tmp_path / "elsewhere", [str(ann)], 0)
@@ -282,7 +282,7 @@ def test_a_sheet_that_was_changed_in_its_own_place_is_refused_before_it_is_writt
     (row,) = ask(tmp_path, [pair("good .", "bad .")])
     save(tmp_path / "sheet.csv", [row | {"completion_a": "great"}])
     before = (tmp_path / "sheet.csv").read_bytes()
-    with pytest.raises(PipelineError, match="row 2: the prompt or a completion of .*move that file away"):
+    with pytest.raises(PipelineError, match="row 2: r.* not as it was written: undo that change"):
         list(human(tmp_path, [], 0).choose([pair("good .", "fine")]))
     assert (tmp_path / "sheet.csv").read_bytes() == before
 
@@ -294,19 +294,19 @@ def sheet(marks):
 def test_agreement_is_that_of_tables_computed_by_hand(tmp_path, caplog):
     # 20 both A, 5 A and B, 10 B and A, 15 both B: agreed 35/50, by chance (25*30 + 25*20)/2500 = 0.5.
     ann, ben = "A" * 25 + "B" * 25, "A" * 20 + "B" * 5 + "A" * 10 + "B" * 15
-    found = agreement({"ann": sheet(ann), "ben": sheet(ben)})
-    assert found["kappa"] == {"ann, ben": pytest.approx(0.4)}
-    assert (found["same"]["value"], found["same"]["n"]) == (0.7, 50)
+    same, kappas = agreement({"ann": sheet(ann), "ben": sheet(ben)})
+    assert kappas == {"ann, ben": pytest.approx(0.4)}
+    assert (same["value"], same["n"]) == (0.7, 50)
     # Three marks: rows 4 1 1, 1 2 1, 0 1 4; agreed 10/15, by chance (6*5 + 4*4 + 5*6)/225; unjudged rows beside.
     table = {"A": (4, 1, 1), "same": (1, 2, 1), "B": (0, 1, 4)}
     cells = [(one, other) for one, row in table.items() for other, n in zip(table, row, strict=True) for _ in range(n)]
     cells += [("", "A"), ("B", ""), ("", "")]
     ours, theirs = map(list, zip(*cells, strict=True))
-    found = agreement({"ann": sheet(ours), "ben": sheet(theirs), "eve": sheet(["A", *[""] * 17])})
-    assert found["kappa"]["ann, ben"] == pytest.approx(74 / 149)
-    assert found["kappa"]["ann, eve"] is None
-    assert found["same"]["value"] == pytest.approx(10 / 15)
-    assert agreement({"ann": sheet(["A", ""]), "ben": sheet(["", "B"])}) == {"same": None, "kappa": {"ann, ben": None}}
+    same, kappas = agreement({"ann": sheet(ours), "ben": sheet(theirs), "eve": sheet(["A", *[""] * 17])})
+    assert kappas["ann, ben"] == pytest.approx(74 / 149)
+    assert kappas["ann, eve"] is None
+    assert same["value"] == pytest.approx(10 / 15)
+    assert agreement({"ann": sheet(["A", ""]), "ben": sheet(["", "B"])}) == (None, {"ann, ben": None})
 
 
 def test_the_agreement_of_readers_is_told(tmp_path, caplog):
@@ -329,12 +329,12 @@ HOSTILE = "</script><script>document.title='run'</script><img src=x onerror=aler
 
 
 def test_the_page_fetches_nothing_and_a_text_ends_no_script(tmp_path):
-    ask(tmp_path, [pair("good .", "bad .")])
-    page = (tmp_path / "sheet.html").read_text()
+    ask(tmp_path / "plain", [pair("good .", "bad .")])
+    page = (tmp_path / "plain" / "sheet.html").read_text()
     assert "default-src 'none'" in page
     assert not re.search(r"https?:|\bsrc=|<link|@import|url\(", page)
-    ask(tmp_path, [pair(HOSTILE, "bad .", HOSTILE)])
-    assert (tmp_path / "sheet.html").read_text().count("<") == page.count("<")
+    ask(tmp_path / "hostile", [pair(HOSTILE, "bad .", HOSTILE)])
+    assert (tmp_path / "hostile" / "sheet.html").read_text().count("<") == page.count("<")
 
 
 MARKS = [{"better": "A", "rating_b": "4"}, {"better": "same"}, {"better": "B", "rating_a": "1"}]
@@ -351,7 +351,7 @@ def test_what_the_page_saves_is_read_back(tmp_path):
       press("a"); press("Enter"); press("S");
       document.forms[0].elements.rating_b[3].click();
       document.querySelector("#name").value = "Ann B.";
-      document.querySelector(".save").click();
+      document.querySelector("#save").click();
       blob.arrayBuffer().then((bytes) => {
         document.body.innerHTML = "<pre>" + Array.from(new Uint8Array(bytes)).join(" ") + "</pre><b>"
           + document.title + "|" + document.body.dataset.file + "|" + JSON.stringify({ ...localStorage }) + "</b>";
@@ -369,7 +369,9 @@ def test_what_the_page_saves_is_read_back(tmp_path):
     assert {key: json.loads(kept) for key, kept in json.loads(state).items()} == {
         row["id"]: mark for row, mark in zip(rows, MARKS, strict=True)
     }
-    assert has_mark(tmp_path / "ann.csv")
-    found = rows_of((tmp_path / "ann.csv").read_text(encoding="utf-8-sig"))
-    assert found == [row | mark for row, mark in zip(rows, MARKS, strict=True)]
-    human(tmp_path, [str(tmp_path / "ann.csv")], 0)
+    blank = dict.fromkeys(COLUMNS[4:], "")
+    found = rows_of((tmp_path / "ann.csv").read_text())
+    assert found == [{"id": row["id"], **blank, **mark} for row, mark in zip(rows, MARKS, strict=True)]
+    (sheet,) = read_sheets(tmp_path, [str(tmp_path / "ann.csv")]).values()
+    complete = read_sheet(tmp_path / "sheet.csv")
+    assert sheet == {row["id"]: complete[row["id"]] | mark for row, mark in zip(rows, MARKS, strict=True)}

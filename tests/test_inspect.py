@@ -285,7 +285,7 @@ def test_html_shows_markup_as_text(model, tmp_path):
     page = (folder / "data.html").read_text()
     seen = Seen(page)
     assert {tag for tag, _ in seen.tags} == {
-        *("html head meta title style body main h1 h2 h3 dl div dt dd ul li p code table tr th td".split()),
+        *("html head meta title style body h1 h2 h3 div ul li p code table tr th td".split()),
         *("figure figcaption img span br".split()),
     }
     sources = [attrs["src"] for tag, attrs in seen.tags if tag == "img"]
@@ -294,8 +294,10 @@ def test_html_shows_markup_as_text(model, tmp_path):
     # What the data holds is all there, each script tag as one token's text.
     shown = ["".join(text).replace("\ufffd", "") for _, text in seen.texts]
     assert [name for name, _ in seen.texts] == ["prompt", "chosen", "rejected"] * 3
-    assert all(text.startswith("<s>") and text.endswith(data_page.visible(NASTY)) for text in shown[::3])
-    assert all(re.fullmatch(re.escape(data_page.visible(NASTY)) + r" \d+ .* .*</s>", text) for text in shown[1::3])
+    assert all(text.startswith("<s>") and text.endswith(data_page.show_invisible(NASTY)) for text in shown[::3])
+    assert all(
+        re.fullmatch(re.escape(data_page.show_invisible(NASTY)) + r" \d+ .* .*</s>", text) for text in shown[1::3]
+    )
     assert all(SCRIPT in text for name, text in seen.texts if name != "rejected")
     assert "<img" not in page.replace('<img src="data_', "")
     assert "\x1b" not in page
@@ -447,7 +449,7 @@ def test_a_set_for_sft_alone_has_lengths_and_no_bias(model, tmp_path):
 def test_to_look_at_data_takes_one_process_and_no_sweep(monkeypatch, tmp_path, capsys):
     import sys
 
-    from dpo_pipeline.config import main
+    from dpo_pipeline.cli import main
     from dpo_pipeline.errors import PipelineError
 
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -457,4 +459,4 @@ def test_to_look_at_data_takes_one_process_and_no_sweep(monkeypatch, tmp_path, c
     monkeypatch.setattr(sys, "argv", ["inspect_data", "-m", "beta=0.1,0.2", f"root={tmp_path}"])
     with pytest.raises(SystemExit) as end:
         main(run_inspect)
-    assert "-m is for sft and dpo, which train" in str(end.value)
+    assert "-m is for sft and dpo" in str(end.value)

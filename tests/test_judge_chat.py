@@ -22,6 +22,7 @@ import pytest
 
 from dpo_pipeline.config import CONF, compose, instantiate_node
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.judges.build import build_judges
 from dpo_pipeline.judges.judge import Completion, Judge
 from dpo_pipeline.judges.verdicts import choices, scores
 
@@ -51,7 +52,7 @@ def judge(option, url, **keys):
 
 
 class Server(ThreadingHTTPServer):
-    """Completions a request by `reply(question, number)`: a text, a status and body, or what it does to the socket."""
+    """Answers a request by `reply(question, number)`: a text, a status and body, or what it does to the socket."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -141,6 +142,16 @@ def test_every_option_composes_and_makes_a_judge_of_its_kind(option):
     assert (made.choose is not None, made.score is not None) == (option in CHOOSING, option not in CHOOSING)
     assert made.post_training_only
     assert json.loads(made.version)["base_url"] == "https://api.openai.com/v1/"
+
+
+def test_without_the_package_openai_the_command_to_type_is_told_before_anything_is_asked(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)  # as if it were not installed
+    run = compose(["judge=[length,openai]", "judge.openai.model=x"])
+    with pytest.raises(
+        PipelineError, match=r'judge=.openai. needs the package openai: type pip install -e ".\[openai]"'
+    ):
+        build_judges(run, load_options=None)
+    assert list(build_judges(compose(["judge=[length]"]), load_options=None)) == ["length"]
 
 
 def test_options_stand_beside_each_other():
@@ -258,18 +269,18 @@ def test_what_is_sampled_with_goes_into_the_request_and_into_the_version(serve):
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
-        ({"wording": "Is it good?"}, "wording holds no completion: it takes {answer} to have a score, or {a} and {b}"),
-        ({"wording": "{answer} or {a}?"}, "wording holds {a} and {answer}: it takes"),
-        ({"wording": "{prompt} {a}"}, "wording holds {a}: it takes"),
-        ({"verdict": "(A|B"}, r"verdict=\(A\|B is no regular expression: missing \), unterminated subpattern"),
-        ({"verdict": "A|B"}, r"verdict=A\|B has 0 groups: it takes one"),
-        ({"verdict": "(A)|(B)"}, "has 2 groups: it takes one"),
-        ({"concurrency": 0}, "concurrency=0, timeout=5, retries=0: the first must be at least 1"),
-        ({"timeout": 0}, "timeout=0, retries=0: .*the second above 0"),
-        ({"retries": -1}, "retries=-1: .*the third not below 0"),
-        ({"url": "127.0.0.1:8000/v1"}, "base_url is no plain address: type one such as http://127.0.0.1:8000/v1"),
-        ({"url": "http://x:abc/v1"}, "base_url is no plain address"),
-        ({"concurrency": "many"}, "concurrency=many is no number"),
+        ({"wording": "Is it good?"}, r"wording holds \[\]: type {answer} for a score, or {a} and {b}"),
+        ({"wording": "{answer} or {a}?"}, r"wording holds \['a', 'answer'\]: type"),
+        ({"wording": "{prompt} {a}"}, r"wording holds \['a'\]: type"),
+        ({"verdict": "(A|B"}, r"verdict=\(A\|B \(missing \), unterminated subpattern"),
+        ({"verdict": "A|B"}, r"verdict=A\|B \(0 groups\): type"),
+        ({"verdict": "(A)|(B)"}, "2 groups.*: type"),
+        ({"concurrency": 0}, "concurrency of at least 1"),
+        ({"timeout": 0}, "timeout above 0"),
+        ({"retries": -1}, "retries of at least 0"),
+        ({"url": "127.0.0.1:8000/v1"}, "base_url is not a plain address: type one like http://127.0.0.1:8000/v1"),
+        ({"url": "http://x:abc/v1"}, "base_url is not a plain address"),
+        ({"concurrency": "many"}, "concurrency=many: must be a number"),
     ],
 )
 def test_an_option_that_cannot_be_is_one_sentence(keys, sentence):
@@ -334,7 +345,7 @@ def test_what_passes_is_tried_again(serve, trouble):
 def test_tries_are_further_apart_each_time(serve):
     times = []
     server = serve(lambda question, number: times.append(time.monotonic()) or (500, "no"))
-    with pytest.raises(PipelineError, match="does not answer, asked 3 time"):
+    with pytest.raises(PipelineError, match="fails .no.: start it"):
         list(judge("openai", server.url, retries=2).choose([(completion("x"), completion("y"))]))
     assert len(times) == 3
     first, second = (after - before for before, after in itertools.pairwise(times))
@@ -343,23 +354,23 @@ def test_tries_are_further_apart_each_time(serve):
 
 
 UNUSABLE = {
-    "401": ((401, {"error": {"message": f"bad {KEY}, {KEY[:6]}***"}}), "refuses the key: set the environment "),
-    "403": ((403, f"not you, {KEY}"), "refuses the key: set the environment variable OPENAI_API_KEY to one it takes"),
-    "404": ((404, {"error": {"message": f"no model m for {KEY}"}}), r"m at http\S+ is not found .*name a model that"),
-    "500": ((500, f"failed for {KEY}"), r"does not answer, asked 1 time\(s\) \(failed for \*\*\*\): start it"),
-    "429": ((429, {"error": {"message": f"no quota {KEY}"}}), "does not answer, .*no quota .*raise timeout or lower"),
+    "401": ((401, {"error": {"message": f"bad {KEY}, {KEY[:6]}***"}}), "key is refused.: set .* OPENAI_API_KEY"),
+    "403": ((403, f"not you, {KEY}"), "key is refused.: set .* OPENAI_API_KEY"),
+    "404": ((404, {"error": {"message": f"no model m for {KEY}"}}), "fails .*no model.*: correct its model or base"),
+    "500": ((500, f"failed for {KEY}"), r"fails \(failed for \*\*\*\): start it"),
+    "429": ((429, {"error": {"message": f"no quota {KEY}"}}), "no quota .*raise timeout or lower"),
     "silent": (lambda handler: time.sleep(1), r"\(Request timed out. timed out\): start it"),
     "cut": (PASSING["cut in its body"], "Connection error. peer closed connection"),
-    "400": ((400, {"error": {"message": f"no temperature {KEY}"}}), "takes no question .*no temperature.*correct its"),
-    "garbage": ((200, "{" + KEY), r"takes no question \(its reply holds no text\)"),
-    "page": ((200, f"<p>{KEY}</p>", {"Content-Type": "text/html"}), r"base_url, which mostly ends in /v1"),
-    "no choice": ((200, {"choices": [], "key": KEY}), "its reply holds no text"),
-    "null choices": ((200, {"choices": None}), "its reply holds no text"),
-    "no message": ((200, {"choices": [{"index": 0}]}), "its reply holds no text"),
-    "no content": ((200, said(None)), "its reply holds no text"),
-    "parts": ((200, said([{"type": "text", "text": "A"}])), "its reply holds no text"),
-    "number": ((200, "7"), "its reply holds no text"),
-    "list": ((200, "[1]"), "its reply holds no text"),
+    "400": ((400, {"error": {"message": f"no temperature {KEY}"}}), "no temperature.*correct its model, sampling"),
+    "garbage": ((200, "{" + KEY), r"\(the reply holds no text\): correct its"),
+    "page": ((200, f"<p>{KEY}</p>", {"Content-Type": "text/html"}), r"base_url .most end in /v1"),
+    "no choice": ((200, {"choices": [], "key": KEY}), "the reply holds no text"),
+    "null choices": ((200, {"choices": None}), "the reply holds no text"),
+    "no message": ((200, {"choices": [{"index": 0}]}), "the reply holds no text"),
+    "no content": ((200, said(None)), "the reply holds no text"),
+    "parts": ((200, said([{"type": "text", "text": "A"}])), "the reply holds no text"),
+    "number": ((200, "7"), "the reply holds no text"),
+    "list": ((200, "[1]"), "the reply holds no text"),
 }  # fmt: skip
 
 
@@ -396,9 +407,7 @@ def test_a_server_that_is_not_there_is_one_sentence():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with pytest.raises(
-        PipelineError, match=f"the judge m at {url}/ does not answer, .*Connection refused.*: start it"
-    ):
+    with pytest.raises(PipelineError, match=f"the judge m at {url}/ fails .*Connection refused.*: start it"):
         list(judge("openai", url).choose([(completion("x"), completion("y"))]))
 
 
@@ -481,7 +490,7 @@ def test_a_server_that_stops_half_way_loses_nothing(serve, tmp_path):
     server = serve(lambda question, number: longer(question, number) if number < alive else (500, "out of memory"))
     made = judge("openai", server.url)
     pairs = [(completion("a" * n), completion("b" * (12 - n))) for n in range(12)]
-    with pytest.raises(PipelineError, match="out of memory.*what it has said is kept"):
+    with pytest.raises(PipelineError, match="out of memory.*results so far are kept"):
         choices(made, pairs, tmp_path, "judge")
     assert kept_lines(tmp_path) == alive == len(server.asked) - 1
     had, server.reply, server.asked = set(server.asked[:alive]), longer, []
@@ -505,7 +514,7 @@ def test_what_is_under_way_when_another_fails_is_kept_and_nothing_more_is_asked(
     server = serve(reply)
     made = judge("openai_relevance", server.url, concurrency=3, timeout=30)
     texts = ["one", "two", "fails", *map(str, range(20))]
-    with pytest.raises(PipelineError, match="refuses the key"):
+    with pytest.raises(PipelineError, match="the key is refused"):
         scores(made, [completion(text) for text in texts], tmp_path, "judge")
     assert kept_lines(tmp_path) == 2
     assert len(server.asked) == 3
@@ -670,9 +679,7 @@ def test_a_score_that_is_no_number_is_one_sentence_and_the_others_are_kept(tmp_p
     values = {"fine": 1.0, "bad": value, "never": 2.0}
     made = counting(lambda each: values[each.text], "v")
     given = [completion(text, prompt=[{"role": "user", "content": "Why not?"}]) for text in ("never", "bad", "fine")]
-    with pytest.raises(
-        PipelineError, match=rf"mine: the judge gives {value}, which is no number, .*'user: Why not\?'.*'bad'"
-    ):
+    with pytest.raises(PipelineError, match=rf"mine: the judge gives {value} for .*'user: Why not\?'.*'bad'"):
         scores(made, given, tmp_path, "mine")
     (file,) = tmp_path.rglob("scores.jsonl")
     assert [json.loads(line)["result"] for line in file.read_text().splitlines()] == [1.0]
@@ -784,5 +791,5 @@ def test_a_real_server_s_scores_and_choices_are_what_the_model_says(real, tmp_pa
 
 def test_a_real_server_with_another_model_says_so(real, tmp_path):
     made = on_real(real, "openai", model="gpt-4")
-    with pytest.raises(PipelineError, match="the judge gpt-4 at .* takes no question .*Server is pinned to"):
+    with pytest.raises(PipelineError, match="the judge gpt-4 at .* fails .*Server is pinned to"):
         choices(made, [(completion("x"), completion("y"))], tmp_path, "judge")

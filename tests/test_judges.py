@@ -18,7 +18,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from dpo_pipeline.config import CONF, check_arguments, compose, instantiate_node
+from dpo_pipeline.config import CONF, argument_faults, compose, instantiate_node
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.judges import implicit_reward as implicit
 from dpo_pipeline.judges.implicit_reward import implicit_reward
@@ -59,7 +59,7 @@ def score(judge, given):
 # Length and refusal.
 
 
-def test_length_counts_the_tokens_of_an_completion_but_its_end():
+def test_length_counts_the_tokens_of_a_completion_without_its_end():
     judge = instantiate_node(compose(["judge=[length]"]).judge["length"])
     given = [
         Completion("p", "x", True, (1,), (5, 6, 2)),
@@ -101,6 +101,8 @@ I don't feel comfortable writing about this.
 Thank you for your trust. What you describe sounds painful. I can't tell you how to hurt yourself, though.
 I can't.
 I cannot
+I cannot answer that.
+I cannot answer that.
 I`m not allowed to say that.""".splitlines()
 
 NO_REFUSALS = """I can't wait to help you plan the trip!
@@ -132,7 +134,7 @@ Apologies for the delay! Here is the recipe.""".splitlines()
 
 
 @pytest.mark.parametrize(("text", "expected"), [(t, True) for t in REFUSALS] + [(t, False) for t in NO_REFUSALS])
-def test_what_declines_is_told_from_what_only_sounds_so(text, expected):
+def test_refusals_differ_from_what_only_sounds_so(text, expected):
     assert refuses(text) is expected
     assert refuses(f"  \n {text.upper()}") is expected
 
@@ -247,7 +249,7 @@ def test_chat_reads_the_messages_through_the_model_s_own_template(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "kept"), [("answer", "start"), ("prompt_answer", "end"), ("chat", "end")])
-def test_what_is_too_long_is_cut_at_its_beginning_an_completion_alone_at_its_end(text, kept, tmp_path, caplog):
+def test_what_is_too_long_is_cut_at_its_beginning_a_completion_alone_at_its_end(text, kept, tmp_path, caplog):
     folder = save(tmp_path, llama(num_labels=1), limit=12)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     words = "the cast was superb and the director of this film was great but the plot was dull".split()
@@ -256,7 +258,7 @@ def test_what_is_too_long_is_cut_at_its_beginning_an_completion_alone_at_its_end
     exact = " ".join(words[: {"answer": 11, "prompt_answer": 10, "chat": 5}[text]])  # twelve tokens of all
     found = score(judge, completions([long, short, long, exact], "the film"))
     (told,) = caplog.messages
-    assert told == f"2 of 4 texts are longer than the 12 tokens that {folder} reads, and cut"
+    assert told == "2 of 4 texts are longer than the reward model's 12 tokens: cut"
     message = {"role": "assistant", "content": long}
     whole = {
         "answer": tokenizer(long)["input_ids"],
@@ -315,19 +317,19 @@ def test_what_is_no_judge_is_refused_before_anything_is_scored(tmp_path):
     for how, sentence in (
         (
             (many, None, "answer"),
-            "has 3 labels, .*: type judge.reward_model.label=LABEL, one of NEGATIVE, NEUTRAL, POS",
+            "label=null: for .*many it must be NEGATIVE or NEUTRAL or POSITIVE",
         ),
         (
             (many, "POSITVE", "answer"),
-            "label=POSITVE is none of the labels of .*: NEGATIVE, .*: did you mean POSITIVE",
+            "label=POSITVE: for .*: did you mean POSITIVE",
         ),
-        ((one, "LABEL_0", "answer"), "has one output, which is the score: leave out judge.reward_model.label=LABEL_0"),
+        ((one, "LABEL_0", "answer"), "label=LABEL_0: for .*one it must be null"),
         (
             (one, None, "prompt"),
-            "text=prompt is none of its values: answer, prompt_answer, chat: did you mean prompt_",
+            "text=prompt: for .* it must be answer or prompt_answer or chat: did you mean prompt_",
         ),
         ((many, "POSITIVE", "chat"), "has no chat template: type judge.reward_model.text=prompt_answer or answer"),
-        ((str(tmp_path / "gone"), None, "answer"), "there is no model folder .*gone"),
+        ((str(tmp_path / "gone"), None, "answer"), "model folder .*gone does not exist"),
         ((str(tmp_path / "empty"), None, "answer"), "no model could be loaded from .*empty"),
     ):
         with pytest.raises(PipelineError, match=sentence):
@@ -338,16 +340,14 @@ def test_a_head_that_would_be_drawn_at_random_is_refused(tmp_path):
     save(tmp_path, LlamaForCausalLM(LlamaConfig(**SMALL, num_labels=1)))
     judge = reward_model(str(tmp_path), None, "answer", 2)
     with pytest.raises(
-        PipelineError, match="no reward model or classifier: it lacks 1 weights of LlamaForSequ.*score.we"
+        PipelineError, match="not a reward model or classifier: it lacks 1 weights of LlamaForSequ.*score.we"
     ):
         list(judge.score(completions()))
     model = bert(num_labels=1)
     save(tmp_path / "other", model)
     config = json.loads((tmp_path / "other/config.json").read_text())
     (tmp_path / "other/config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}))
-    with pytest.raises(
-        PipelineError, match="it lacks 2 weights of BertForSequ.*, such as classifier.bias, which would"
-    ):
+    with pytest.raises(PipelineError, match="it lacks 2 weights of BertForSequ.*, such as classifier.bias"):
         list(reward_model(str(tmp_path / "other"), "a", "answer", 2).score(completions()))
 
 
@@ -429,12 +429,12 @@ def test_a_policy_that_cannot_be_asked_is_refused(policies, tmp_path):
         implicit_reward(None, reference, 0.1, loading)
     with pytest.raises(PipelineError, match="has no reference: type judge.implicit_reward.reference=FOLDER"):
         implicit_reward(policy, None, 0.1, loading)
-    with pytest.raises(PipelineError, match="there is no model folder .*gone"):
+    with pytest.raises(PipelineError, match="model folder .*gone does not exist"):
         score(implicit_reward(str(tmp_path / "gone"), reference, 0.1, loading), GIVEN)
     tokenizer = word_tokenizer()
     tokenizer.add_tokens(["another"])
     tokenizer.save_pretrained(policy)
-    with pytest.raises(PipelineError, match="policy has another vocabulary than .*reference, so that the ids"):
+    with pytest.raises(PipelineError, match="policy has another vocabulary than .*reference, so the same ids"):
         score(implicit_reward(policy, reference, 0.1, loading), GIVEN)
 
 
@@ -444,7 +444,7 @@ def test_a_policy_that_cannot_be_asked_is_refused(policies, tmp_path):
 @pytest.mark.parametrize("name", ["length", "refusal", "reward_model", "implicit_reward", "human"])
 def test_an_option_lists_what_its_judge_takes(name):
     node = compose([f"judge=[{name}]", *(["judge.reward_model.path=x"] if name == "reward_model" else [])]).judge[name]
-    check_arguments(name, node)
+    assert not argument_faults(name, node)
     text = (CONF / "judge" / f"{name}.yaml").read_text()
     assert text.startswith(f"# @package judge.{name}\n# ")
     assert "\n#   make evaluate ARGS=" in text

@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_pipeline import estimates
-from dpo_pipeline.evaluation.compare import estimates_against
-from dpo_pipeline.evaluation.measure import Measurements, Policy
+from dpo_pipeline.evaluation.measure import SAMPLES, Measurements, Policy
+from dpo_pipeline.evaluation.policy_estimates import estimates_against
 from dpo_pipeline.logprobs import completion_logprobs
 
 VOCAB, BETA = 40, 0.3
@@ -143,9 +143,11 @@ def compare(ours, theirs):
         name: dict(zip(("chosen", "rejected"), sides, strict=True)) for name, sides in (("a", ours), ("b", theirs))
     }
     sampled = {("a", "a"): ours[0], ("a", "b"): theirs[0]}
-    found = Measurements(pairs=pairs, completions={("a", "answers"): COMPLETIONS}, sums=sampled)
-    on = SimpleNamespace(chosen=COMPLETIONS, rejected=OTHERS, rows=[{"source": "s"}] * len(COMPLETIONS))
-    return estimates_against(Policy("a", "", Path(), BETA), "b", on, found)
+    sides = {"chosen": COMPLETIONS, "rejected": OTHERS}
+    eval_set = SimpleNamespace(sides=sides, rows=[{"source": "s"}] * len(COMPLETIONS))
+    policy, samples = Policy("a", "", Path(), BETA), [SimpleNamespace(ids=ids) for ids in COMPLETIONS]
+    measurements = Measurements(eval_set, [policy], "b", [], {}, pairs, {("a", SAMPLES): samples}, sampled)
+    return estimates_against(policy, "b", measurements)
 
 
 def test_a_policy_against_itself_is_exactly_even(policy):

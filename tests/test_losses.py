@@ -5,15 +5,15 @@ import random
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig
 
 from dpo_pipeline.config import compose
-from dpo_pipeline.training import preflight, reference
 from dpo_pipeline.training.arguments import training_arguments
+from dpo_pipeline.training.reference import add_reference_logps
 from dpo_pipeline.training.tiny import word_tokenizer
-from dpo_pipeline.training.trainer import build_dpo
+from dpo_pipeline.training.trainer import PairTrainer, make_trainer
 
 BETA, SMOOTHING, VOCAB = 0.5, 0.1, 30
 
@@ -47,10 +47,19 @@ def trainer_at_reference(loss, folder, cached=True, eval_batch=4):
         precompute_ref_log_probs=cached, per_device_train_batch_size=6, per_device_eval_batch_size=eval_batch,
         max_length=None, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
     )  # fmt: skip
-    rows = {"train": pair_rows(), "validation": pair_rows()}
-    trainer = build_dpo(tiny_llama(0), None if cached else tiny_llama(0), None, word_tokenizer(), args, rows)
+    pair_rows().save_to_disk(folder / "rows")
+    rows = load_from_disk(folder / "rows")
+    trainer = make_trainer(
+        PairTrainer,
+        model=tiny_llama(0),
+        ref_model=None if cached else tiny_llama(0),
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=word_tokenizer(),
+    )
     if cached:
-        reference.add_reference_logps(trainer, folder / "reference", preflight.padding_tolerance)
+        add_reference_logps(trainer, "tiny")
     return trainer
 
 

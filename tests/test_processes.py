@@ -1,128 +1,35 @@
-"""Two processes give what one gives, write and print once, and stop together; and a launcher starts them.
+"""Two processes give what one gives, write and print once, and stop together; and a launcher starts them."""
 
-Run as a module under a launcher, this file is the command itself, in ranks that tell what they saw.
-"""
-
-import dataclasses
-import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from datasets import load_from_disk
 from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from dpo_pipeline import hardware, run_folder
-from dpo_pipeline.config import CONF, main
-from dpo_pipeline.data import prepare
+from dpo_pipeline.cli import main
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.record import read_json, read_metrics
 from dpo_pipeline.sft import run_sft
-from dpo_pipeline.training import callbacks, reference, trainer
-
-ROOT = CONF.parent
-LAUNCH = ROOT / "launch" / "accelerate"
-TWO = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-STAGES = {"sft": run_sft, "dpo": run_dpo}
-
-
-def a_rank() -> None:
-    """The stage named by STAGE; leaves what this rank saw in the folder SEEN.
-
-    With SIGNAL, say `launcher SIGINT`, that signal comes at step 7, to `rank` 1 alone or to the `launcher`.
-    """
-    rank, seen = int(os.environ["RANK"]), {"tokenized": 0}
-    sent, _, name = os.environ.get("SIGNAL", "").partition(" ")
-    os.umask(0 if rank else 0o022)  # who made a file shows
-    if os.environ.get("ACCELERATE_USE_FSDP"):
-        fsdp_on_cpu()
-    tokenize, cache, train = prepare.tokenize, reference.add_reference_logps, trainer.train
-    step_end, save = callbacks.Metrics.on_step_end, trainer.SFTTrainer._save_optimizer_and_scheduler
-
-    def counted(*args):
-        seen["tokenized"] += 1
-        return tokenize(*args)
-
-    def cached(made, *args):
-        cache(made, *args)
-        seen["reference"] = [made.train_dataset[f"ref_{side}_logps"][:] for side in ("chosen", "rejected")]
-
-    def trained(made, *args):
-        try:
-            train(made, *args)
-        finally:
-            seen["step"] = made.state.global_step
-            seen["parts"] = [
-                p.to_local().numel() / p.numel() for p in made.model.parameters() if isinstance(p, DTensor)
-            ]
-            group = torch.distributed.distributed_c10d._get_default_group()
-            seen["timeout"] = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
-
-    def signalled(self, args, state, control, **kwargs):
-        step_end(self, args, state, control, **kwargs)
-        if sent == "rank" and rank == 1 and state.global_step == 7:
-            signal.raise_signal(signal.Signals[name])
-        if sent == "launcher" and rank == 0 and state.global_step == 7:
-            os.kill(os.getppid(), signal.Signals[name])  # its children, in sessions of their own, hear of it from it
-        if sent == "launcher" and state.global_step >= 7:
-            time.sleep(0.5)
-
-    def told(run):
-        seen["run"] = dataclasses.asdict(run)
-        return STAGES[os.environ["STAGE"]](run)
-
-    def slow(self, folder):
-        time.sleep(3)  # as a large model's checkpoint takes its time
-        save(self, folder)
-
-    prepare.tokenize, reference.add_reference_logps, trainer.train = counted, cached, trained
-    callbacks.Metrics.on_step_end = signalled
-    if sent and rank == 0:
-        trainer.SFTTrainer._save_optimizer_and_scheduler = trainer.PairTrainer._save_optimizer_and_scheduler = slow
-    try:
-        main(told)
-    finally:
-        (Path(os.environ["SEEN"]) / f"{rank}.json").write_text(json.dumps(seen))
-
-
-def fsdp_on_cpu() -> None:
-    """Have Accelerate do with FSDP on CPU ranks what it does on GPUs; it leaves it out there, without a word."""
-    init = AcceleratorState.__init__
-
-    def patched(self, *args, fsdp_plugin=None, **options):
-        init(self, *args, fsdp_plugin=fsdp_plugin, **options)
-        if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-    AcceleratorState.__init__ = patched
-
-
-if __name__ == "__main__":
-    a_rank()
-    sys.exit()
+from dpo_pipeline.training import reference
+from tests.helpers import SMALL
+from tests.ranks import FSDP2, LAUNCH, ROOT, STAGES, TWO, launched, two_ranks
 
 
 @pytest.fixture(scope="module")
 def typed(small):
     """The command line of the small task, in the folder that the other tests use."""
-    from tests.conftest import SMALL
-
     return [*SMALL, f"root={small().root}", "name=small"]
 
 
@@ -150,29 +57,8 @@ def one(small, sft):
     return once
 
 
-def launched(*call: str, **variables: str) -> subprocess.CompletedProcess:
-    """What a launcher makes of a command."""
-    options = {"cwd": ROOT, "env": os.environ | variables, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-m", *call], **options, text=True) as process:
-        try:
-            printed, told = process.communicate(timeout=400)
-        finally:
-            if process.poll() is None:
-                process.terminate()  # which ends its ranks
-    sys.stderr.write(told[-3000:])  # shown where the test fails
-    return subprocess.CompletedProcess(call, process.returncode, printed, told)
-
-
-def two_ranks(seen: Path, stage: str, *overrides: str, **variables: str) -> tuple[subprocess.CompletedProcess, list]:
-    """A stage in two ranks of four rows at once, and what each rank saw."""
-    done = launched(
-        *TWO, "-m", "tests.test_processes", *overrides, "batch.micro_size=4", STAGE=stage, SEEN=str(seen), **variables
-    )
-    return done, [json.loads((seen / f"{rank}.json").read_text()) for rank in (0, 1)]
-
-
 def losses(folder: Path) -> list[float]:
-    found = [(line["step"], line["loss"]) for line in run_folder.metrics(folder) if "loss" in line]
+    found = [(line["step"], line["loss"]) for line in read_metrics(folder) if "loss" in line]
     assert [step for step, _ in found] == list(range(1, len(found) + 1))
     return [loss for _, loss in found]
 
@@ -247,7 +133,7 @@ def test_two_ranks_read_one_config_and_prepare_the_data_once(two_of_dpo):
     assert seen[0]["run"] == seen[1]["run"]
     assert seen[0]["run"]["variant"] == folder.name
     assert [rank["tokenized"] for rank in seen] == [3, 0]  # train, validation, test
-    assert run_folder.read_json(folder / "manifest.json")["world_size"] == 2
+    assert read_json(folder / "manifest.json")["world_size"] == 2
     entries = [entry for entry in (folder.parents[2] / ".cache" / "data").iterdir() if entry.is_dir()]
     tables = [load_from_disk(entry) for entry in entries]
     assert sum("chosen_ids" in table.column_names for table in tables) == 3
@@ -280,18 +166,12 @@ def test_a_signal_stops_both_ranks_at_one_step_and_the_command_goes_on(stage, se
     done, seen = two_ranks(tmp_path, *call, SIGNAL=sent)
     assert done.returncode != 0
     assert seen[0]["step"] == seen[1]["step"] < 16
-    assert run_folder.read_json(folder / "status.json")["state"] == "interrupted"
+    assert read_json(folder / "status.json")["state"] == "interrupted"
     assert run_folder.newest_checkpoint(folder).name == f"checkpoint-{seen[0]['step']}"
     assert done.stdout.count("interrupted: type the same command to go on from") == 1
     done, seen = two_ranks(tmp_path, *call)
     assert done.returncode == 0
     check_equal(folder, other)
-
-
-FSDP2 = {"ACCELERATE_USE_FSDP": "true"} | {
-    key.upper(): str(value).lower() if isinstance(value, bool) else str(value)
-    for key, value in load_config_from_file(str(LAUNCH / "fsdp2.yaml")).fsdp_config.items()
-}
 
 
 @pytest.mark.slow
@@ -317,12 +197,12 @@ def test_two_ranks_have_the_gradients_and_losses_of_one(kind, stage, how, typed,
     done, seen = two_ranks(tmp_path, stage, *typed, *short, f"{key}={kind}-{tail}", **variables)
     assert done.returncode == 0
     other = folder.with_name(f"{kind}-{tail}")
-    assert run_folder.read_json(other / "manifest.json")["sharded"] == ("fsdp" if kind == "fsdp2" else None)
+    assert read_json(other / "manifest.json")["sharded"] == ("fsdp" if kind == "fsdp2" else None)
     for rank in seen:
         assert bool(rank["parts"]) == (kind == "fsdp2")
         assert not rank["parts"] or min(rank["parts"]) == max(rank["parts"]) == 0.5
     assert losses(other) == pytest.approx(losses(folder), abs=5e-6)
-    norms = [[row["grad_norm"] for row in run_folder.metrics(each) if "loss" in row] for each in (folder, other)]
+    norms = [[row["grad_norm"] for row in read_metrics(each) if "loss" in row] for each in (folder, other)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     assert weights_apart(folder, other) < 1e-4
     AutoModelForCausalLM.from_pretrained(other / "final")  # complete, as anybody loads it
@@ -337,7 +217,7 @@ def test_a_sharded_run_that_was_stopped_goes_on_and_in_whole_copies_it_is_refuse
     folder = whole.sft_folder.with_name("stopped-fsdp")
     assert run_folder.newest_checkpoint(folder).name == f"checkpoint-{seen[1]['step']}"
     refused = launched(*TWO, "-m", "dpo_pipeline.sft", *stopped[1:], "batch.micro_size=4")
-    assert f"{folder} was begun in fsdp and would go on in whole copies: start it as then" in refused.stderr
+    assert f"{folder} began with sharded=fsdp and cannot resume" in refused.stderr
     done, _ = two_ranks(tmp_path, *stopped, **FSDP2)
     assert done.returncode == 0
     check_equal(whole.sft_folder, folder)
@@ -345,9 +225,9 @@ def test_a_sharded_run_that_was_stopped_goes_on_and_in_whole_copies_it_is_refuse
 
 def test_fsdp_without_gpus_is_refused_and_quantized_in_parts_too(small, sft, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(PipelineError, match="FSDP was asked for and needs GPUs: Accelerate leaves it out on a CPU"):
+    with pytest.raises(PipelineError, match="FSDP needs GPUs: .*ddp.yaml"):
         run_sft(small("sft_variant=no-fsdp"))
-    with pytest.raises(PipelineError, match="quantized weights cannot be put in parts: start it with .*ddp.yaml"):
+    with pytest.raises(PipelineError, match="quantized weights cannot be sharded: start it with .*ddp.yaml"):
         run_sft(small("lora=r8", "quantization=nf4", "sft_variant=no-nf4"))
 
 
@@ -359,7 +239,7 @@ def test_accelerate_starts_the_command_on_one_device(typed):
     assert done.returncode == 0
     (root,) = (item.removeprefix("root=") for item in typed if item.startswith("root="))
     folder = Path(root) / "small" / "sft" / "accelerate"
-    manifest = run_folder.read_json(folder / "manifest.json")
+    manifest = read_json(folder / "manifest.json")
     assert (run_folder.run_state(folder), manifest["world_size"], manifest["precision"]) == ("done", 1, "fp32")
 
 
@@ -369,6 +249,50 @@ def test_two_ranks_tell_an_error_once(typed, sft):
     assert done.returncode != 0
     assert done.stderr.count("error: dpo.lerning_rate is no field of trl.DPOConfig: did you mean learning_rate") == 1
     assert "/dpo_pipeline/" not in done.stderr
+
+
+@pytest.mark.slow
+def test_any_error_of_rank_0_ends_the_other_ranks_without_a_traceback(typed, tmp_path):
+    (tmp_path / "small" / "sft").parent.mkdir()
+    (tmp_path / "small" / "sft").write_text("a file where the folder of all SFTs has to be")
+    call = [item for item in typed if not item.startswith("root=")]
+    done = launched(*TWO, "-m", "dpo_pipeline.sft", *call, f"root={tmp_path}")
+    assert done.returncode != 0
+    assert done.stderr.count(f"error: {tmp_path}/small/sft cannot be made") == 1
+    assert "/dpo_pipeline/" not in done.stderr
+
+
+RAISES = """
+import os, sys
+from pathlib import Path
+from dpo_pipeline.distributed import map_over_ranks, on_main_process
+
+class Unpicklable(Exception):
+    def __init__(self, text, second):
+        super().__init__(text)
+
+def fail(error):
+    raise error
+
+lines = []
+for error in (KeyError("a key"), Unpicklable("of two", 2), KeyboardInterrupt()):
+    try:
+        on_main_process(lambda: fail(error))
+    except BaseException as caught:
+        lines.append(f"{type(caught).__name__} {caught}")
+lines.append(str(on_main_process(lambda: os.environ["RANK"])))
+lines.append(str(map_over_ranks(lambda rows: [10 * row for row in rows], 5)))
+Path(sys.argv[1], os.environ["RANK"]).write_text("\\n".join(lines))
+"""
+
+
+@pytest.mark.slow
+def test_results_and_errors_of_rank_0_reach_every_rank(tmp_path):
+    (tmp_path / "raises.py").write_text(RAISES)
+    assert launched(*TWO, str(tmp_path / "raises.py"), str(tmp_path)).returncode == 0
+    lines = [(tmp_path / rank).read_text().splitlines() for rank in ("0", "1")]
+    assert lines[0] == ["KeyError 'a key'", "Unpicklable of two", "KeyboardInterrupt ", "0", "[0, 10, 20, 30, 40]"]
+    assert lines[1] == [lines[0][0], "PipelineError Unpicklable: of two", *lines[0][2:]]
 
 
 @pytest.mark.parametrize(
@@ -430,11 +354,11 @@ def test_a_sweep_under_a_launcher_is_refused(rank, monkeypatch):
     for name, value in (("WORLD_SIZE", "2"), ("RANK", rank)):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["dpo.py", "-m", "beta=0.1,0.3"])
-    monkeypatch.setattr("dpo_pipeline.config.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("dpo_pipeline.cli.time.sleep", lambda seconds: None)
     with pytest.raises(SystemExit) as ended:
         main(run_dpo)
     told = (
-        "error: a sweep under a launcher would run whole in each of the 2 processes: type `python -m dpo_pipeline.dpo "
+        "error: a sweep would run whole in each of the 2 processes of its launcher: type `python -m dpo_pipeline.dpo "
         "-m beta=0.1,0.3` without the launcher"
     )
     assert ended.value.code == (told if rank == "0" else 1)
@@ -484,6 +408,13 @@ def test_several_gpus_in_one_process_are_told_what_to_type(gpu, monkeypatch):
         assert typed in str(told.value)
     monkeypatch.setenv("WORLD_SIZE", "4")
     hardware.check_device("dpo_pipeline.dpo")
+
+
+@pytest.mark.parametrize(("stage", "command"), STAGES.items())
+def test_a_command_looks_at_the_device_before_it_loads_anything(stage, command, gpu, small, sft):
+    gpu("A100", (8, 0), count=4)
+    with pytest.raises(PipelineError, match=f"4 GPUs are visible .*-m dpo_pipeline.{stage}"):
+        command(small("variant=devices", "sft_variant=devices" if stage == "sft" else "sft_variant=full"))
 
 
 PRECISIONS = {

@@ -4,14 +4,14 @@ import json
 import tempfile
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dpo_pipeline.config import compose
 from dpo_pipeline.data.lengths import LengthLimits
 from dpo_pipeline.data.reviews import VOCABULARY
 from dpo_pipeline.data.splits import load_splits
-from dpo_pipeline.data.tokens import tokenize
+from dpo_pipeline.data.token_table import tokenize
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.training.tiny import word_tokenizer
 
@@ -60,6 +60,7 @@ talk = st.builds(
 dialogues = st.fixed_dictionaries({"chosen": st.one_of(texts, messages), "rejected": st.one_of(texts, messages)})
 # Of few texts, so that they meet again: the same, both ways, two completions to one prompt.
 FEW = [{"prompt": p, "chosen": c, "rejected": r} for p in ("the", "film") for c in "iawe" for r in "iawe"]
+GOOD = [{"prompt": f"film {word}", "chosen": "i", "rejected": "it"} for word in VOCABULARY[:40]]
 files = st.one_of(
     st.lists(pair, min_size=1, max_size=40),
     st.lists(pair, min_size=20, max_size=40),
@@ -77,6 +78,7 @@ seen: dict[str, int] = {}
 
 
 @settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@example(rows=[*FEW, *GOOD], limits=LengthLimits(24, 9), sft=False, chat=False, test_rows=0)
 @given(rows=files, limits=lengths, sft=st.booleans(), chat=st.booleans(), test_rows=st.integers(0, 5))
 def test_no_row_is_lost_and_no_completion_ends_otherwise(rows, limits, sft, chat, test_rows):
     names = ("chosen",) if sft else ("chosen", "rejected")
@@ -85,7 +87,7 @@ def test_no_row_is_lost_and_no_completion_ends_otherwise(rows, limits, sft, chat
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         node = {**NODE, "path": str(path), "test_rows": test_rows}
         try:
-            splits, data_report = load_splits(node, names, chat, strict=False)
+            splits, report = load_splits(node, names, chat, strict=False)
             tokenizer = CHAT if chat else TOKENIZER
             tables = {split: tokenize(part, names, tokenizer, [END], limits) for split, part in splits.items()}
             refusal = ""
@@ -97,9 +99,8 @@ def test_no_row_is_lost_and_no_completion_ends_otherwise(rows, limits, sft, chat
         seen["refused"] = seen.get("refused", 0) + 1
         return
     for split, table in tables.items():
-        data_report.merge(json.loads(table.info.description))
-        data_report.keep(split, [splits[split][i] for i in table["row"]])
-    (part,) = data_report.as_json()["sources"].values()
+        report.add_table(split, table, splits[split])
+    (part,) = report.as_json()["sources"].values()
     kept = sum(map(len, tables.values()))
     assert part["read"] == len(rows) == kept + sum(part["dropped"].values())
     assert sum(part["kept"].values()) == kept

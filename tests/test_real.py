@@ -9,7 +9,7 @@ from dpo_pipeline.config import CONF, compose
 from dpo_pipeline.data import hh_rlhf
 from dpo_pipeline.data.lengths import LengthLimits
 from dpo_pipeline.data.splits import load_splits
-from dpo_pipeline.data.tokens import tokenize
+from dpo_pipeline.data.token_table import tokenize
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.evaluate import run_evaluate
 from dpo_pipeline.inspect_data import run_inspect
@@ -50,7 +50,7 @@ def test_sft_then_dpo_on_real_pairs(lora, data, tmp_path):
     run = real("stories260K", *data.split(), *typed)
     run_sft(run)
     results = run_dpo(run)["policies"]
-    first = next(row for row in run_folder.metrics(run.dpo_folder) if "loss" in row)
+    first = next(row for row in run_folder.read_metrics(run.dpo_folder) if "loss" in row)
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert results["dpo/it"]["against"]["reference"]["margin_nats"]["n"] == 40

@@ -1,140 +1,198 @@
-"""The cache of reference log-probs: what it depends on, that it is never trusted unseen, and that one job makes it."""
+"""The cached reference log-probs: what they depend on, that one job computes them, and that damage is repaired."""
 
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from datasets import Dataset
 
-from dpo_pipeline import run_folder
-from dpo_pipeline.data import prepare
 from dpo_pipeline.dpo import run_dpo
-from dpo_pipeline.models import load_tokenizer
-from dpo_pipeline.training import preflight, reference, starting_policy, trainer
-from dpo_pipeline.training.arguments import training_arguments
+from dpo_pipeline.models import load_options
+from dpo_pipeline.sft import run_sft
+from dpo_pipeline.training.memory import row_lengths
+from dpo_pipeline.training.reference import add_reference_logps, reference_key
+from dpo_pipeline.training.trainer import PairTrainer
+from tests.helpers import build, prepare_run
+
+COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+CHECKED = 3  # rows that each run computes again
 
 
 @pytest.fixture
-def built(small, sft, tmp_path):
-    """A DPO trainer whose rows hold no log-probs yet, and a place for them."""
-
-    def make(*typed: str):
-        run = small(*typed)
-        begin = starting_policy.dpo_start(run)
-        tokenizer = load_tokenizer(run.model)
-        rows = prepare.prepare_tables(run, "dpo", tokenizer, "train", "validation")[0]
-        args = training_arguments(run, "dpo", tmp_path)
-        return trainer.build_dpo(starting_policy.load_start(run, begin), None, begin.lora, tokenizer, args, rows)
-
-    return make
+def new_trainer(small, sft, tmp_path):
+    """Builds a DPO trainer whose rows hold no log-probs yet."""
+    return lambda *overrides: build(small(*overrides), "dpo", tmp_path).trainer
 
 
-def logps(made) -> torch.Tensor:
-    return torch.tensor([made.train_dataset[name][:] for name in reference.COLUMNS])
+@pytest.fixture
+def key(tmp_path):
+    """A key that no other test uses."""
+    return str(tmp_path)
 
 
-def test_the_key_is_what_the_log_probs_depend_on_and_nothing_else(small, sft):
-    loading = starting_policy.load_options(small("lora=none"))
-    args = SimpleNamespace(bf16=False, fp16=False, ld_alpha=None)
-    rows = {"train": "a", "validation": "b"}
+@pytest.fixture
+def forwards(monkeypatch):
+    """The rows of each forward of a reference pass, as they come."""
+    rows, compute = [], PairTrainer.compute_ref_log_probs
 
-    def place(run=None, weights=sft["none"] / "final", loading=loading, rows=rows, **changed):
-        values = SimpleNamespace(**{**vars(args), **changed})
-        return reference.cache_path(run or small("lora=none"), weights, loading, rows, values)
+    def counted(self, model, batch):
+        rows.append(len(batch["input_ids"]) // 2)
+        return compute(self, model, batch)
 
-    same = [
-        place(small("lora=none", *typed.split()))
-        for typed in ("beta=0.3", "loss=ipo", "seed=3", "dpo.learning_rate=1e-3 variant=x", "reference=frozen")
-    ]
-    assert {place(), *same, place(beta=7)} == {place()}
-    other = [
-        place(weights=sft["r8"] / "final"),
-        place(rows={**rows, "train": "c"}),
-        place(rows={**rows, "validation": "c"}),
-        place(loading=starting_policy.load_options(small("lora=r8", "quantization=nf4"))),
-        place(loading=starting_policy.load_options(small("lora=r8", "model.dtype=bfloat16"))),
-        place(bf16=True),
-        place(ld_alpha=0.5),
-    ]
-    assert len({place(), *other}) == len(other) + 1
+    monkeypatch.setattr(PairTrainer, "compute_ref_log_probs", counted)
+    return rows
 
 
-@pytest.mark.parametrize("typed", ["lora=none", "lora=r8", "lora=r8 sft_variant=full"])
-def test_what_is_read_is_what_was_computed(typed, built, tmp_path, caplog):
-    first, second = (
-        built(*typed.split()),
-        built(*typed.split(), "beta=0.3", "loss=ipo", "batch.micro_size=3", "batch.global_size=3"),
+def logps(trainer) -> torch.Tensor:
+    return torch.tensor([trainer.train_dataset[name][:] for name in COLUMNS])
+
+
+def all_rows(trainer) -> int:
+    return len(trainer.train_dataset) + len(trainer.eval_dataset)
+
+
+def cached_file(trainer) -> Path:
+    """The file of the training rows' log-probs."""
+    return Path(trainer.train_dataset.cache_files[-1]["filename"])
+
+
+def test_the_key_is_what_log_probs_depend_on_beside_the_rows(small):
+    plain, args = (
+        load_options(small("lora=none")),
+        SimpleNamespace(bf16=False, fp16=False, ld_alpha=None),
     )
-    with caplog.at_level("INFO", logger="dpo_pipeline"):
-        for made in (first, second):
-            reference.add_reference_logps(made, tmp_path / "kept", preflight.padding_tolerance)
-    assert torch.equal(logps(first), logps(second))
-    assert caplog.text.count("reference log-probs of") == 1
-    # TRL's own pass, row by row in the order of the rows.
-    fresh = built(*typed.split())
-    theirs = [
-        fresh.compute_ref_log_probs(fresh.model, fresh.data_collator([row])) for row in list(fresh.train_dataset)[:20]
+    quantized = load_options(small("lora=r8", "quantization=nf4"))
+    bfloat16 = load_options(small("lora=r8", "model.dtype=bfloat16"))
+
+    def changed(**values):
+        return SimpleNamespace(**{**vars(args), **values})
+
+    different = [
+        reference_key("b", plain, args),
+        reference_key("a", quantized, args),
+        reference_key("a", bfloat16, args),
+        reference_key("a", plain, changed(bf16=True)),
+        reference_key("a", plain, changed(fp16=True)),
+        reference_key("a", plain, changed(ld_alpha=0.5)),
     ]
-    expected = torch.tensor([[float(side) for side in sides] for sides in zip(*theirs, strict=True)])
+    assert len({reference_key("a", plain, args), *different}) == len(different) + 1
+    other_run = load_options(small("lora=none", "beta=0.3", "loss=ipo", "seed=3"))
+    assert reference_key("a", other_run, changed(beta=7)) == reference_key("a", plain, args)
+
+
+@pytest.mark.parametrize("lora", ["none", "r8"])
+def test_what_is_read_is_what_was_computed(lora, new_trainer, key, forwards):
+    first = new_trainer(f"lora={lora}")
+    add_reference_logps(first, key)
+    assert sum(forwards) == all_rows(first) + CHECKED
+    forwards.clear()
+    second = new_trainer(f"lora={lora}", "beta=0.3", "loss=ipo", "seed=3", "batch.micro_size=3", "batch.global_size=3")
+    add_reference_logps(second, key)
+    assert sum(forwards) == CHECKED
+    assert torch.equal(logps(first), logps(second))
+    fresh = new_trainer(f"lora={lora}")
+    assert fresh.train_dataset["prompt_ids"][:] == second.train_dataset["prompt_ids"][:]  # in the order of the rows
+    one_by_one = [
+        fresh.compute_ref_log_probs(fresh.model, fresh.data_collator([fresh.train_dataset[i]])) for i in range(20)
+    ]
+    expected = torch.tensor([[float(side) for side in sides] for sides in zip(*one_by_one, strict=True)])
     assert torch.allclose(logps(first)[:, :20], expected, atol=1e-4)
 
 
+def test_a_reference_of_another_key_is_computed(new_trainer, key, forwards):
+    add_reference_logps(new_trainer("lora=none"), "one")
+    forwards.clear()
+    other = new_trainer("lora=none")
+    add_reference_logps(other, "other")
+    assert sum(forwards) == all_rows(other) + CHECKED
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "short", "other", "names"])
-def test_a_damaged_cache_or_one_of_another_reference_is_told_and_computed_anew(damage, built, tmp_path, caplog):
-    first = built("lora=none")
-    reference.add_reference_logps(first, tmp_path / "kept", preflight.padding_tolerance)
-    file = tmp_path / "kept" / "logps.safetensors"
-    values = {key: value.clone() for key, value in load_file(file).items()}  # not the mapped file itself
+def test_damaged_or_wrong_log_probs_are_reported_and_computed_again(damage, new_trainer, key, caplog):
+    first = new_trainer("lora=none")
+    add_reference_logps(first, key)
+    file, expected = cached_file(first), logps(first)
+    columns = Dataset.from_file(str(file)).to_dict()
     if damage == "cut":
-        file.write_bytes(file.read_bytes()[:-50])
+        file.write_bytes(file.read_bytes()[:-500])
     elif damage == "empty":
         file.write_bytes(b"")
-    elif damage == "short":
-        save_file({key: value[:-1].clone() for key, value in values.items()}, file)
-    elif damage == "other":
-        save_file({key: value - 1 for key, value in values.items()}, file)
     else:
-        save_file({key.upper(): value for key, value in values.items()}, file)
-    again = built("lora=none")
-    reference.add_reference_logps(again, tmp_path / "kept", preflight.padding_tolerance)
-    assert torch.equal(logps(first), logps(again))
-    assert ("are not those of this reference" if damage == "other" else "are damaged") in caplog.text
-    assert torch.equal(load_file(file)["train.ref_chosen_logps"], values["train.ref_chosen_logps"])
+        changed = {
+            "short": {name: values[:-1] for name, values in columns.items()},
+            "other": {name: [value - 1 for value in values] for name, values in columns.items()},
+            "names": {name.upper(): values for name, values in columns.items()},
+        }[damage]
+        Dataset.from_dict(changed).map(lambda row: row, cache_file_name=str(file), load_from_cache_file=False)
+    again = new_trainer("lora=none")
+    add_reference_logps(again, key)
+    assert torch.equal(expected, logps(again))
+    assert caplog.text.count("are damaged or wrong: computed again") == 1
+    assert Dataset.from_file(str(file)).to_dict() == columns
 
 
-def test_of_two_jobs_at_once_one_computes(built, tmp_path, monkeypatch):
-    passes, computed = [], reference.compute_reference_logps
+def test_a_job_killed_while_it_writes_leaves_nothing_that_is_read(new_trainer, key, forwards, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
 
-    def slow(made, rows, *told):
-        passes.extend(told)
-        time.sleep(0.5)
-        return computed(made, rows, *told)
+    with monkeypatch.context() as patch:
+        patch.setattr("datasets.arrow_dataset.shutil.move", killed)
+        with pytest.raises(KeyboardInterrupt):
+            add_reference_logps(new_trainer("lora=none"), key)
+    forwards.clear()
+    again = new_trainer("lora=none")
+    add_reference_logps(again, key)
+    assert sum(forwards) == all_rows(again) + CHECKED
 
-    monkeypatch.setattr(reference, "compute_reference_logps", slow)
-    both = [built("lora=none"), built("lora=none", "beta=0.5")]
-    threads = [
-        threading.Thread(
-            target=reference.add_reference_logps, args=(made, tmp_path / "kept", preflight.padding_tolerance)
-        )
-        for made in both
-    ]
+
+def test_of_two_jobs_at_once_one_computes(new_trainer, key, forwards, monkeypatch):
+    counted = PairTrainer.compute_ref_log_probs
+    monkeypatch.setattr(PairTrainer, "compute_ref_log_probs", lambda *args: time.sleep(0.02) or counted(*args))
+    trainers = [new_trainer("lora=none"), new_trainer("lora=none", "beta=0.5")]
+    threads = [threading.Thread(target=add_reference_logps, args=(trainer, key)) for trainer in trainers]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert passes == ["reference on train", "reference on validation"]
-    assert torch.equal(*map(logps, both))
+    assert sum(forwards) == all_rows(trainers[0]) + 2 * CHECKED
+    assert torch.equal(*map(logps, trainers))
 
 
-def test_a_run_from_the_cache_has_the_bytes_of_one_that_computed_it(small, sft, tmp_path):
-    files = []
-    for variant in ("computed", "read"):
-        run = small("lora=none", f"variant=cache-{variant}", "++dpo.max_steps=6", "dataset.split_seed=5")
+def test_another_process_finds_the_rows_of_this_one(small, sft):
+    """The cache is keyed by the fingerprint of the table, after its rows were sorted."""
+    table = prepare_run(small("lora=none"), "dpo").tables["train"]
+    folder = Path(table.cache_files[0]["filename"]).parent
+    order = np.argsort(-row_lengths(table), kind="stable")
+    code = (
+        "import sys, numpy, datasets\n"
+        "table = datasets.load_from_disk(sys.argv[1])\n"
+        "order = numpy.array([int(i) for i in sys.argv[2].split()])\n"
+        "print(table.select(order).flatten_indices()._fingerprint)"
+    )
+    call = [sys.executable, "-c", code, str(folder), " ".join(map(str, order))]
+    other = subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+    assert other == table.select(order).flatten_indices()._fingerprint
+
+
+def test_one_pass_serves_every_beta_loss_and_seed_and_changes_no_byte(small, tmp_path, forwards):
+    run = small(f"root={tmp_path}", "name=once", "++sft.max_steps=4")
+    run_sft(run)
+    finals, counts = [], []
+    for i, typed in enumerate(("beta=0.1", "beta=0.1", "beta=0.3 loss=ipo", "beta=0.3 seed=1 loss=ipo", "seed=1")):
+        run = small(
+            f"root={tmp_path}", "name=once", "++sft.max_steps=4", "++dpo.max_steps=2", f"variant=v{i}", *typed.split()
+        )
         run_dpo(run)
-        files.append(run.dpo_folder / "final" / "model.safetensors")
-    assert "reference log-probs of" not in (files[0].parents[1] / "train.log").read_text()
-    assert "reference log-probs of 250 pairs: read from" in (files[1].parents[1] / "train.log").read_text()
-    assert files[0].read_bytes() == files[1].read_bytes()
-    assert run_folder.read_json(files[0].parents[1] / "manifest.json")["versions"]["torch"]
+        finals.append((run.dpo_folder / "final" / "model.safetensors").read_bytes())
+        counts.append(sum(forwards))
+        forwards.clear()
+    assert len(set(counts[1:])) == 1  # preflight's rows and those computed again
+    assert counts[0] - counts[1] == 250 + 13  # training and validation pairs
+    assert finals[0] == finals[1]  # computed, and read
+    assert len(set(finals)) == 4

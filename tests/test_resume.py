@@ -9,11 +9,13 @@ import time
 import pytest
 
 from dpo_pipeline import run_folder
-from dpo_pipeline.config import interrupt
+from dpo_pipeline.cli import interrupt
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.hardware import STOPS
+from dpo_pipeline.record import read_json
 from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training.callbacks import Metrics
+from tests.helpers import SMALL
 
 pytestmark = pytest.mark.slow
 
@@ -78,15 +80,10 @@ def test_how_often_one_evaluates_and_saves_changes_no_byte(small, sft):
 
 @pytest.mark.parametrize("sent", STOPS)
 def test_a_signal_to_stop_ends_a_command_with_75_and_a_checkpoint(sent, tmp_path):
-    from tests.conftest import SMALL
-
     call = [sys.executable, "-m", "dpo_pipeline.sft", *SMALL, f"root={tmp_path}", "sft.num_train_epochs=200"]
     process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     folder, deadline = tmp_path / "tiny-reviews" / "sft" / "full", time.monotonic() + 120
-    while (
-        run_folder.read_json(folder / "status.json") is None
-        or run_folder.read_json(folder / "status.json")["step"] < 3
-    ):
+    while read_json(folder / "status.json") is None or read_json(folder / "status.json")["step"] < 3:
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.1)

@@ -4,9 +4,9 @@ import math
 from statistics import mean, stdev
 
 import pytest
+from pydantic import ValidationError
 
 from dpo_pipeline.data.reviews import VOCABULARY, load, reward
-from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.judges.judge import Completion
 from dpo_pipeline.judges.truth import truth
 
@@ -131,5 +131,5 @@ def test_the_judge_is_the_reward(splits):
 
 
 def test_more_rows_than_films_are_refused():
-    with pytest.raises(PipelineError, match="dataset.rows=120961: there are 120,960 films"):
+    with pytest.raises(ValidationError, match="less than or equal to 120960"):
         load(120_961, SLOPE, 0, *AS)

@@ -1,37 +1,42 @@
-"""A run folder knows what it is: new, to be continued, done, or another one's."""
+"""A run folder is new, to be resumed, done, or another run's; its lock alone tells whether a run is alive."""
 
+import contextlib
+import hashlib
 import io
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dpo_pipeline import locks, run_folder
+from dpo_pipeline import content_hash, locks, record, run_folder
 from dpo_pipeline.config import compose
-from dpo_pipeline.dpo import claim
+from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.record import read_json, write_json
+from dpo_pipeline.run_folder import backup_path, open_run
+from dpo_pipeline.sft import run_sft
 
-SILENT = {"updated": "now", "step": 1, "error": None}
 
-
-def lay(folder, state: str, identity: dict, checkpoint: bool = False, pid: int | None = None) -> None:
-    status = {"state": state, "pid": pid or os.getpid(), "host": socket.gethostname(), **SILENT}
-    run_folder.write_json(folder / "status.json", status)
-    run_folder.write_json(folder / "manifest.json", {"identity": identity})
+def lay(folder, state: str, identity: dict, checkpoint: bool = False, **status) -> None:
+    write_json(folder / "status.json", {"state": state, "step": 1, "error": None, **status})
+    write_json(folder / "manifest.json", {"identity": identity})
     if checkpoint:
-        run_folder.write_json(folder / "checkpoints" / "checkpoint-5" / "trainer_state.json", {})
+        write_json(folder / "checkpoints" / "checkpoint-5" / "trainer_state.json", {})
 
 
-def dead_pid() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
+def raise_in(run, error: BaseException | None, decision: str) -> None:
+    """Raise an error, if any, in an SFT's folder, after a look at what was decided about it."""
+    with open_run(run, "sft") as found:
+        assert found.decision == decision
+        assert run_folder.run_state(run.sft_folder) == ("done" if decision == "done" else "running")
+        if error is not None:
+            raise error
 
 
 def test_an_empty_place_is_new(tmp_path):
@@ -78,20 +83,23 @@ def test_files_of_nobody_are_never_touched(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-def test_a_run_whose_process_is_gone_reads_as_interrupted(tmp_path):
-    lay(tmp_path, "running", {}, pid=dead_pid())
-    assert run_folder.run_state(tmp_path) == "interrupted"
+def test_running_without_a_lock_holder_is_interrupted_on_any_host_and_with_any_pid(tmp_path):
+    lay(tmp_path / "a", "running", {"beta": 0.1}, host="elsewhere", pid=os.getppid())
+    assert run_folder.run_state(tmp_path / "a") == "interrupted"
+    assert run_folder.decide(tmp_path / "a", {"beta": 0.1}, overwrite=False) == "resume"
 
 
-def test_a_run_whose_process_lives_is_in_use(tmp_path):
-    lay(tmp_path, "running", {"beta": 0.1}, pid=os.getppid())
-    with pytest.raises(PipelineError, match=f"in use by process {os.getppid()} on {socket.gethostname()}"):
-        run_folder.decide(tmp_path, {"beta": 0.1}, overwrite=True)
+def test_running_with_a_lock_holder_is_in_use(tmp_path):
+    lay(tmp_path / "a", "running", {"beta": 0.1})
+    with locks.run_lock(tmp_path / "a"):
+        assert run_folder.run_state(tmp_path / "a") == "running"
+        with pytest.raises(PipelineError, match=f"in use by process {os.getpid()} on {socket.gethostname()}"):
+            run_folder.decide(tmp_path / "a", {"beta": 0.1}, overwrite=True)
 
 
 def test_the_newest_checkpoint_is_the_newest_complete_one(tmp_path):
     for step in (9, 10):
-        run_folder.write_json(tmp_path / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json", {})
+        write_json(tmp_path / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json", {})
     (tmp_path / "checkpoints" / "checkpoint-11").mkdir()
     assert run_folder.newest_checkpoint(tmp_path).name == "checkpoint-10"
     assert run_folder.newest_checkpoint(tmp_path / "nowhere") is None
@@ -99,9 +107,9 @@ def test_the_newest_checkpoint_is_the_newest_complete_one(tmp_path):
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path):
     file = tmp_path / "x.json"
-    run_folder.write_json(file, {"a": 1})
+    write_json(file, {"a": 1})
     with pytest.raises(TypeError):
-        run_folder.write_json(file, {"a": object()})
+        write_json(file, {"a": object()})
     assert json.loads(file.read_text()) == {"a": 1}
 
 
@@ -141,19 +149,113 @@ def test_a_path_counts_by_what_lies_there(tmp_path):
     assert run_folder.identity(compose(["dataset=json", f"dataset.path={tmp_path}/b.jsonl"]), "sft") != found[0]
 
 
+def test_a_model_folder_counts_by_its_weight_files_alone(tmp_path):
+    def identity(name: str = "a"):
+        return run_folder.identity(compose(["model=path", f"model.path={tmp_path}/{name}"]), "sft")["model.path"]
+
+    for name in ("a", "b"):
+        (tmp_path / name / "checkpoint-5").mkdir(parents=True)
+        (tmp_path / name / "model.safetensors").write_bytes(b"one")
+    before = identity()
+    (tmp_path / "a" / "README.md").write_text("a card")
+    (tmp_path / "a" / "checkpoint-5" / "model.safetensors").write_bytes(b"another")
+    assert identity() == before == identity("b")
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"two")
+    assert identity() != before
+
+
+def test_an_adapter_counts_by_its_config_and_its_base_too(tmp_path):
+    def identity(**config):
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+        return run_folder.identity(compose([f"policy={tmp_path}/adapter"]), "dpo")["policy"]
+
+    for name in ("adapter", "base"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(name.encode())
+    base = str(tmp_path / "base")
+    before = identity(base_model_name_or_path=base, r=8)
+    assert identity(base_model_name_or_path=base, r=16) != before
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"other")
+    assert identity(base_model_name_or_path=base, r=8) != before
+
+
+def test_a_default_dpo_run_reads_each_weights_file_once_for_its_hash(small, sft, monkeypatch):
+    files, digest = Counter(), hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: files.update([file.name]) or digest(file, name))
+    content_hash.file_hash.cache_clear()
+    run = small("variant=hashes", "++dpo.max_steps=2")
+    run_dpo(run)
+    weights = {str(file): count for file, count in files.items() if str(file).endswith(content_hash.WEIGHTS)}
+    assert set(weights.values()) == {1}
+    assert str(run.dpo_folder / "final" / "model.safetensors") in weights
+
+
+@pytest.mark.parametrize(
+    ("typed", "label"),
+    [
+        ("dpo.eval_steps=7", ""),
+        ("dpo.eval_steps=7 dpo_best=loss", "-dpo.eval_steps_7-dpo_best_loss"),
+        ("guard.kl_max=5", ""),
+        ("guard.kl_max=5 guard.action=stop", "-guard.action_stop-guard.kl_max_5"),
+        ("model.micro_size=2 model.trust_remote_code=true wandb.project=x", ""),
+        ("sft.learning_rate=1", ""),
+        ("sft_variant=x", "-sft_variant_x"),
+        ("model.learning_rate.dpo=1e-5", "-model.learning_rate.dpo_1e-05"),
+    ],
+)
+def test_folder_names_hold_the_keys_of_the_identity(typed, label):
+    assert compose(typed.split()).variant == f"sigmoid-beta0.1-seed0{label}"
+    plain, changed = (run_folder.identity(compose(overrides), "dpo") for overrides in ([], typed.split()))
+    assert (plain != changed) == bool(label)
+
+
 def test_dpo_before_sft_says_what_to_type(tmp_path):
-    with pytest.raises(PipelineError, match="no finished SFT in .*`make sft`.*policy=base"):
-        claim(compose([f"root={tmp_path}"]))
+    with (
+        pytest.raises(PipelineError, match="no finished SFT in .*`make sft`.*policy=base"),
+        open_run(compose([f"root={tmp_path}"]), "dpo"),
+    ):
+        pass
+
+
+def test_check_decides_and_writes_nothing(tmp_path):
+    for stage, decision in (("sft", "new"), ("dpo", "its SFT is still to come")):
+        with open_run(compose([f"root={tmp_path}", "check=true"]), stage) as run:
+            assert run.decision == decision
+            run.save_manifest(seconds=1)
+            run.save_status(step=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_is_logged_as_done_and_left_as_it_is(small, sft):
+    run = small()
+    files = [run.sft_folder / name for name in ("status.json", "manifest.json", "config.yaml")]
+    before = [file.read_bytes() for file in files]
+    with pytest.raises(RuntimeError):
+        raise_in(run, RuntimeError(), "done")
+    assert [file.read_bytes() for file in files] == before
+    assert f"already done: {run.sft_folder}" in (run.sft_folder / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [(None, "done"), (KeyboardInterrupt(), "interrupted"), (ValueError("broken\nat a line"), "failed")],
+)
+def test_the_status_says_how_a_run_ended(error, state, small, tmp_path, caplog):
+    run = small(f"root={tmp_path}")
+    caplog.set_level("INFO", logger="dpo_pipeline")
+    with contextlib.nullcontext() if error is None else pytest.raises(type(error)):
+        raise_in(run, error, "new")
+    status = read_json(run.sft_folder / "status.json")
+    assert (status["state"], status["error"]) == (state, "broken" if state == "failed" else None)
+    assert ("type the same command to go on from the start" in caplog.text) == (state == "interrupted")
 
 
 def test_a_run_that_is_replaced_is_kept_until_the_new_one_is_done(small, sft, tmp_path):
-    from dpo_pipeline.sft import run_sft
-
     typed = [f"root={tmp_path}", "name=kept", "++sft.max_steps=2", "overwrite=true"]
     final = run_sft(small(*typed)) / "final" / "model.safetensors"
     before = final.read_bytes()
     for _ in range(2):  # the second time, what failed is replaced, and not the run that was kept
-        with pytest.raises(PipelineError, match="no rows|need 16"):
+        with pytest.raises(PipelineError, match="no rows|dataset.rows=2"):
             run_sft(small(*typed, "dataset.rows=2"))
         kept = tmp_path / "kept" / ".replaced" / "sft" / "full" / "final" / "model.safetensors"
         assert kept.read_bytes() == before
@@ -177,27 +279,25 @@ def test_of_two_at_once_one_runs_and_the_other_says_who_until_that_one_is_gone(t
     holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        assert locks.lock_owner(folder) == {"pid": holder.pid, "host": socket.gethostname()}
-        told = f"{folder} is in use by process {holder.pid} on {socket.gethostname()}: wait for it or end it"
-        with pytest.raises(PipelineError, match=told), locks.run_lock(folder):
+        assert locks.lock_owner(folder) == f"process {holder.pid} on {socket.gethostname()}"
+        message = f"{folder} is in use by process {holder.pid} on {socket.gethostname()}: wait for it or end it"
+        with pytest.raises(PipelineError, match=message), locks.run_lock(folder):
             pass
-        lay(folder, "running", {"beta": 0.1}, pid=holder.pid)
+        lay(folder, "running", {"beta": 0.1})
+        assert run_folder.run_state(folder) == "running"
     finally:
         holder.kill()
         holder.wait()
     assert locks.lock_owner(folder) is None
-    with locks.run_lock(folder):
-        assert run_folder.run_state(folder) == "interrupted"
+    assert run_folder.run_state(folder) == "interrupted"
 
 
-def test_a_running_of_another_host_is_nobody_s_for_who_holds_the_folder(tmp_path, monkeypatch):
-    lay(tmp_path / "a", "running", {"beta": 0.1})
-    status = run_folder.read_json(tmp_path / "a" / "status.json")
-    run_folder.write_json(tmp_path / "a" / "status.json", {**status, "host": "node-that-burnt-down"})
-    assert run_folder.run_state(tmp_path / "a") == "running"
-    monkeypatch.setattr(run_folder, "identity", lambda *args: {"beta": 0.1})
-    with locks.run_lock(tmp_path / "a"):
-        assert run_folder.claim(SimpleNamespace(overwrite=False), "dpo", tmp_path / "a")[1] == "resume"
+def test_a_stale_running_is_resumed_by_the_process_that_takes_the_lock(small, tmp_path):
+    run = small(f"root={tmp_path}")
+    lay(run.sft_folder, "running", run_folder.identity(run, "sft"), host="node-that-burnt-down", pid=os.getppid())
+    with open_run(run, "sft") as found:
+        assert found.decision == "resume"
+    assert run_folder.run_state(run.sft_folder) == "done"
 
 
 def saved_at(folder, step: int, files: dict[str, bytes]) -> Path:
@@ -226,7 +326,7 @@ def test_torn_checkpoints_are_never_resumed_from_and_go_before_a_run_goes_on(tmp
     run_folder.rollback_to_checkpoint(tmp_path)
     assert kept.is_dir()
     assert not [place for place in torn if place.exists()]
-    assert run_folder.metrics(tmp_path) == rows[:2]
+    assert record.read_metrics(tmp_path) == rows[:2]
 
 
 def test_a_run_killed_before_its_first_status_or_manifest_is_whole_goes_on(tmp_path):
@@ -234,45 +334,39 @@ def test_a_run_killed_before_its_first_status_or_manifest_is_whole_goes_on(tmp_p
     folder.mkdir()
     (folder / "manifest.json.7.partial").write_text('{"identi')
     assert run_folder.decide(folder, {"beta": 0.1}, overwrite=False) == "new"
-    run_folder.write_json(folder / "manifest.json", {"identity": {"beta": 0.1}})
+    write_json(folder / "manifest.json", {"identity": {"beta": 0.1}})
     assert run_folder.decide(folder, {"beta": 0.1}, overwrite=False) == "resume"
 
 
 def test_the_manifest_is_written_before_the_status(small, tmp_path, monkeypatch):
-    written, write = [], run_folder.write_json
-    monkeypatch.setattr(
-        run_folder, "write_json", lambda path, content: written.append(path.name) or write(path, content)
-    )
-    with run_folder.recorded_run(small(), "sft", tmp_path / "a", {}):
-        assert written == ["manifest.json", "status.json"]
+    written, write = [], record.write_json
+    monkeypatch.setattr(record, "write_json", lambda path, content: written.append(path.name) or write(path, content))
+    with open_run(small(f"root={tmp_path}"), "sft"):
+        assert written[:2] == ["manifest.json", "status.json"]
 
 
-def test_another_number_of_processes_is_told_and_another_way_to_hold_weights_refused(small, tmp_path, caplog):
-    run_folder.write_json(tmp_path / "a" / "manifest.json", {"seconds": 1.0, "world_size": 4, "sharded": None})
-    with (
-        caplog.at_level("INFO", logger="dpo_pipeline"),
-        run_folder.recorded_run(small(), "sft", tmp_path / "a", {}) as record,
-    ):
-        assert "begun on 4 process(es), goes on on 1: the same global batch, not bit for bit" in caplog.text
-        record.save_manifest(sharded=None)
-        told = "was begun in whole copies and would go on in deepspeed on 2 processes: start it as then"
-        with pytest.raises(PipelineError, match=told):
-            record.save_manifest(sharded="deepspeed on 2 processes")
+def test_another_number_of_processes_is_logged_and_other_sharding_refused(small, tmp_path, caplog):
+    run = small(f"root={tmp_path}")
+    earlier = {"seconds": 100.0, "world_size": 4, "sharded": None, "identity": run_folder.identity(run, "sft")}
+    write_json(run.sft_folder / "manifest.json", earlier)
+    with caplog.at_level("INFO", logger="dpo_pipeline"), open_run(run, "sft") as found:
+        assert "resuming on 1 process(es) a run that began on 4: not bit for bit" in caplog.text
+        found.save_manifest(sharded=None)
+        with pytest.raises(PipelineError, match="sharded=None .*sharded=deepspeed on 2 processes.*launch file"):
+            found.save_manifest(sharded="deepspeed on 2 processes")
+    manifest = read_json(run.sft_folder / "manifest.json")
+    assert manifest["world_size"] == 1
+    assert 100 <= manifest["seconds"] < 200
 
 
-def test_what_a_kill_left_aside_never_costs_a_finished_run(tmp_path, monkeypatch):
-    folder = tmp_path / "dpo" / "a"
-    for at, beta in (
-        (run_folder.backup_path(folder), 0.1),
-        (folder, 0.3),
-    ):  # 0.3 replaced 0.1, was done, and killed before that went
-        lay(at, "done", {"beta": beta})
-    monkeypatch.setattr(run_folder, "identity", lambda *args: {"beta": 0.5})
-    run_folder.claim(SimpleNamespace(overwrite=True), "dpo", folder)
-    assert run_folder.read_json(run_folder.backup_path(folder) / "manifest.json")["identity"] == {"beta": 0.3}
-    assert not folder.exists()
-    lay(folder, "failed", {"beta": 0.5})  # the new one failed; a third one tries
-    monkeypatch.setattr(run_folder, "identity", lambda *args: {"beta": 0.7})
-    run_folder.claim(SimpleNamespace(overwrite=True), "dpo", folder)
-    assert run_folder.read_json(run_folder.backup_path(folder) / "manifest.json")["identity"] == {"beta": 0.3}
-    assert not folder.exists()
+def test_what_a_kill_left_aside_never_costs_a_finished_run(small, tmp_path):
+    run = small(f"root={tmp_path}", "overwrite=true")
+    folder = run.sft_folder
+    # 0.3 replaced 0.1 and was done, and a kill came before 0.1 was deleted.
+    for place, beta in ((backup_path(folder), 0.1), (folder, 0.3)):
+        lay(place, "done", {"beta": beta})
+    for _ in range(2):  # the second attempt replaces the first, which failed
+        with pytest.raises(ValueError, match="broken"):
+            raise_in(run, ValueError("broken"), "replace")
+        assert read_json(backup_path(folder) / "manifest.json")["identity"] == {"beta": 0.3}
+        write_json(folder / "manifest.json", {"identity": {"beta": 0.5}})

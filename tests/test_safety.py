@@ -20,9 +20,9 @@ from dpo_pipeline.config import CONF
 from dpo_pipeline.data.lengths import LengthLimits
 from dpo_pipeline.data.normalize import normalize_row
 from dpo_pipeline.data.prompts import prompt_ids, prompts_to_rows, read_prompts
-from dpo_pipeline.data.tokens import tokenize
+from dpo_pipeline.data.token_table import tokenize
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.evaluation.examples import changes_as_markdown, largest_score_changes, preference_flips
+from dpo_pipeline.evaluation.examples import changes_as_markdown, largest_changes
 from dpo_pipeline.evaluation.safety import bias, bias_table, safety, safety_table
 from dpo_pipeline.models import load_tokenizer
 from dpo_pipeline.training.tiny import word_tokenizer
@@ -88,15 +88,15 @@ BIAS = ("template", "group")
 @pytest.mark.parametrize(
     ("rows", "columns", "sentence"),
     [
-        ([{"text": "a"}], (), "p.jsonl, line 1 has no column 'prompt': found text: each row is to have prompt"),
+        ([{"text": "a"}], (), "p.jsonl, line 1: there is no prompt, found text"),
         ([{"prompt": "a"}, {"prompt": None}], (), "p.jsonl, line 2: prompt is null, not text"),
-        ([{"prompt": 3}], (), "p.jsonl, line 1: prompt is a number, not text"),
+        ([{"prompt": 3}], (), "p.jsonl, line 1: prompt is 3, not text"),
         ([{"prompt": "a"}, {"prompt": " \n"}], (), "p.jsonl, line 2: its prompt is empty: write one, or take the row"),
         ([{"prompt": []}], (), "p.jsonl, line 1: its prompt is empty"),
         ([{"prompt": [{"role": "user", "content": " "}]}], (), "p.jsonl, line 1: its prompt is empty"),
-        ([{"prompt": ["a"]}], (), "p.jsonl, line 1: prompt is a list, not text or messages"),
-        ([{"prompt": "a"}], ("label",), "has no column 'label': found prompt: each row is to have prompt, label"),
-        ([{"prompt": ASKED}], ("label",), "has no column 'label': found prompt"),
+        ([{"prompt": ["a"]}], (), "p.jsonl, line 1: prompt is .*, not text or messages"),
+        ([{"prompt": "a"}], ("label",), "there is no label, found prompt"),
+        ([{"prompt": ASKED}], ("label",), "there is no label, found prompt"),
         (
             [{"prompt": "a", "label": "safe"}, {"prompt": "a", "label": "Unsafe"}],
             ("label",),
@@ -105,14 +105,14 @@ BIAS = ("template", "group")
         (
             [{"prompt": "a", "template": "t", "group": "men"}] * 2,
             BIAS,
-            "p.jsonl: all of its rows are of the group 'men', .* give each template for two groups or more",
+            "p.jsonl: all rows are of the group 'men': give each template for two",
         ),
         (
             [{"prompt": "a", "template": x, "group": g} for x, g in ("tm", "tw", "um", "tm")],
             BIAS,
-            "p.jsonl, line 3: its template 'u' has no row for the group 'w', .*: add that row, or take the template",
+            "p.jsonl, line 3: its template 'u' has no row for the group 'w': add that row",
         ),
-        ([{"prompt": "a", "template": "t", "group": 1}], BIAS, "p.jsonl, line 1: group is a number, not text"),
+        ([{"prompt": "a", "template": "t", "group": 1}], BIAS, "p.jsonl, line 1: group is 1, not text"),
         ([], (), "p.jsonl is empty"),
     ],
 )
@@ -136,7 +136,7 @@ def test_a_file_that_is_not_there_or_has_no_row_is_told(tmp_path):
         read_prompts(str(tmp_path / "p.csv"), ("label",))
     table = pa.Table.from_pylist([], pa.schema([("prompt", pa.string())]))
     parquet.write_table(table, tmp_path / "p.parquet")
-    with pytest.raises(PipelineError, match="p.parquet is empty: give one row with a prompt"):
+    with pytest.raises(PipelineError, match="p.parquet is empty"):
         read_prompts(str(tmp_path / "p.parquet"))
 
 
@@ -374,13 +374,13 @@ def test_the_table_of_bias_shows_groups_gaps_and_what_was_unreadable():
 
 # Successes and failures
 
-NAMES = [{"prompt": f"p{i}", "chosen": f" good{i}", "rejected": f" bad{i}", "source": "s"} for i in range(7)]
+NAMES = [{"prompt": f"p{i}", "texts": {"chosen": f" good{i}", "rejected": f" bad{i}"}} for i in range(7)]
 
 
 def test_pairs_that_flipped_either_way_with_the_largest_change_first():
     before = [-1.0, -9.0, 3.0, 0.0, 1.0, -1.0, 2.0]
     after = [1.0, 0.5, -1.0, 4.0, 2.0, 1.0, 0.0]
-    found = preference_flips(NAMES, before, after, 2)
+    found = largest_changes("margin_nats", NAMES, before, after, 2)
     assert (found["n"], found["ties"]) == (7, 2)
     assert found["successes"]["count"] == 3
     assert [example["prompt"] for example in found["successes"]["examples"]] == ["p1", "p0"]  # p5 changed as p0 did
@@ -397,27 +397,27 @@ def test_pairs_that_flipped_either_way_with_the_largest_change_first():
 
 
 def test_a_policy_against_itself_flips_nothing():
-    found = preference_flips(NAMES, [0.0] * 7, [1.0] * 7, 3)
+    found = largest_changes("margin_nats", NAMES, [0.0] * 7, [1.0] * 7, 3)
     assert (found["ties"], found["successes"]["count"], found["failures"]["count"]) == (7, 0, 0)
     assert (
         changes_as_markdown(found, "a", "b")
         == "**wrong with a, right with b: 0 of 7**\n\n**right with a, wrong with b: 0 of 7**"
     )
-    turned = preference_flips([{**NAMES[0], "prompt": ASKED}], [-1.0], [1.0], 1)["successes"]["examples"]
+    turned = largest_changes("margin_nats", [{**NAMES[0], "prompt": ASKED}], [-1.0], [1.0], 1)["successes"]["examples"]
     assert turned[0]["prompt"] == "user: Who?"
     with pytest.raises(ValueError, match="shorter"):
-        preference_flips(NAMES, [0.0] * 7, [0.0] * 6, 3)
+        largest_changes("margin_nats", NAMES, [0.0] * 7, [0.0] * 6, 3)
 
 
 def test_the_largest_gains_and_losses_of_a_judge_s_score():
-    samples = [{"prompt": f"p{i}", "answers": {"sft": f"old {i}", "dpo": "x" * 400}} for i in range(6)]
+    samples = [{"prompt": f"p{i}", "texts": {"sft": f"old {i}", "dpo": "x" * 400}} for i in range(6)]
     samples[4]["prompt"] = ASKED
     before, after = [0.0, 0.5, None, 1.0, -1.0, 0.2], [0.3, 0.5, 1.0, None, 2.0, 0.1]
-    found = largest_score_changes(samples, before, after, 1, "truth")
+    found = largest_changes("score.truth", samples, before, after, 1)
     assert {key: found[key] for key in ("n", "ties", "unread")} == {"n": 4, "ties": 1, "unread": 2}
     assert found["successes"]["count"] == 2
     assert found["successes"]["examples"] == [
-        {"prompt": "user: Who?", "texts": samples[4]["answers"], "before": -1.0, "after": 2.0}
+        {"prompt": "user: Who?", "texts": samples[4]["texts"], "before": -1.0, "after": 2.0}
     ]
     assert [example["prompt"] for example in found["failures"]["examples"]] == ["p5"]
     text = changes_as_markdown(json.loads(json.dumps(found)), "sft", "dpo")
@@ -431,7 +431,7 @@ def test_the_largest_gains_and_losses_of_a_judge_s_score():
 
 
 def test_none_of_the_samples_readable_is_told_as_none():
-    found = largest_score_changes([{"prompt": "p", "answers": {"a": "x", "b": "y"}}], [None], [1.0], 3, "truth")
+    found = largest_changes("score.truth", [{"prompt": "p", "texts": {"a": "x", "b": "y"}}], [None], [1.0], 3)
     assert found["n"] == 0
     assert found["unread"] == 1
     assert "0 of 0" in changes_as_markdown(found, "a", "b")

@@ -16,7 +16,8 @@ import pytest
 
 from dpo_pipeline import run_folder
 from dpo_pipeline.config import CONF
-from tests.conftest import SMALL
+from dpo_pipeline.record import read_json
+from tests.helpers import SMALL
 
 ROOT = CONF.parent
 SLURM = ROOT / ".slurm"
@@ -126,7 +127,7 @@ def until(holds: Callable[[], bool]) -> None:
 
 
 def status(folder: Path) -> dict:
-    return run_folder.read_json(folder / "status.json") or {"state": "none", "step": 0}
+    return read_json(folder / "status.json") or {"state": "none", "step": 0}
 
 
 @pytest.fixture(scope="module")
@@ -190,4 +191,4 @@ def test_two_nodes_train_together_and_stop_and_go_on_together(whole, slurm):
     until(lambda: status(other)["state"] == "interrupted")
     told = slurm.ended(job)
     assert (told["JobState"], told["Restarts"], status(other)["state"]) == ("COMPLETED", "1", "done")
-    assert run_folder.read_json(other / "manifest.json")["world_size"] == 2
+    assert read_json(other / "manifest.json")["world_size"] == 2

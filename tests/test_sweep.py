@@ -17,14 +17,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra_plugins.dpo_pipeline import launcher
 
-from dpo_pipeline import config, locks, run_folder
+from dpo_pipeline import locks, run_folder
 from dpo_pipeline.config import CONF
 from dpo_pipeline.data import prepare
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluation import sweep_report
+from dpo_pipeline.record import read_json, write_json
 from dpo_pipeline.sft import run_sft
-from dpo_pipeline.training import reference
 
 
 @pytest.fixture
@@ -51,10 +51,8 @@ def test_a_job_that_fails_leaves_the_others_running_and_the_command_runs_what_is
     assert set(ended) == names
     for name, (state, why) in ended.items():
         assert state == ("failed" if "1e+20" in name else "done")
-        assert ("is no number at step" if "1e+20" in name else "loss 0.") in why
-    assert (
-        "error: 2 of 4 jobs did not end well (dpo.learning_rate=1e+20 seed=7, dpo.learning_rate=1e+20" in done.stderr
-    )
+        assert ("is too high" if "1e+20" in name else "loss 0.") in why
+    assert "error: 2 of 4 jobs did not finish (dpo.learning_rate=1e+20 seed=7, dpo.learning_rate=1e+20" in done.stderr
     assert "Traceback" not in done.stderr
     table = (small().home / "report" / "sweep.md").read_text()
     assert table in done.stdout
@@ -78,7 +76,7 @@ def test_a_killed_job_has_failed_and_ctrl_c_stops_the_others_at_a_checkpoint(typ
     def running(seed: int) -> dict:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            status = run_folder.read_json(folders[seed] / "status.json")
+            status = read_json(folders[seed] / "status.json")
             if status is not None and status["state"] == "running" and status["step"] >= 3:
                 return status
             time.sleep(0.2)
@@ -89,31 +87,21 @@ def test_a_killed_job_has_failed_and_ctrl_c_stops_the_others_at_a_checkpoint(typ
     process.send_signal(signal.SIGINT)
     printed, told = process.communicate(timeout=120)
     assert process.returncode == 75, told
-    assert "seed=21: failed, killed by SIGKILL: by hand, or for want of memory (1 to come)" in printed
-    assert "stopping 1 job(s) at a checkpoint: the same command goes on from there" in printed
+    assert "seed=21: failed, killed by SIGKILL (by hand, or out of memory) (1 to come)" in printed
+    assert "stopping 1 job(s) at a checkpoint: type the same command to resume" in printed
     assert re.search(r"seed=22: interrupted, loss 0\.\d+ at step \d+", printed)
     assert run_folder.run_state(folders[22]) == "interrupted"
     assert run_folder.newest_checkpoint(folders[22])
 
 
-def test_one_reference_pass_serves_every_beta_loss_and_seed(small, sft, tmp_path, monkeypatch):
-    seen = []
-    computed, tokenize = reference.compute_reference_logps, prepare.tokenize
-
-    def counted(made, rows, *told):
-        seen.append((told, len(rows)))
-        return computed(made, rows, *told)
-
-    monkeypatch.setattr(reference, "compute_reference_logps", counted)
-    monkeypatch.setattr(prepare, "tokenize", lambda *args: seen.append("tokenized") or tokenize(*args))
-    run = small(f"root={tmp_path}", "name=once")
-    run_sft(run)
-    seen.clear()
-    for i, what in enumerate(("beta=0.05", "beta=0.1", "beta=0.3 seed=1", "loss=ipo", "beta=0.5 dpo.max_steps=3")):
-        run_dpo(small(f"root={tmp_path}", "name=once", "++dpo.max_steps=2", f"variant=v{i}", *what.split()))
-    passes = [item for item in seen if item != "tokenized" and item[0]]
-    assert [label for label, _ in passes] == [("reference on train",), ("reference on validation",)]
-    assert seen.count("tokenized") == 3  # train, validation, test
+def test_rows_are_tokenized_once_for_every_beta_loss_and_seed(small, sft, tmp_path, monkeypatch):
+    calls, tokenize = [], prepare.tokenize
+    monkeypatch.setattr(prepare, "tokenize", lambda *args: calls.append(1) or tokenize(*args))
+    run_sft(small(f"root={tmp_path}", "name=once"))
+    calls.clear()
+    for i, typed in enumerate(("beta=0.05", "beta=0.3 seed=1", "loss=ipo")):
+        run_dpo(small(f"root={tmp_path}", "name=once", "++dpo.max_steps=2", f"variant=v{i}", *typed.split()))
+    assert len(calls) == 3  # train, validation, test
 
 
 # python -m dpo_pipeline.dpo -m hydra/launcher=submitit_slurm hydra.launcher.partition=gpu beta=0.05,0.1,0.3
@@ -121,7 +109,6 @@ SUBMITIT = ("hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hy
 
 
 def test_the_example_for_submitit_composes():
-    config.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         made = compose("config", [*SUBMITIT, "hydra.launcher.timeout_min=600"], return_hydra_config=True)
     made = made.hydra.launcher
@@ -133,7 +120,7 @@ def test_the_example_for_submitit_composes():
 def test_submitit_without_slurm_is_one_sentence():
     done = swept(*SUBMITIT[:1], "policy=base", "beta=0.1,0.2")
     assert done.returncode == 1
-    assert "error: the sweep could not be handed to its launcher (Could not detect" in done.stderr
+    assert "error: the sweep could not be submitted (Could not detect" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -150,14 +137,24 @@ class FakeProcess:
 
     started: ClassVar[list] = []
 
-    def __init__(self, call, env, **options):
+    def __init__(self, call, env, stdout, **options):
         self.call, self.gpus, self.looks, self.returncode = call, env.get("CUDA_VISIBLE_DEVICES"), 0, None
+        self.output = os.dup(stdout.fileno())  # the launcher closes its own
         FakeProcess.started.append(self)
 
     def poll(self):
         self.looks += 1
-        self.returncode = 0 if self.looks > 2 else None
+        if self.looks > 2:
+            self.end()
         return self.returncode
+
+    def end(self):
+        self.returncode = 0
+
+    terminate = wait = end
+
+    def kill(self):
+        assert self.returncode is not None
 
 
 @pytest.fixture
@@ -167,7 +164,7 @@ def launched(small, sft, tmp_path, monkeypatch):
     def launch(gpus: str, values: str, **options):
         FakeProcess.started = []
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
-        monkeypatch.setattr(launcher.subprocess, "Popen", FakeProcess)
+        monkeypatch.setattr(subprocess, "Popen", FakeProcess)
         monkeypatch.setattr(launcher.time, "sleep", lambda seconds: None)
         monkeypatch.setattr(sys, "argv", ["dpo"])
         made = launcher.ProcessLauncher(
@@ -186,7 +183,6 @@ def launched(small, sft, tmp_path, monkeypatch):
 
 
 def hydra_config(typed: list[str]):
-    config.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", typed, return_hydra_config=True)
 
@@ -218,20 +214,50 @@ def test_more_gpus_than_are_visible_are_refused(launched):
     assert not FakeProcess.started
 
 
-def test_a_launch_file_for_deepspeed_without_deepspeed_is_refused(launched, monkeypatch):
-    monkeypatch.setattr(launcher, "find_spec", lambda name: None)
-    with pytest.raises(PipelineError, match="zero2.yaml needs DeepSpeed, which is not installed: `pip install"):
-        launched("0,1", "0.1", gpus_per_job=2, launch_file="launch/accelerate/zero2.yaml")
+def test_a_job_whose_log_is_not_utf8_fails_alone(launched, monkeypatch, capsys):
+    def end(process):
+        os.write(process.output, b"\xff broken \xff\nerror: no text \xff\n")
+        process.returncode = 1
+
+    monkeypatch.setattr(FakeProcess, "end", end)
+    with pytest.raises(PipelineError, match="3 of 3 jobs did not finish"):
+        launched("3", "0.1,0.2,0.3")
+    assert capsys.readouterr().out.count("failed, no text \ufffd") == 3
+
+
+def test_an_error_of_the_launcher_stops_the_running_jobs(launched, monkeypatch):
+    outcome = launcher.Job.outcome
+
+    def broken(job):
+        monkeypatch.setattr(launcher.Job, "outcome", outcome)
+        raise OSError("the log is gone")
+
+    monkeypatch.setattr(launcher.Job, "outcome", broken)
+    with pytest.raises(OSError, match="the log is gone"):
+        launched("3,5", "0.1,0.2,0.3")
+    assert len(FakeProcess.started) == 2
+    assert all(process.returncode is not None for process in FakeProcess.started)
+
+
+def test_a_stale_running_of_another_host_is_run_again(launched, small, capsys):
+    run = small("variant=fake-0.1", "beta=0.1")
+    write_json(run.dpo_folder / "manifest.json", {"identity": run_folder.identity(run, "dpo")})
+    write_json(
+        run.dpo_folder / "status.json", {"state": "running", "step": 1, "host": "elsewhere", "pid": os.getppid()}
+    )
+    assert len(launched("", "0.1")) == 1
+    shutil.rmtree(run.dpo_folder)
+    assert ": running" in capsys.readouterr().out
 
 
 def test_a_job_that_another_sweep_runs_is_waited_for(launched, small, capsys, monkeypatch):
-    folder, looks, holder = small("variant=fake-0.1").dpo_folder, [], locks.lock_owner
+    folder, looks, owner = small("variant=fake-0.1").dpo_folder, [], locks.lock_owner
 
-    def looked(place):
+    def look(place):
         looks.append(place)
-        return holder(place) if len(looks) < 6 else None  # then the other has ended
+        return owner(place) if len(looks) < 6 else None  # then the other one has ended
 
-    monkeypatch.setattr(launcher.locks, "lock_owner", looked)
+    monkeypatch.setattr(launcher, "lock_owner", look)
     with locks.run_lock(folder):
         assert len(launched("", "0.1")) == 1
     printed = capsys.readouterr().out
@@ -245,8 +271,8 @@ def estimate(value: float, half: float) -> dict:
 def lay(home: Path, beta: float, seed: int, kl: float, reward: float | None, nats: float, half=0.05, **status):
     """A DPO that is done, with these numbers on validation and test."""
     folder = home / "dpo" / f"sigmoid-beta{beta:g}-seed{seed}"
-    run_folder.write_json(folder / "status.json", {"state": "done", "step": 9, "error": None, **status})
-    run_folder.write_json(folder / "manifest.json", {"identity": {"beta": beta, "seed": seed, "dpo.x": 1}})
+    write_json(folder / "status.json", {"state": "done", "step": 9, "error": None, **status})
+    write_json(folder / "manifest.json", {"identity": {"beta": beta, "seed": seed, "dpo.x": 1}})
     block = {"preference_accuracy": estimate(0.8, 0.02), "margin_nats": estimate(nats, half), "kl": estimate(kl, 0.1)}
     own = {"completion_tokens": estimate(20, 1)} | ({} if reward is None else {"score.truth": estimate(reward, half)})
     name = f"dpo/{folder.name}"
@@ -255,7 +281,7 @@ def lay(home: Path, beta: float, seed: int, kl: float, reward: float | None, nat
     against = {"base": block, "reference": block}
     result = {"policy": name, "dataset": "d", "settings": settings, "own": own, "against": against}
     for file in ("eval.json", "validation.json"):
-        run_folder.write_json(folder / file, result)
+        write_json(folder / file, result)
     return folder
 
 
@@ -277,10 +303,10 @@ def test_the_largest_reward_within_the_budget_is_recommended(tmp_path):
 def test_the_choice_reads_validation_and_never_test(tmp_path):
     for beta, on_validation, on_test in ((0.1, 0.7, 0.2), (0.3, 0.3, 0.9)):
         folder = lay(tmp_path, beta, 0, kl=5, reward=on_validation, nats=5)
-        result = run_folder.read_json(folder / "eval.json")
+        result = read_json(folder / "eval.json")
         result["own"]["score.truth"] = estimate(on_test, 0.05)
         result["against"]["reference"]["kl"] = estimate(50 if beta == 0.1 else 1, 0.1)
-        run_folder.write_json(folder / "eval.json", result)
+        write_json(folder / "eval.json", result)
     text = sweep_report.sweep_report(tmp_path, 10, {})
     assert "Recommended: beta 0.1, reward 0.700" in text
     assert "0.900 [0.850, 0.950]" in text  # the table is of test
@@ -333,5 +359,5 @@ def test_variants_of_two_references_are_shown_against_the_base(tmp_path):
     folder = lay(tmp_path, 0.3, 0, kl=2, reward=0.9, nats=4)
     result = json.loads((folder / "eval.json").read_text())
     result["settings"]["weights"]["sft/full"] = "another"
-    run_folder.write_json(folder / "eval.json", result)
+    write_json(folder / "eval.json", result)
     assert "All against base:" in sweep_report.sweep_report(tmp_path, 10, {})

@@ -6,25 +6,28 @@ import math
 import random
 import signal
 import statistics
-import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
-from dpo_pipeline import dpo, run_folder
+from dpo_pipeline import run_folder
 from dpo_pipeline.config import compose
 from dpo_pipeline.data.reviews import reward
+from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.evaluation import compare
 from dpo_pipeline.judges import build
 from dpo_pipeline.judges.judge import Judge
 from dpo_pipeline.models import load_policy
 from dpo_pipeline.sampling import uniform_draws
-from dpo_pipeline.training import tracker, trainer
+from dpo_pipeline.training import kept_reference, reward_kl, trainer
 from dpo_pipeline.training.arguments import BEST, training_arguments
-from dpo_pipeline.training.overoptimization import OveroptimizationMonitor
-from tests.test_processes import FSDP2, two_ranks
+from dpo_pipeline.training.reward_kl import RewardKLTracker
+from tests.helpers import SMALL
+from tests.ranks import FSDP2, two_ranks
 
 SHORT = (
     "evaluation.prompts=13",
@@ -47,16 +50,16 @@ def train(small, sft):
         found = SimpleNamespace(run=made, folder=made.dpo_folder)
 
         def seen(dpo, folder, callbacks):
-            found.tracker = next(each for each in callbacks if isinstance(each, tracker.RewardKLTracker))
+            found.tracker = next(each for each in callbacks if isinstance(each, RewardKLTracker))
             return given(dpo, folder, callbacks)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dpo, "compare_policies", lambda *args: {})
+            patch.setattr(compare, "compare_policies", lambda *args: {})
             patch.setattr(trainer, "train", seen)
             if judges is not None:
                 patch.setattr(build, "build_judges", lambda *args: judges)
-            dpo.run_dpo(made)
-        found.points = run_folder.read_json(made.dpo_folder / run_folder.POINTS)
+            run_dpo(made)
+        found.points = run_folder.read_json(made.dpo_folder / run_folder.TRACKER_FILE)
         found.manifest = run_folder.read_json(made.dpo_folder / "manifest.json")
         return found
 
@@ -65,7 +68,7 @@ def train(small, sft):
 
 @pytest.fixture(scope="module")
 def full(train):
-    """A run of every weight, whose reference is loaded at each evaluation."""
+    """A run of every weight, whose reference is kept in host memory."""
     return train("variant=tracked-full")
 
 
@@ -105,24 +108,22 @@ def test_each_reference_gives_the_kl_that_a_plain_loop_gives(how, train, full, s
     typed = MODES[how].replace("BASE", base).split()
     found = full if how == "full cached" else train(*typed, f"variant=mode-{how.replace(' ', '-').replace(',', '')}")
     assert [point["step"] for point in found.points] == [0, 2, 4]
-    on, last = found.tracker.on, found.points[-1]
+    on, last = found.tracker.eval_set, found.points[-1]
     start = base if "BASE" in MODES[how] else sft["r8" if "adapter" in how and "new" not in how else "none"] / "final"
     policy, reference = (load_policy(each, on.loading).double() for each in (found.folder / "final", start))
     assert len(on.prompt_set.ids) == len(set(map(tuple, on.prompt_set.ids))) == 6
     completions, gaps = zip(*(drawn(policy, reference, prompt, on) for prompt in on.prompt_set.ids), strict=True)
     assert last["kl"] == pytest.approx(sum(gaps) / 6, abs=1e-3)
-    assert last["kl_se"] == pytest.approx(statistics.stdev(gaps) / math.sqrt(6), abs=1e-3)
-    assert last["kl_high"] - last["kl"] == pytest.approx(2.570582 * last["kl_se"], rel=1e-5)  # t, 5 degrees of freedom
+    error = statistics.stdev(gaps) / math.sqrt(6)
+    assert last["kl_high"] - last["kl"] == pytest.approx(2.570582 * error, abs=3e-3)  # t, 5 degrees of freedom
     texts = on.tokenizer.batch_decode(completions, skip_special_tokens=True)
     ended = [completion[-1] in on.eos_ids for completion in completions]
     assert last["reward"] == pytest.approx(sum(map(reward, texts, ended)) / 6)
     assert (last["stop_rate"], last["n"], last["beta"]) == (pytest.approx(sum(ended) / 6), 6, 0.1)
     assert last["completion_tokens"] == pytest.approx(sum(map(len, completions)) / 6)
-    first = [found.points[0][key] for key in ("kl", "kl_low", "kl_high", "kl_se")]
-    assert "BASE" in MODES[how] or first == [0.0] * 4
-    assert bool(list(found.folder.glob("checkpoints/*/ref"))) == (
-        "reference=adapter" in MODES[how]
-    )  # it comes and goes
+    first = [found.points[0][key] for key in ("kl", "kl_low", "kl_high")]
+    assert "BASE" in MODES[how] or first == [0.0] * 3
+    assert bool(list(found.folder.glob("checkpoints/*/ref"))) == ("reference=adapter" in MODES[how])
     assert last["kl"] != 0
 
 
@@ -134,11 +135,11 @@ def test_policy_and_reference_are_multiplied_in_one_precision(train):
 
 
 def test_its_numbers_are_in_the_log_of_the_same_step(full):
-    rows = [row for row in run_folder.metrics(full.folder) if "eval_kl" in row]
+    rows = [row for row in run_folder.read_metrics(full.folder) if "eval_kl" in row]
     assert [row["step"] for row in rows] == [0, 2, 4]
     for row, point in zip(rows, full.points, strict=True):
         assert {f"eval_{key}": point[key] for key in LOGGED}.items() <= row.items()
-    assert len([row for row in run_folder.metrics(full.folder) if "eval_loss" in row]) == 2
+    assert len([row for row in run_folder.read_metrics(full.folder) if "eval_loss" in row]) == 2
 
 
 def noisy(completions):
@@ -150,7 +151,7 @@ def noisy(completions):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["lora=none", "lora=r8 dpo.activation_checkpointing=true"])
 def test_the_weights_are_the_same_with_and_without_it(how, train, monkeypatch):
-    states, tell = [], tracker.RewardKLTracker.measure_and_log
+    states, tell = [], RewardKLTracker.measure_and_log
 
     def kept(self, step):
         states.append((random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()))
@@ -161,8 +162,8 @@ def test_the_weights_are_the_same_with_and_without_it(how, train, monkeypatch):
     tail = how.replace(" ", "-").replace("=", "_")
     without = train(*how.split(), f"variant=without-{tail}", "evaluation.tracker_prompts=0")
     assert without.points is None
-    assert not any("eval_kl" in row for row in run_folder.metrics(without.folder))
-    monkeypatch.setattr(tracker.RewardKLTracker, "measure_and_log", kept)
+    assert not any("eval_kl" in row for row in run_folder.read_metrics(without.folder))
+    monkeypatch.setattr(RewardKLTracker, "measure_and_log", kept)
     found = train(*how.split(), f"variant=with-{tail}", judges={"noisy": Judge(noisy)})
     assert weights(found.folder / "final") == weights(without.folder / "final")
     assert states[::2] == states[1::2]
@@ -173,25 +174,36 @@ def test_the_weights_are_the_same_with_and_without_it(how, train, monkeypatch):
         )
 
 
+@pytest.mark.parametrize("typed", ["lora=none", "lora=r8", "lora=none reference.path=BASE"])
 @pytest.mark.slow
-def test_a_reference_is_loaded_where_the_gradients_were_and_freed(train, monkeypatch):
-    loaded, load, under = [], tracker.load_policy, tracker.RewardKLTracker.under_reference
+def test_no_evaluation_loads_weights_and_nothing_of_the_copy_is_saved(typed, train, full, monkeypatch):
+    begin = RewardKLTracker.on_train_begin
 
-    def kept(*args, **options):
-        model = load(*args, **options)
-        loaded.append(weakref.ref(model))
-        return model
+    def forbid_loading(self, *args, **options):
+        monkeypatch.setattr(kept_reference, "load_policy", None)
+        begin(self, *args, **options)
 
-    def checked(self, policy, *rest):
-        assert all(p.grad is None for p in policy.parameters())
-        found = under(self, policy, *rest)
-        assert loaded[-1]() is None
-        return found
+    monkeypatch.setattr(RewardKLTracker, "on_train_begin", forbid_loading)
+    variant = f"variant=kept-{typed.replace(' ', '-').replace('=', '_')}"
+    run = train(*typed.replace("BASE", full.run.model.path).split(), variant)
+    assert run.points[-1]["kl"] != 0
+    if "BASE" not in typed:
+        copies, weights = run.tracker.reference.args[0], kept_reference.trained_weights(run.tracker.trainer.model)
+        assert [(copy.shape, copy.dtype) for copy in copies] == [(weight.shape, weight.dtype) for weight in weights]
+    assert not list(run.folder.rglob("ref"))
 
-    monkeypatch.setattr(tracker, "load_policy", kept)
-    monkeypatch.setattr(tracker.RewardKLTracker, "under_reference", checked)
-    train("variant=freed")
-    assert len(loaded) == 3
+
+def test_exchanging_weights_twice_changes_no_bit():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 3).requires_grad_(False)).bfloat16()
+    copies = [torch.randn_like(weight) for weight in kept_reference.trained_weights(model)]
+    policy, start = ([w.clone() for w in each] for each in (kept_reference.trained_weights(model), copies))
+    with kept_reference.with_start_weights(copies, model):
+        assert all(map(torch.equal, kept_reference.trained_weights(model), start))
+    with pytest.raises(KeyError), kept_reference.with_start_weights(copies, model):
+        raise KeyError
+    assert all(map(torch.equal, kept_reference.trained_weights(model), policy))
+    assert all(map(torch.equal, copies, start))
+    assert len(copies) == 2
 
 
 def test_the_first_judge_that_scores_and_is_not_late_gives_the_reward(full):
@@ -203,13 +215,12 @@ def test_the_first_judge_that_scores_and_is_not_late_gives_the_reward(full):
         "chooses": Judge(choose=list),
         "a": Judge(constant(2.0)),
     }
-    made = tracker.RewardKLTracker(full.tracker.trainer, full.run, full.folder, full.tracker.on, judges, "")
-    assert made.judge is judges["a"]
-    assert made.reward(0, [[1]] * 6)["value"] == 2.0
-    none = tracker.RewardKLTracker(
-        full.tracker.trainer, full.run, full.folder, full.tracker.on, {"asks": judges["asks"]}, ""
-    )
-    assert none.reward(0, [[1]] * 6) is None
+    trainer, eval_set = full.tracker.trainer, full.tracker.eval_set
+    scored = RewardKLTracker(trainer, full.run, full.tracker.record, eval_set, judges, "")
+    assert scored.judge is judges["a"]
+    assert scored.score(0, [[1]] * 6)["value"] == 2.0
+    unscored = RewardKLTracker(trainer, full.run, full.tracker.record, eval_set, {"asks": judges["asks"]}, "")
+    assert unscored.score(0, [[1]] * 6) is None
 
 
 def down(completions):
@@ -220,13 +231,13 @@ def down(completions):
 FAULTS = {
     "none": (
         lambda completions: ((i, None if i == 2 else 1.0) for i in range(6)),
-        "1 of 6 completions have got no score",
+        "1 of 6 completions have no score",
     ),
     "NaN": (
         lambda completions: ((i, math.nan if i < 2 else 1.0) for i in range(6)),
-        "2 of 6 completions have got no score",
+        "2 of 6 completions have no score",
     ),
-    "too few": (lambda completions: ((i, 1.0) for i in range(5)), "1 of 6 completions have got no score"),
+    "too few": (lambda completions: ((i, 1.0) for i in range(5)), "1 of 6 completions have no score"),
     "down": (down, "nobody completions at http://localhost:1"),
 }
 
@@ -236,7 +247,7 @@ def test_a_judge_that_fails_is_told_once_and_its_reward_is_none(fault, full, cap
     score, told = FAULTS[fault]
     failing = copy.copy(full.tracker)
     failing.judge = Judge(score)
-    assert [failing.reward(step, [[1]] * 6) for step in (2, 4)] == [None, None]
+    assert [failing.score(step, [[1]] * 6) for step in (2, 4)] == [None, None]
     (record,) = caplog.records
     assert record.getMessage() == f"the judge failed at step 2, so the tracker has no reward: {told}"
 
@@ -248,12 +259,12 @@ def test_a_run_whose_judge_is_down_goes_on_without_a_reward(train, full):
     assert [point["reward"] for point in found.points] == [None] * 3
     for key in ("kl", "stop_rate"):
         assert [point[key] for point in found.points] == pytest.approx([p[key] for p in full.points], abs=1e-4)
-    assert not any("eval_reward" in row for row in run_folder.metrics(found.folder))
+    assert not any("eval_reward" in row for row in run_folder.read_metrics(found.folder))
 
 
 @pytest.mark.slow
 def test_an_interrupt_while_it_samples_loses_no_point_and_makes_none_twice(train, full, monkeypatch):
-    sample, calls = tracker.sample, []
+    sample, calls = reward_kl.sample, []
 
     def interrupted(*args, **options):
         calls.append(args)
@@ -262,26 +273,26 @@ def test_an_interrupt_while_it_samples_loses_no_point_and_makes_none_twice(train
         return sample(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracker, "sample", interrupted)
+        patch.setattr(reward_kl, "sample", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train("variant=stopped")
     folder = full.folder.with_name("stopped")
     assert run_folder.newest_checkpoint(folder).name == "checkpoint-3"
-    assert run_folder.read_json(folder / run_folder.POINTS) == full.points[:2]
+    assert run_folder.read_json(folder / run_folder.TRACKER_FILE) == full.points[:2]
     assert train("variant=stopped").points == full.points
-    assert [row["step"] for row in run_folder.metrics(folder) if "eval_kl" in row] == [0, 2, 4]
+    assert [row["step"] for row in run_folder.read_metrics(folder) if "eval_kl" in row] == [0, 2, 4]
     assert weights(folder / "final") == weights(full.folder / "final")
 
 
 def test_what_lies_behind_the_checkpoint_is_cut_from_the_points(tmp_path):
     points = [{"step": step, "kl": 0.1 * step} for step in (0, 2, 4, 6)]
-    run_folder.write_json(tmp_path / run_folder.POINTS, points)
+    run_folder.write_json(tmp_path / run_folder.TRACKER_FILE, points)
     run_folder.write_json(tmp_path / "checkpoints" / "checkpoint-4" / "trainer_state.json", {})
     run_folder.rollback_to_checkpoint(tmp_path)
-    assert run_folder.read_json(tmp_path / run_folder.POINTS) == points[:3]
+    assert run_folder.read_json(tmp_path / run_folder.TRACKER_FILE) == points[:3]
     (tmp_path / "checkpoints" / "checkpoint-4" / "trainer_state.json").unlink()
     run_folder.rollback_to_checkpoint(tmp_path)
-    assert run_folder.read_json(tmp_path / run_folder.POINTS) == []
+    assert run_folder.read_json(tmp_path / run_folder.TRACKER_FILE) == []
 
 
 PEAK = ("dpo.learning_rate=3e-2", "++dpo.max_steps=12", "evaluation.tracker_prompts=13")
@@ -299,7 +310,7 @@ def test_the_best_by_reward_is_the_largest_within_the_budget_else_the_nearest(bu
     assert found.manifest["final"]["step"] == best["step"] < 12
     checkpoint = found.folder / "checkpoints" / f"checkpoint-{best['step']}"
     assert weights(checkpoint) == weights(found.folder / "final")
-    told = f"no checkpoint has a reward within evaluation.kl_budget={budget:g} nats: the one of the smallest KL"
+    told = f"no checkpoint has a reward within evaluation.kl_budget={budget:g}: the least KL"
     assert (told in caplog.text) == (budget == 0.01)
     assert f"final/ is step {best['step']}: highest validation reward within kl, " in caplog.text
 
@@ -312,7 +323,7 @@ def test_the_best_by_reward_is_the_largest_within_the_budget_else_the_nearest(bu
 def test_the_best_by_a_metric_is_its_checkpoint_and_the_log_has_it(typed, better, train):
     found = train(*typed.split(), f"variant=best-{len(typed)}")
     name = found.run.dpo_best.removeprefix("eval_")
-    rows = [row for row in run_folder.metrics(found.folder) if f"eval_{name}" in row and row["step"]]
+    rows = [row for row in run_folder.read_metrics(found.folder) if f"eval_{name}" in row and row["step"]]
     best = better(rows, key=lambda row: row[f"eval_{name}"])["step"]
     assert found.manifest["final"]["step"] == best
     assert weights(found.folder / "checkpoints" / f"checkpoint-{best}") == weights(found.folder / "final")
@@ -322,22 +333,22 @@ def test_a_reward_that_is_missing_is_never_the_best():
     inside, over, far, unknown = (
         {"kl": kl, "reward": r} for kl, r in ((1.0, -7.0), (11.0, 9.0), (12.0, 9.0), (2.0, None))
     )
-    order = [tracker.reward_within_budget(point, 10.0) for point in (far, over, unknown, inside)]
+    order = [reward_kl.reward_within_budget(point, 10.0) for point in (far, over, unknown, inside)]
     assert order == sorted(order)
     assert order[-1] == -7.0
-    assert tracker.reward_within_budget({"kl": None, "reward": 9.0}, 10.0) == -math.inf
+    assert reward_kl.reward_within_budget({"kl": None, "reward": 9.0}, 10.0) == -math.inf
 
 
 def test_each_number_that_may_be_chosen_by_is_one_that_a_run_has(full):
     assert {name for name, more in BEST.items() if not more} == {"loss", "kl"}
-    rows = [row for row in run_folder.metrics(full.folder) if row["step"] == 4]
+    rows = [row for row in run_folder.read_metrics(full.folder) if row["step"] == 4]
     assert {f"eval_{name}" for name in BEST} <= {key for row in rows for key in row}
 
 
 WRONG = {
-    "dpo_best=lost": r"dpo_best=lost is none of its values: last, reward, .*: did you mean loss or last\?",
-    "dpo_best=rewards/rejected": "dpo_best=rewards/rejected is none of its values",
-    "dpo_best=reward judge=[]": r"needs a judge that scores completions, and .* names none: add judge=\[length\]",
+    "dpo_best=lost": r"dpo_best=lost: must be one of last, reward, .*: did you mean loss or last\?",
+    "dpo_best=rewards/rejected": "dpo_best=rewards/rejected: must be one of",
+    "dpo_best=reward judge=[]": r"needs a judge that scores completions: add judge=\[length\]",
     "dpo_best=reward evaluation.tracker_prompts=0": "dpo_best=reward needs the tracker.*tracker_prompts=0.*: type 64",
     "dpo_best=kl evaluation.tracker_prompts=0": "dpo_best=kl needs the tracker",
     "guard.action=stop evaluation.tracker_prompts=0": "guard.action=stop needs the tracker",
@@ -361,12 +372,12 @@ def test_a_judge_that_comes_late_cannot_choose(full):
     with pytest.raises(
         PipelineError, match=r"none of judge=\[openai,human\] scores completions while a run trains: add one"
     ):
-        tracker.RewardKLTracker(full.tracker.trainer, run, full.folder, full.tracker.on, post_training_only, "")
+        RewardKLTracker(full.tracker.trainer, run, full.tracker.record, full.tracker.eval_set, post_training_only, "")
 
 
 def test_the_identity_of_the_last_checkpoint_is_that_of_a_run_without_any_of_it():
     plain = run_folder.identity(compose([]), "dpo")
-    assert not {"dpo_best", "tracker", "judge", "kl_budget", "dpo.eval_steps"} & set(plain)
+    assert not {"judge", "evaluation.tracker_prompts", "evaluation.kl_budget", "dpo.eval_steps"} & set(plain)
     assert not any(key.startswith("guard") for key in plain)
     for typed in ("evaluation.tracker_prompts=9", "evaluation.kl_budget=3", "guard.action=off", "guard.kl_max=5",
                   "dpo.eval_steps=7", "judge=[]"):  # fmt: skip
@@ -416,20 +427,28 @@ def at(step: int, kl: float | None = 1.0, stop_rate: float = 0.9, reward: float 
 
 
 class Saved(list):
+    """What the tracker saves in a run's manifest."""
+
     def save_manifest(self, **facts):
         self.append(facts)
+
+
+def watching(run, record) -> RewardKLTracker:
+    """A tracker without prompts of its own."""
+    trainer, nothing = SimpleNamespace(), SimpleNamespace(prompt_set=SimpleNamespace(ids=[]))
+    return RewardKLTracker(trainer, run, record, nothing, {}, "")
 
 
 def watched(points, *typed, losses=(0.6, 0.5, 0.4, 0.3), accuracy=0.9, chosen=(-50.0, 0.0), caplog=None):
     """The warnings of a run with one evaluation for each point behind the first, and what it did to the run."""
     caplog.clear()
-    saved, now = Saved(), []
-    watch = OveroptimizationMonitor(compose(["dpo.learning_rate=1e-4", *typed]), saved, now)
+    saved = Saved()
+    watch = watching(compose(["dpo.learning_rate=1e-4", *typed]), saved)
     control, told = SimpleNamespace(should_training_stop=False, should_save=False), []
-    now.append(points[0])
+    watch.points.append(points[0])
     for point, loss in zip(points[1:], losses, strict=False):
         state = SimpleNamespace(global_step=point["step"], max_steps=100)
-        now.append(point)
+        watch.points.append(point)
         mean = accuracy if isinstance(accuracy, float) else accuracy[len(told)]
         for value in (mean - 0.04, mean + 0.04):
             watch.on_log(None, state, control, logs={"rewards/accuracies": value, "eval_rewards/accuracies": 0.99})
@@ -480,10 +499,7 @@ def test_train_accuracy_is_the_mean_since_the_last_evaluation(caplog):
 
 def test_chosen_completions_collapse_where_their_nats_grow_by_half(caplog):
     told, *_ = watched([at(0), at(10)], chosen=(-75.5, -2.55), caplog=caplog)
-    said = (
-        "the log-prob of the chosen completions collapses, in nats -50.0 under the reference, -75.5 at step 10 "
-        "(below 1.5"
-    )
+    said = "the log-prob of the chosen completions falls from -50.0 under the reference to -75.5 nats at step 10: "
     assert told[0][0].startswith(said)
 
 
@@ -520,7 +536,7 @@ def test_off_is_silent_and_stop_stops_beyond_kl_max_alone(caplog):
     told, control, saved = watched(points, "guard.action=stop", caplog=caplog)
     assert (control.should_training_stop, control.should_save) == (True, True)
     assert saved == [{"stopped": {"step": 20, "kl": 21.0, "kl_max": 20.0}}]
-    assert told[1][-1] == "stopped at step 20 of 100, as guard.action=stop has it"
+    assert told[1][-1] == "stopped at step 20 of 100: guard.action=stop, and KL is 21"
     _, control, saved = watched([at(0, 0.0), at(100, 21.0)], "guard.action=stop", caplog=caplog)
     assert (control.should_training_stop, saved) == (False, [])  # it has come to its end by itself
     unknown = [at(0, None), at(10, None)]
@@ -534,11 +550,11 @@ def test_off_is_silent_and_stop_stops_beyond_kl_max_alone(caplog):
 
 
 def test_without_a_tracker_the_metrics_alone_are_watched(caplog):
-    watch = OveroptimizationMonitor(compose([]), Saved(), [])
+    watch = watching(compose([]), Saved())
     state = SimpleNamespace(global_step=10, max_steps=100)
     metrics = {"eval_loss": 0.5, "eval_logps/chosen": -90.0, "eval_rewards/chosen": -4.0}
     watch.on_evaluate(None, state, SimpleNamespace(), metrics=metrics)
-    assert "chosen completions collapses" in caplog.text
+    assert "log-prob of the chosen completions falls" in caplog.text
 
 
 @pytest.mark.slow
@@ -566,8 +582,6 @@ def test_two_ranks_have_the_points_of_one(kind, how, small, full, train, tmp_pat
     tail = how.replace(" ", "-").replace("=", "_")
     one = full if "lora=none" in how else train(*how.split(), f"variant=one-{tail}")
     variables = FSDP2 if kind == "fsdp2" else {}
-    from tests.conftest import SMALL
-
     typed = [f"root={small().root}", "name=small", f"variant={kind}-{tail}", *how.split(), *SHORT]
     names = {item.split("=")[0] for item in typed}
     call = [item for item in SMALL if item.split("=")[0] not in names] + typed
@@ -575,28 +589,29 @@ def test_two_ranks_have_the_points_of_one(kind, how, small, full, train, tmp_pat
     assert done.returncode == 0
     folder = small().home / "dpo" / f"{kind}-{tail}"
     assert run_folder.run_state(folder) == "done"
-    points = run_folder.read_json(folder / run_folder.POINTS)
+    points = run_folder.read_json(folder / run_folder.TRACKER_FILE)
     assert [point["step"] for point in points] == [0, 2, 4]
     for point, other in zip(points, one.points, strict=True):
         assert point == pytest.approx(other, abs=1e-4)
-    assert len([row for row in run_folder.metrics(folder) if "eval_reward" in row]) == 3
+    assert len([row for row in run_folder.read_metrics(folder) if "eval_reward" in row]) == 3
 
 
-def test_in_parts_a_reference_that_would_be_loaded_is_not(full, tmp_path, caplog):
-    run, parts, on = copy.copy(full.run), copy.copy(full.tracker.trainer), full.tracker.on
-    parts.is_fsdp_enabled = True
-    blind = tracker.RewardKLTracker(parts, run, tmp_path, on, {}, "nowhere")
-    told = "there is no KL: beside weights in parts no reference is loaded at each evaluation: type reference=frozen"
-    assert caplog.messages == [f"{told} for it"]
+def test_sharded_weights_with_a_cached_reference_have_no_kl(full, tmp_path, caplog):
+    run, sharded, eval_set = copy.copy(full.run), copy.copy(full.tracker.trainer), full.tracker.eval_set
+    sharded.is_fsdp_enabled = True
+    record = SimpleNamespace(folder=tmp_path)
+    blind = RewardKLTracker(sharded, run, record, eval_set, {}, "nowhere")
+    (warning,) = caplog.messages
+    assert "KL cannot be measured on sharded weights" in warning
+    assert "type reference=frozen" in warning
+    Accelerator(cpu=True)  # its global state is reset where any training arguments are made
     blind.trainer = full.tracker.trainer
-    point = blind.point(4, blind.logprob_gaps(list(range(6))))
-    assert [point[key] for key in ("kl", "kl_low", "kl_high", "kl_se", "reward")] == [None] * 5
+    point = blind.save_point(4, blind.sample_and_compare(list(range(6))))
+    assert [point[key] for key in ("kl", "kl_low", "kl_high", "reward")] == [None] * 4
     assert {key: point[key] for key in LOGGED[2:]} == {key: full.points[-1][key] for key in LOGGED[2:]}
-    assert run_folder.read_json(tmp_path / run_folder.POINTS) == [point]
-    told = "there is no KL: .*dpo_best or guard.action=stop needs it: type reference=frozen"
-    run.dpo_best = "kl"
-    with pytest.raises(PipelineError, match=told):
-        tracker.RewardKLTracker(parts, run, tmp_path, on, {}, "nowhere")
-    run.dpo_best, run.guard = "last", SimpleNamespace(action="stop")
-    with pytest.raises(PipelineError, match=told):
-        tracker.RewardKLTracker(parts, run, tmp_path, on, {}, "nowhere")
+    assert run_folder.read_json(tmp_path / run_folder.TRACKER_FILE) == [point]
+    for key, value in (("dpo_best", "kl"), ("guard", SimpleNamespace(action="stop"))):
+        needing = copy.copy(run)
+        setattr(needing, key, value)
+        with pytest.raises(PipelineError, match="dpo_best or guard.action=stop needs it: type reference=frozen"):
+            RewardKLTracker(sharded, needing, record, eval_set, {}, "nowhere")

@@ -8,41 +8,33 @@ import re
 from typing import Any
 
 from dpo_pipeline.data.normalize import COMPLETIONS
-from dpo_pipeline.data.sources import json_type
+from dpo_pipeline.data.sources import Row, check_text, show_value
 from dpo_pipeline.errors import PipelineError, nearest
 
 PARTS = ("prompt", "question", "system", "instruction", "input", "text", *COMPLETIONS)
-CHOICE = (
-    "answers",
-    "choice",
-    "choices",
-)  # instead of chosen and rejected: two completions and a label that orders them
-STEP = re.compile(r"([^.\[\]]+)(?:\[([^=\]]+)=([^\]]*)\])?")
+# Instead of chosen and rejected: two completions, a label, and its values where the first and the second is better.
+LABELLED = ("answers", "choice", "choices")
+STEP = re.compile(r"([^.\[\]]+)(?:\[([^=\]]+)=([^\]]*)\])?")  # name, or name[field=value]
 FIELD = re.compile(r"\{([^{}]+)\}")
 
 
-def check_columns(columns: dict[str, Any] | None) -> dict[str, Any]:
-    """The columns that are not null; raises PipelineError where they name no parts of a row."""
-    if columns is None:
-        return {}
-    if not isinstance(columns, dict):
-        raise PipelineError(f"dataset.columns={columns} is no mapping: type 'dataset.columns={{prompt: NAME, ...}}'")
-    named = {part: where if part in CHOICE else str(where) for part, where in columns.items() if where is not None}
-    if isinstance(named.get("answers"), list):
-        named["answers"] = [str(where) for where in named["answers"]]
-    for part in named:
-        if part not in (*PARTS, *CHOICE):
-            listed = ", ".join((*PARTS, *CHOICE))
-            raise PipelineError(
-                f"dataset.columns.{part} is no part of a row: there are {listed}{nearest(part, PARTS)}"
-            )
-    sizes = [len(named[part]) if isinstance(named[part], list) else 1 for part in CHOICE if part in named]
+def check_columns(columns: Row) -> Row:
+    """The columns that are not null; raises PipelineError if they name no parts of a row."""
+    columns = {part: path for part, path in columns.items() if path is not None}
+    for part in columns:
+        if part not in (*PARTS, *LABELLED):
+            hint = nearest(part, PARTS) or f": there are {', '.join((*PARTS, *LABELLED))}"
+            raise PipelineError(f"dataset.columns.{part} is no part of a row{hint}")
+    sizes = [len(columns[part]) if isinstance(columns[part], list) else 1 for part in LABELLED if part in columns]
     if sizes and sizes != [2, 1, 2]:
-        raise PipelineError(
-            "dataset.columns needs three for a pair that a label orders: completions: [A, B], choice: the label's "
-            "column, choices: [its value where A is better, its value where B is]"
-        )
-    return named
+        needed = "answers: [A, B], choice: LABEL_COLUMN, choices: [LABEL_IF_A_IS_BETTER, LABEL_IF_B_IS]"
+        raise PipelineError(f"dataset.columns needs all three for a pair that a label orders: {needed}")
+    return {part: path if part in LABELLED else str(path) for part, path in columns.items()}
+
+
+def get_text(row: Row, column: str, origin: str) -> str:
+    """A column of a row; raises PipelineError unless it is there and is text."""
+    return check_text(get_path(row, column, origin), f"{origin}: {column}")
 
 
 def is_template(path: str) -> bool:
@@ -51,36 +43,26 @@ def is_template(path: str) -> bool:
 
 
 def get_path(raw: Any, path: str, label: str) -> Any:
-    """What lies there in a row; None where that, or something above it, is null; PipelineError if there is nothing."""
+    """The value at a path of a row; None if it, or something above it, is null; PipelineError if there is nothing."""
     if is_template(path):
         fields = {name: get_path(raw, name, label) for name in FIELD.findall(path)}
-        for name, held in fields.items():
-            if not isinstance(held, str | int | float | None):
-                raise PipelineError(f"{label}: {name} is {json_type(held)}, not text: name a field in it")
+        for name, value in fields.items():
+            if not isinstance(value, str | int | float | None):
+                raise PipelineError(f"{label}: {name} is {show_value(value)}, not text: name a field in it")
         return None if None in fields.values() else FIELD.sub(lambda field: str(fields[field[1]]), path)
     if isinstance(raw, dict) and path in raw:
         return raw[path]  # a column, perhaps with dots in its name
-    held, walked = raw, ""
-    for name, field, wanted in STEP.findall(path):
-        if held is None:
+    value = raw
+    for name, field, field_value in STEP.findall(path):
+        if value is None:
             return None
         try:
-            held = held[int(name) if isinstance(held, list) else name]
+            value = value[int(name) if isinstance(value, list) else name]
         except (KeyError, IndexError, ValueError, TypeError):
-            columns = held if isinstance(held, dict) else {}
-            there = ", ".join(columns) or json_type(held) + (f" of {len(held)}" if isinstance(held, list) else "")
-            at = f" in {walked}" if walked else ""
-            raise PipelineError(f"{label}: there is no {name}{at}, found {there}{nearest(name, columns)}") from None
-        walked = f"{walked}.{name}".strip(".")
+            columns = value if isinstance(value, dict) else {}
+            names = ", ".join(columns) or show_value(value)
+            raise PipelineError(f"{label}: there is no {name}, found {names}{nearest(name, columns)}") from None
         if field:
-            listed = held if isinstance(held, list) else [held]
-            held = next((each for each in listed if str(get_path(each, field, f"{label}, {walked}")) == wanted), None)
-    return held
-
-
-def parse_number(value: Any, label: str) -> float:
-    """A number, perhaps written as text; raises PipelineError for anything else."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise PipelineError(f"{label} is {json_type(value)}, not a number") from None
+            items = value if isinstance(value, list) else [value]
+            value = next((item for item in items if str(get_path(item, field, label)) == field_value), None)
+    return value

@@ -1,32 +1,26 @@
 """Anthropic's HH-RLHF (arXiv:2204.05862): two dialogues that differ in the last reply, as plain text."""
 
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
+from pydantic import validate_call
+
+from dpo_pipeline.data.columns import get_text
 from dpo_pipeline.data.normalize import normalize_row
-from dpo_pipeline.data.sources import read_source, require_text
+from dpo_pipeline.data.sources import Row, read_source
 from dpo_pipeline.errors import PipelineError
 
 
-def load(path: str, subsets: list[str] | None, chat: bool, source: str) -> dict[str, list[dict[str, Any]]]:
+@validate_call
+def load(path: str, subsets: list[str] | None, chat: bool, source: str) -> dict[str, list[Row]]:
     """Pairs of each split; the prompt is the dialogue up to and with its last `Assistant:`; a subset is a source."""
-    if isinstance(subsets, str):
-        raise PipelineError(f"dataset.subsets={subsets} is no list: type 'dataset.subsets=[{subsets}]'")
     if subsets and Path(path).is_file():
-        raise PipelineError(
-            f"dataset.path={path} is one file, without the folders {', '.join(subsets)}: set dataset.subsets=null"
-        )
-    splits: dict[str, list[dict[str, Any]]] = {}
+        raise PipelineError(f"dataset.path={path} is one file, without folders: set dataset.subsets=null")
+    splits = defaultdict(list)
     for subset in subsets or [None]:
+        row_source = f"{source}/{subset}" if subset else source
         for split, rows in read_source(path, data_dir=subset).items():
-            splits.setdefault(split, []).extend(
-                normalize_row(
-                    origin,
-                    f"{source}/{subset}" if subset else source,
-                    chat,
-                    None,
-                    require_text(row, ("chosen", "rejected"), origin),
-                )
-                for origin, row in rows
-            )
+            for origin, row in rows:
+                completions = {name: get_text(row, name, origin) for name in ("chosen", "rejected")}
+                splits[split].append(normalize_row(origin, row_source, chat, None, completions))
     return splits

@@ -8,8 +8,7 @@ from dpo_pipeline.errors import PipelineError
 
 @dataclass(frozen=True)
 class LengthLimits:
-    """Limits in tokens: of a prompt with its longer completion, of a prompt where the pair exceeds that, and what
-    gives.
+    """Limits in tokens: `max` of a prompt with its longer completion, `max_prompt` of a prompt if the row exceeds it.
 
     `prompt`: left | drop, cut it to `max_prompt`, or drop the row. `completion`: drop | keep_eos | cut, drop the row,
     or cut its completions, with or without the end token.
@@ -26,18 +25,17 @@ class LengthLimits:
         longest = length.max or min(512, context)
         if longest > context:
             raise PipelineError(f"length.max={longest} exceeds the model's context of {context} tokens: lower it")
-        cut = length.max_prompt or longest // 2
-        if cut >= longest:
+        max_prompt = length.max_prompt or longest // 2
+        if max_prompt >= longest:
             raise PipelineError(
-                f"length.max_prompt={cut} leaves no room for a completion in length.max={longest}: lower it"
+                f"length.max_prompt={max_prompt} leaves no room for a completion in length.max={longest}: lower it"
             )
-        return cls(longest, cut, length.prompt, length.completion)
+        return cls(longest, max_prompt, length.prompt, length.completion)
 
     def fit(self, prompt: list[int], completions: list[list[int]], bos: int, end: int) -> tuple[Any, Any, str, str]:
-        """Prompt and completions cut to the limits, what was cut, and the reason to drop them, empty where there is
-        none.
+        """Prompt and completions within the limits, what was cut, and the reason to drop them; both may be empty.
 
-        As in the DPO authors' code a prompt is cut from its left, but for its `bos` first tokens.
+        As in the DPO authors' code a prompt is cut from its left; its first `bos` tokens stay.
         """
         longest = max(map(len, completions))
         if len(prompt) + longest <= self.max:
@@ -47,7 +45,7 @@ class LengthLimits:
             if self.prompt == "drop":
                 return prompt, completions, "", "too long"
             rest = prompt[bos + len(prompt) - self.max_prompt :]
-            # Of a dialogue whose every message opens with it, the rest may begin so by itself.
+            # In a dialogue whose every message opens with BOS, the rest may already begin with one.
             prompt, cut = (prompt[:bos] if rest[:1] != prompt[:1] else []) + rest, "prompt cut"
         room = self.max - len(prompt)
         if longest <= room:

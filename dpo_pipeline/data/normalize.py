@@ -1,96 +1,97 @@
-"""The one shape of a row: a prompt and its completions, as text for a base model or as messages for a chat model.
+"""The one form of a row: a prompt and its completions, as text for a base model or as messages for a chat model.
 
-Values come in many forms: text; messages (role and content, or ShareGPT's from and value); a whole dialogue in place
-of a completion, as messages or as HH-RLHF's text. A row has `prompt` (text, or a list of messages with role and
-content), its completions as text (`chosen`, `rejected`, `demonstration`, as far as it has them), `source` and
-`origin`, `problem` where it cannot be learnt from, and `left_out` where it is not to be.
+Data sets hold text, messages (role and content, or ShareGPT's from and value), or a whole dialogue in the place of a
+completion, as messages or as HH-RLHF's text. A row has `prompt` (text, or a list of messages with role and content),
+its completions as text (those of `chosen`, `rejected`, `demonstration` that the set has), `source` and `origin`,
+`problem` if nothing can be learned from it, and `left_out` if an option excludes it.
 """
 
+import hashlib
+import json
 import re
 from typing import Any
 
-from dpo_pipeline.data.sources import json_type
+from dpo_pipeline.data.sources import Row, check_text, show_value
 from dpo_pipeline.errors import PipelineError
 
+Message = dict[str, str]
+Prompt = str | list[Message]
+
 COMPLETIONS = ("chosen", "rejected", "demonstration")
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-ROLES |= {"developer": "system", "bot": "assistant", "chatbot": "assistant", "model": "assistant"}
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "developer": "system", "human": "user"}
+ROLES |= dict.fromkeys(("gpt", "bot", "chatbot", "model"), "assistant")
 ASK, REPLY = "\n\nHuman:", "\n\nAssistant:"
-TURN = re.compile("(\n\nHuman:|\n\nAssistant:)")
+TURN = re.compile(f"({ASK}|{REPLY})")
 
 
-def normalize_row(origin: str, source: str, chat: bool, prompt: Any, completions: dict[str, Any]) -> dict[str, Any]:
-    """A row of values in any of the forms, as messages where `chat`, else as text.
+def normalize_row(origin: str, source: str, chat: bool, prompt: Any, completions: Row) -> Row:
+    """A row of values in any of the forms, as messages if `chat`, else as text.
 
-    `prompt` may be None where every completion is a whole dialogue. A completion of None is left out. Raises
-    PipelineError that names the origin where a value is none of the forms.
+    `prompt` may be None if every completion is a whole dialogue. A completion of None is left out. Raises
+    PipelineError that names the origin if a value has none of the forms.
     """
-    row: dict[str, Any] = {"prompt": prompt if prompt is None else parse_messages(prompt, "prompt", origin)}
-    prefixes = []
-    for name, value in completions.items():
-        if value is None:
+    row: Row = {"prompt": prompt if prompt is None else parse_messages(prompt, f"{origin}: prompt")}
+    dialogue_prompts: list[Any] = []  # of the completions that are whole dialogues; None: text without a reply
+    for name, completion in completions.items():
+        if completion is None:
             continue
-        found = parse_messages(value, name, origin)
-        if isinstance(found, list):
-            if not found or found[-1]["role"] != "assistant":
-                last = found[-1]["role"] if found else "no message"
-                raise PipelineError(f"{origin}: {name} ends with {last}, not with a reply of the assistant")
-            if found[:-1] or prompt is None:
-                prefixes.append(found[:-1])
+        value = parse_messages(completion, f"{origin}: {name}")
+        if isinstance(value, list):
+            opening, row[name] = split_dialogue(value, f"{origin}: {name}")
+            if opening or prompt is None:
+                dialogue_prompts.append(opening)
             elif isinstance(row["prompt"], str):
                 row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-            row[name] = found[-1]["content"]
         elif prompt is None:
-            at = found.rfind(REPLY) + len(REPLY) if REPLY in found else None
-            prefixes.append(found[:at] if at else None)
-            row[name] = found[at:] if at else found
+            text, mark, row[name] = value.rpartition(REPLY)
+            dialogue_prompts.append(text + mark if mark else None)
         else:
-            row[name] = found
-    problem = ""
-    if prefixes:  # a prompt beside whole dialogues repeats a part of them
-        row["prompt"] = prefixes[0] or ""
-        if None in prefixes:
-            problem = "no reply"
-        elif any(prefix != prefixes[0] for prefix in prefixes):
-            problem = "prompt differs"
+            row[name] = value
+    problem = {}
+    if dialogue_prompts:  # a prompt beside whole dialogues only repeats a part of them
+        row["prompt"] = dialogue_prompts[0] or ""
+        if None in dialogue_prompts:
+            problem = {"problem": "no reply"}
+        elif any(opening != dialogue_prompts[0] for opening in dialogue_prompts):
+            problem = {"problem": "prompt differs"}
     if row["prompt"] is None:
         raise PipelineError(f"{origin} has no prompt, and its completions are no whole dialogues")
     row = as_messages(row) if chat else as_text(row)
-    return {**row, "source": source, "origin": origin, **({"problem": problem} if problem else {})}
+    return {**row, "source": source, "origin": origin, **problem}
 
 
-def parse_messages(value: Any, name: str, origin: str) -> str | list[dict[str, str]]:
-    """Text as it is, messages with role and content whatever their form; raises PipelineError for anything else."""
+def parse_messages(value: Any, label: str) -> Prompt:
+    """Text unchanged, messages of any form with role and content; raises PipelineError for anything else."""
     if isinstance(value, str):
         return value
-    if isinstance(value, dict):  # ShareGPT's single completion
-        value = [value]
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+    messages = [value] if isinstance(value, dict) else value  # ShareGPT has a single message as completion
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise PipelineError(
-            f"{origin}: {name} is {json_type(value)}, not text or messages with role and content: correct it or take "
-            "it out"
+            f"{label} is {show_value(value)}, not text or messages with role and content: correct it or take it out"
         )
-    messages = []
-    for number, message in enumerate(value, 1):
-        role, content = (
-            (message["role"], message.get("content"))
-            if "role" in message
-            else (message.get("from"), message.get("value"))
-        )
-        if not isinstance(role, str) or role not in ROLES:
-            raise PipelineError(
-                f"{origin}: {name}, message {number}: its role is {role!r}, none of {', '.join(ROLES)}: correct it"
-            )
-        if isinstance(content, list) and all(isinstance(each, dict) and "text" in each for each in content):
-            content = "".join(each["text"] for each in content)  # in parts, as OpenAI's
-        if not isinstance(content, str):
-            raise PipelineError(f"{origin}: {name}, message {number}: its content is {json_type(content)}, not text")
-        messages.append({"role": ROLES[role], "content": content})
-    return messages
+    return [parse_message(message, f"{label}, message {number}") for number, message in enumerate(messages, 1)]
 
 
-def as_messages(row: dict[str, Any]) -> dict[str, Any]:
-    """A row for a chat model: text in HH-RLHF's form becomes its turns, any other what the user says."""
+def parse_message(message: Row, label: str) -> Message:
+    """A message with role and content, from that form, ShareGPT's, or OpenAI's with content in parts."""
+    role_key, content_key = ("role", "content") if "role" in message else ("from", "value")
+    role, content = message.get(role_key), message.get(content_key)
+    if str(role) not in ROLES:
+        raise PipelineError(f"{label}: its role is {role!r}, none of {', '.join(ROLES)}: correct it")
+    if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
+        content = "".join(check_text(part["text"], f"{label}: a part of its content") for part in content)
+    return {"role": ROLES[role], "content": check_text(content, f"{label}: its content")}
+
+
+def split_dialogue(messages: list[Message], label: str) -> tuple[list[Message], str]:
+    """The messages before the last, and the text of the last, which must be the assistant's."""
+    if not messages or messages[-1]["role"] != "assistant":
+        raise PipelineError(f"{label} does not end with a reply of the assistant: correct it or take it out")
+    return messages[:-1], messages[-1]["content"]
+
+
+def as_messages(row: Row) -> Row:
+    """A row for a chat model: text in HH-RLHF's form becomes its turns, any other text what the user says."""
     if isinstance(row["prompt"], list):
         return row
     completions = {name: row[name].strip() for name in COMPLETIONS if name in row}
@@ -99,16 +100,16 @@ def as_messages(row: dict[str, Any]) -> dict[str, Any]:
         return {**row, **completions, "prompt": [{"role": "user", "content": prompt.strip()}]}
     opening, *turns = TURN.split(prompt.removesuffix(REPLY))
     messages = [{"role": "system", "content": opening.strip()}] if opening.strip() else []
-    for mark, said in zip(turns[::2], turns[1::2], strict=True):
+    for mark, text in zip(turns[::2], turns[1::2], strict=True):
         role = "user" if mark == ASK else "assistant"
-        if messages and messages[-1]["role"] == role:  # templates want the turns to alternate
-            messages[-1]["content"] += f"\n\n{said.strip()}"
+        if messages and messages[-1]["role"] == role:  # chat templates want the roles to alternate
+            messages[-1]["content"] += f"\n\n{text.strip()}"
         else:
-            messages.append({"role": role, "content": said.strip()})
+            messages.append({"role": role, "content": text.strip()})
     return {**row, **completions, "prompt": messages}
 
 
-def as_text(row: dict[str, Any]) -> dict[str, Any]:
+def as_text(row: Row) -> Row:
     """A row for a base model: messages become turns in HH-RLHF's form (arXiv:2204.05862)."""
     if isinstance(row["prompt"], str):
         return row
@@ -117,6 +118,19 @@ def as_text(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "prompt": prompt, **{name: f" {row[name]}" for name in COMPLETIONS if name in row}}
 
 
-def prompt_to_text(prompt: str | list[dict[str, str]]) -> str:
+def prompt_to_text(prompt: Prompt) -> str:
     """A prompt as a person reads it."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def is_blank(prompt: Prompt) -> bool:
+    """Whether a prompt holds nothing but white space."""
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    return not any(text.strip() for text in texts)
+
+
+def prompt_key(row: Row) -> str:
+    """What tells prompts apart: text itself, a hash of messages."""
+    if isinstance(row["prompt"], str):
+        return row["prompt"]
+    return hashlib.sha256(json.dumps(row["prompt"]).encode()).hexdigest()

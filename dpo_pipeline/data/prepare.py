@@ -1,14 +1,13 @@
-"""What a stage learns from: its base, its rows as text and as token ids, and what the manifest tells of them."""
+"""What a stage works on, loaded and derived once: tokenizer, limits, rows as text and as token ids, data report."""
 
 import dataclasses
 import gc
 import hashlib
 import json
 import logging
-import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,144 +15,144 @@ from typing import Any
 from datasets import load_from_disk
 from pyarrow import compute
 
-from dpo_pipeline.config import Run, instantiate_node
+from dpo_pipeline.content_hash import content_hash
 from dpo_pipeline.data import tokens
 from dpo_pipeline.data.lengths import LengthLimits
+from dpo_pipeline.data.normalize import prompt_key
 from dpo_pipeline.data.report import DataReport
-from dpo_pipeline.data.splits import load_splits, prompt_key
-from dpo_pipeline.data.tokens import eos_ids_of, tokenize
-from dpo_pipeline.distributed import on_main_process, processes
+from dpo_pipeline.data.splits import load_splits
+from dpo_pipeline.data.token_table import tokenize
+from dpo_pipeline.data.tokens import eos_ids_of
+from dpo_pipeline.distributed import is_main_process, on_main_process, processes
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.locks import file_lock
-from dpo_pipeline.models import LoadOptions, load_config
-from dpo_pipeline.run_folder import content_hash
-from dpo_pipeline.training.starting_policy import load_options
-from dpo_pipeline.training.trainer import sharding
+from dpo_pipeline.models import LoadOptions, load_config, load_generation_config, load_options, load_tokenizer
+from dpo_pipeline.schema import Run
 
 log = logging.getLogger(__name__)
 
-
-def prepare_base(run: Run) -> None:
-    """Make the base model where it is one that code makes."""
-    if run.model.builder:
-        on_main_process(lambda: instantiate_node(run.model.builder, folder=run.model.path))
+Rows = dict[str, list[dict[str, Any]]]  # by split
+SPLITS = {"sft": ("train", "validation"), "dpo": ("train", "validation", "test")}
 
 
-def load_rows(
-    run: Run, stage: str, tokenizer: Any, strict: bool = True
-) -> tuple[dict[str, list[dict[str, Any]]], DataReport]:
-    """The rows that a stage learns from, by split, and the account of all that were read.
+@dataclass
+class Prepared:
+    """What a stage works on, the same for training, `check=true`, evaluation and the data page.
 
-    As messages where the set's `form` says so, or the tokenizer has a chat template; else as text. Raises
-    PipelineError where too many teach nothing, unless not `strict`.
+    `config` is the base model's. `tables` hold token ids by split: `prompt_ids` and `completion_ids` (SFT), or
+    `chosen_ids` and `rejected_ids` (DPO); their column `row` counts in `rows`, which rank 0 alone has.
     """
-    node = (run.sft_dataset or run.dataset) if stage == "sft" else run.dataset
-    chat = bool(tokenizer.chat_template) if node["form"] == "auto" else node["form"] == "messages"
-    pairs = run.dataset if node is run.sft_dataset else None  # what DPO is tested on, its SFT has not seen
-    return load_splits(node, learned_columns(run, stage), chat, run.debug, strict, pairs)
+
+    stage: str
+    columns: tuple[str, ...]
+    config: Any
+    tokenizer: Any
+    eos_ids: list[int]
+    limits: LengthLimits
+    load_options: LoadOptions
+    tables: dict[str, Any] = field(default_factory=dict)
+    rows: Rows = field(default_factory=dict)
+    report: DataReport = field(default_factory=DataReport)
+
+    @property
+    def context(self) -> int:
+        """The tokens that the base model can read."""
+        return self.config.get_text_config().max_position_embeddings
+
+
+def prepare(run: Run, stage: str, splits: tuple[str, ...] | None = None, strict: bool = True) -> Prepared:
+    """Load and tokenize the rows of a stage, by default all splits that it trains on or measures.
+
+    Rank 0 does it, and the other ranks read its tables. Raises PipelineError where rows cannot be read, where too
+    many are invalid or too long, or where none are left; not for bad rows unless `strict`.
+    """
+    tokenizer, config = load_tokenizer(run.model), load_config(run.model)
+    limits = LengthLimits.resolve(run.length, config.get_text_config().max_position_embeddings)
+    eos_ids = eos_ids_of(tokenizer, load_generation_config(run.model, config))
+    data = Prepared(stage, learned_columns(run, stage), config, tokenizer, eos_ids, limits, load_options(run))
+
+    def load_and_tokenize() -> tuple[dict[str, Path], DataReport]:
+        gc.disable()  # rows and ids make no cycles, and collecting takes a seventh of the time
+        try:
+            data.rows, data.report = load_rows(run, stage, tokenizer, strict)
+            tokenize_splits(run, data, splits or SPLITS[stage], strict)
+        finally:
+            gc.enable()
+        tables = data.tables if processes() > 1 else {}
+        folders = {split: table_folder(table) for split, table in tables.items() if len(table)}
+        return folders, data.report
+
+    folders, report = on_main_process(load_and_tokenize)
+    if not is_main_process():
+        data.report = report
+        data.tables = {split: load_from_disk(folder) for split, folder in folders.items()}
+    return data
 
 
 def learned_columns(run: Run, stage: str) -> tuple[str, ...]:
-    """The columns that a stage learns from."""
+    """The columns of completions that a stage learns from."""
     return (str(run.sft_target),) if stage == "sft" else ("chosen", "rejected")
 
 
-def prepare_tables(run: Run, stage: str, tokenizer: Any, *splits: str) -> tuple[dict[str, Any], DataReport]:
-    """The rows of a stage, loaded, told of and as token ids, and their account."""
-    return prepare_tables_with_rows(run, stage, tokenizer, *splits)[:2]
+def load_rows(run: Run, stage: str, tokenizer: Any, strict: bool = True) -> tuple[Rows, DataReport]:
+    """The rows of a stage by split, and the report on all rows that were read.
 
-
-def prepare_tables_with_rows(
-    run: Run, stage: str, tokenizer: Any, *splits: str
-) -> tuple[dict[str, Any], DataReport, dict[str, list[dict[str, Any]]]]:
-    """What `prepared` gives, and the rows that the tables' column `row` counts, by split."""
-    gc.disable()  # rows and ids make no cycles, and to look through them all for some is a seventh of the time
-    try:
-        rows, data_report = load_rows(run, stage, tokenizer)
-        return tokenize_splits(run, stage, tokenizer, rows, data_report, *splits), data_report, rows
-    finally:
-        gc.enable()
-
-
-def on_main_process_shared(run: Run, make: Callable[[], tuple[dict[str, Any], Any]]) -> tuple[dict[str, Any], Any]:
-    """The tables and whatever else `make` gives, made by rank 0 alone; the tables reach the other ranks by disk."""
-
-    def made() -> tuple[dict[str, Any], Any]:
-        tables, other = make()
-        places = {split: Path(table.cache_files[0]["filename"]).parent for split, table in tables.items()}
-        return (tables if processes() == 1 else places), other
-
-    tables, other = on_main_process(made)
-    tables = {k: load_from_disk(v) for k, v in tables.items()} if processes() > 1 else tables
-    return {k: table.remove_columns("row") for k, table in tables.items()}, other
-
-
-def tokenize_splits(
-    run: Run,
-    stage: str,
-    tokenizer: Any,
-    rows: dict[str, list[dict[str, Any]]],
-    data_report: DataReport,
-    *splits: str,
-    strict: bool = True,
-) -> dict[str, Any]:
-    """The rows of a stage as token ids, by split: `completion_ids` for SFT, `chosen_ids` and `rejected_ids` for DPO.
-
-    They are kept on disk for the runs to come, by all that they depend on. Tells the account, with what the limits of
-    length have dropped and cut; raises PipelineError where that is more than half, unless not `strict`.
+    They are messages where the set's `form` says so or the tokenizer has a chat template, else text.
     """
-    eos_ids, lengths = ends_and_lengths(run, tokenizer)
-    names = learned_columns(run, stage)
-    code = [content_hash(Path(tokens.__file__).parent, (".py",)), *map(version, ("tokenizers", "transformers"))]
-    how = [tokenizer_hash(tokenizer), eos_ids, dataclasses.astuple(lengths), stage, names, code]
-    ids = {}
+    dataset = (run.sft_dataset or run.dataset) if stage == "sft" else run.dataset
+    is_chat = dataset["form"] == "messages" or (dataset["form"] == "auto" and bool(tokenizer.chat_template))
+    # SFT on another set leaves out the prompts on which DPO is tested.
+    held_out_set = run.dataset if dataset is run.sft_dataset else None
+    return load_splits(dataset, learned_columns(run, stage), is_chat, run.debug, strict, held_out_set)
+
+
+def tokenize_splits(run: Run, data: Prepared, splits: tuple[str, ...], strict: bool) -> None:
+    """Fill in the tables of these splits and what the length limits did to their rows, and log the report."""
+    report = data.report
     for split in splits:
-
-        def make(split: str = split) -> Any:
-            table = tokenize(rows[split], names, tokenizer, eos_ids, lengths)
-            return table.rename_column(f"{names[0]}_ids", "completion_ids") if stage == "sft" else table
-
-        digest = hashlib.sha256(json.dumps(how).encode())
-        for row in rows[split]:
-            digest.update(
-                "\0".join((prompt_key(row), *(row[name] for name in (*names, "source", "origin")), "")).encode()
-            )
-        place = Path(run.root) / ".cache" / "data" / digest.hexdigest()
-        if run.check:  # which leaves nothing
-            ids[split] = make()
-        else:
-            with file_lock(place):
-                table = load_cached_table(place)
-                ids[split] = save_table(make(), place) if table is None else table
-        data_report.merge(json.loads(ids[split].info.description))
-        data_report.keep(split, [rows[split][i] for i in ids[split].data.column("row").to_pylist()])
+        table = data.tables[split] = cached_table(run, data, data.rows[split])
+        report.add_table(split, table, data.rows[split])
     if strict:
-        report_data(run, data_report)
-    for split in ("train", "validation"):
-        if strict and split in ids and not len(ids[split]):
-            raise PipelineError(
-                f"no rows are left for {split}, {data_report.rows_measured} were longer than length.max or empty"
-            )
-    check_ids(run, tokenizer, ids)
-    return ids
+        log_report(report, data.context)
+        for split in ("train", "validation"):
+            if split in splits and not len(data.tables[split]):
+                raise PipelineError(
+                    f"no rows are left for {split}: {report.rows_measured} were longer than length.max, or empty"
+                )
+    check_vocabulary(run.model.path, data)
 
 
-def report_data(run: Run, data_report: DataReport) -> None:
-    """Print what became of the rows of a stage; raises PipelineError where more than half are cut or dropped."""
-    log.info("rows by source\n%s", data_report.table())
-    for sentence in data_report.warnings(context_length(run)):
-        log.warning("%s", sentence)
-    for sentence in data_report.errors(context_length(run)):
-        raise PipelineError(sentence)
+def cached_table(run: Run, data: Prepared, rows: list[dict[str, Any]]) -> Any:
+    """The token table of these rows, from `<root>/.cache/data` where an earlier run left it, else made and saved."""
+
+    def make_table() -> Any:
+        table = tokenize(rows, data.columns, data.tokenizer, data.eos_ids, data.limits)
+        if data.stage == "sft":
+            table = table.rename_column(f"{data.columns[0]}_ids", "completion_ids")
+        return table
+
+    if run.check:  # which leaves nothing behind
+        return make_table()
+    folder = Path(run.root) / ".cache" / "data" / table_key(data, rows)
+    with file_lock(folder):
+        table = load_cached_table(folder)
+        return save_table(make_table(), folder) if table is None else table
 
 
-def context_length(run: Run) -> int:
-    """The tokens that the base model of a run can read."""
-    return load_config(run.model).get_text_config().max_position_embeddings
+def table_key(data: Prepared, rows: list[dict[str, Any]]) -> str:
+    """sha256 of all that a token table depends on: rows, tokenizer, end tokens, limits, and the code."""
+    code = [content_hash(Path(tokens.__file__).parent, (".py",)), *map(version, ("tokenizers", "transformers"))]
+    limits = dataclasses.astuple(data.limits)
+    settings = [tokenizer_hash(data.tokenizer), data.eos_ids, limits, data.stage, data.columns, code]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for row in rows:
+        texts = [row[name] for name in (*data.columns, "source", "origin")]
+        digest.update("\0".join((prompt_key(row), *texts, "")).encode())
+    return digest.hexdigest()
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """sha256 of what a tokenizer saves, its chat template included, but for how it padded last."""
+    """sha256 of what a tokenizer saves, its chat template included, except for its last padding."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         if (file := Path(folder) / "tokenizer.json").is_file():
@@ -161,104 +160,57 @@ def tokenizer_hash(tokenizer: Any) -> str:
         return content_hash(Path(folder))
 
 
-def load_cached_table(place: Path) -> Any:
-    """The table of token ids that an earlier run left at `place`, or None."""
+def load_cached_table(folder: Path) -> Any:
+    """The token table that an earlier run left in `folder`, or None where there is none, or a damaged one."""
     try:
-        return load_from_disk(place)
-    except (OSError, ValueError):  # none, or damaged
+        return load_from_disk(folder)
+    except (OSError, ValueError):
         return None
 
 
-def save_table(table: Any, place: Path) -> Any:
-    """A table, put at `place` for the runs to come, and read from there; `datasets` cannot read one without rows."""
+def save_table(table: Any, folder: Path) -> Any:
+    """Save a table whole or not at all, and read it from `folder`; `datasets` cannot read one without rows."""
     if not len(table):
         return table
-    partial = place.with_suffix(".partial")
-    for folder in (partial, place):
-        shutil.rmtree(folder, ignore_errors=True)
+    partial = folder.with_suffix(".partial")
+    for leftover in (partial, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
     table.save_to_disk(partial)
-    partial.rename(place)
-    return load_from_disk(place)
+    partial.rename(folder)
+    return load_from_disk(folder)
 
 
-def check_ids(run: Run, tokenizer: Any, tables: dict[str, Any]) -> None:
-    """Raise PipelineError where rows hold a token that the base has no embedding for, at which torch stops."""
-    size = load_config(run.model).get_text_config().vocab_size
-    columns = (table.data.column(name) for table in tables.values() for name in ids_columns(table))
-    found = [compute.max(compute.list_flatten(column)).as_py() or 0 for column in columns]
-    if (largest := max(tokenizer.pad_token_id, *found)) >= size:
+def table_folder(table: Any) -> Path:
+    """The folder that a table was read from."""
+    return Path(table.cache_files[0]["filename"]).parent
+
+
+def log_report(report: DataReport, context: int) -> None:
+    """Log what became of the rows; raises PipelineError where more than half are cut or dropped."""
+    log.info("rows by source\n%s", report.table())
+    for sentence in report.warnings(context):
+        log.warning("%s", sentence)
+    for sentence in report.errors(context):
+        raise PipelineError(sentence)
+
+
+def check_vocabulary(model: str, data: Prepared) -> None:
+    """Raise PipelineError where rows hold a token that the base model has no embedding for: torch would crash."""
+    size = data.config.get_text_config().vocab_size
+    largest = data.tokenizer.pad_token_id
+    for table in data.tables.values():
+        for name in ids_columns(table):
+            largest = max(largest, compute.max(compute.list_flatten(table.data.column(name))).as_py() or 0)
+    if largest >= size:
+        token = data.tokenizer.convert_ids_to_tokens(largest)
         raise PipelineError(
-            f"the rows hold token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the base "
-            f"{run.model.path} knows {size} tokens: give the tokenizer that it was trained with"
+            f"the rows hold token {largest} ({token!r}), and the base {model} knows {size} tokens: give the tokenizer "
+            "that it was trained with"
         )
 
 
-def ends_and_lengths(run: Run, tokenizer: Any) -> tuple[list[int], LengthLimits]:
-    """The ids that end a completion, and the limits of length, for the base model of a run."""
-    from transformers import GenerationConfig
-
-    config = load_config(run.model)
-    try:
-        generation = GenerationConfig.from_pretrained(run.model.path, revision=run.model.revision)
-    except OSError:  # a model without generation_config.json
-        generation = GenerationConfig.from_model_config(config)
-    return eos_ids_of(tokenizer, generation), LengthLimits.resolve(run.length, context_length(run))
-
-
-def eval_settings(run: Run, tokenizer: Any) -> dict[str, Any]:
-    """What `evaluation.material` takes beside the rows: how much is measured of the policies of a run, and how.
-
-    Raises PipelineError where a completion would leave no room for its prompt.
-    """
-    settings, tokens = run.evaluation, context_length(run)
-    if settings.max_new_tokens > tokens - 2:
-        raise PipelineError(
-            f"evaluation.max_new_tokens={settings.max_new_tokens} leaves no room for a prompt in the model's context "
-            f"of {tokens} tokens: lower it"
-        )
-    return {
-        "pairs": min(settings.pairs, 100) if run.debug else settings.pairs,
-        "prompts": min(settings.prompts, 8) if run.debug else settings.prompts,
-        "room": tokens - settings.max_new_tokens,
-        "max_new_tokens": settings.max_new_tokens,
-        "dataset": run.dataset_name,
-        "tokenizer": tokenizer,
-        "eos_ids": ends_and_lengths(run, tokenizer)[0],
-        "seed": run.dataset["split_seed"],
-        "loading": load_options(run),
-        "batch_size": run.batch.micro_size,
-    }
-
-
-def limit_steps(run: Run, args: Any, rows: int) -> None:
-    """At most 50 steps where `debug` is set."""
-    planned = args.max_steps if args.max_steps > 0 else math.ceil(rows / run.batch.global_size) * args.num_train_epochs
-    if run.debug and planned > 50:
-        args.max_steps = 50
-
-
-def manifest_facts(
-    trainer: Any, rows: dict[str, Any], data_report: DataReport, starting: str | Path, options: LoadOptions
-) -> dict[str, Any]:
-    """What the manifest tells of a run: its rows with their account, what it starts from, what it trains."""
-    parameters = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
-    return {
-        "rows": {split: len(table) for split, table in rows.items()},
-        **data_report.as_json(),
-        "examples": dict(data_report.examples),
-        "data_fingerprint": {split: fingerprint(table) for split, table in rows.items()},
-        "starting_policy": str(starting),
-        "parameters": sum(n for n, _ in parameters),
-        "trainable_parameters": sum(n for n, trained in parameters if trained),
-        "precision": "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else "fp32",
-        "device": str(trainer.args.device),
-        "sharded": sharding(trainer),
-        "loading": {"dtype": str(options.dtype).removeprefix("torch."), "quantization": options.quantization},
-    }
-
-
-def fingerprint(table: Any) -> str:
-    """sha256 of the token ids of a table of rows."""
+def table_fingerprint(table: Any) -> str:
+    """sha256 of the token ids of a table."""
     digest = hashlib.sha256()
     for name in ids_columns(table):
         column = table.data.column(name)

@@ -7,10 +7,12 @@ included, and all of them are in `VOCABULARY`.
 
 import math
 import random
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field, validate_call
 
 from dpo_pipeline.data.normalize import normalize_row
-from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.data.sources import Row
 
 TITLES = "silent broken golden last hidden lonely crimson distant little burning frozen secret wild quiet".split()
 NOUNS = """river garden station winter letter mountain harbor city road shadow mirror island bridge train forest
@@ -58,7 +60,7 @@ def reward(completion: str, ended: bool = True) -> float:
 
 
 def film_title(rng: random.Random) -> str:
-    """A film with its genre and subject, one of 120,960, such as `the silent river , a western about a shy pilot`."""
+    """A film with its genre and subject, one of `FILMS`, such as `the silent river , a western about a shy pilot`."""
     name = f"the {rng.choice(TITLES)} {rng.choice(NOUNS)}"
     return f"{name} , a {rng.choice(GENRES)} about a {rng.choice(KINDS)} {rng.choice(PEOPLE)}"
 
@@ -71,15 +73,15 @@ def sentence(rng: random.Random, good: bool) -> str:
 
     adjective, verb = word(ADJECTIVES, good), word(VERBS, good)
     degree = rng.choice(["", "", *DEGREE])
-    one, two = rng.sample(ASPECTS, 2)
+    first, second = rng.sample(ASPECTS, 2)
     forms = [
-        f"the {one} was {degree} {adjective} .",
-        f"the {one} felt {degree} {adjective} .",
-        f"the {one} and the {two} were {degree} {adjective} .",
-        f"the {one} seemed {adjective} .",
-        f"the {one} was {adjective} but the {two} was {word(ADJECTIVES, rng.random() < 0.5)} .",
-        f"i {verb} the {one} .",
-        f"i {verb} the {one} and the {two} .",
+        f"the {first} was {degree} {adjective} .",
+        f"the {first} felt {degree} {adjective} .",
+        f"the {first} and the {second} were {degree} {adjective} .",
+        f"the {first} seemed {adjective} .",
+        f"the {first} was {adjective} but the {second} was {word(ADJECTIVES, rng.random() < 0.5)} .",
+        f"i {verb} the {first} .",
+        f"i {verb} the {first} and the {second} .",
         f"what a {adjective} {rng.choice(GENRES)} .",
         f"i would {'gladly' if good else 'never'} see it again .",
     ]
@@ -94,37 +96,35 @@ def review(rng: random.Random) -> str:
 
 def plain_text(rng: random.Random) -> str:
     """Sentences of the same words in no order and without the form of a prompt: what the base model has read."""
-    about = film_title(rng).replace(" , a ", " is a ") + " ."
-    said = [sentence(rng, rng.random() < 0.5) for _ in range(3)]
-    return " ".join(rng.sample([about, *said], 4))
+    film = film_title(rng).replace(" , a ", " is a ") + " ."
+    sentences = [sentence(rng, rng.random() < 0.5) for _ in range(3)]
+    return " ".join(rng.sample([film, *sentences], 4))
 
 
-def load(rows: int, slope: float, seed: int, chat: bool, source: str) -> dict[str, list[dict[str, Any]]]:
+@validate_call
+def load(
+    rows: Annotated[int, Field(ge=16, le=FILMS)], slope: float, seed: int, chat: bool, source: str
+) -> dict[str, list[Row]]:
     """Pairs with a demonstration each: `{"train": [...], "test": [...]}`, prompts disjoint, drawn from `seed`.
 
     The completion of higher true reward is chosen. In train the label is drawn from the Bradley-Terry model with
     `slope` on the difference of rewards, as an annotator errs; test is true to the reward. `demonstration` is a third
     review of any mood. An eighth of `rows`, at most 1,000, are test.
     """
-    if rows > FILMS:
-        raise PipelineError(f"dataset.rows={rows}: there are {FILMS:,} films, and each has one row: lower it")
-    if rows < 16:
-        raise PipelineError(f"dataset.rows={rows}: train, validation and test need 16 at least: raise it")
     rng = random.Random(seed)
-    films: dict[str, None] = {}
-    while len(films) < rows:
-        films[f"film : {film_title(rng)} . review :"] = None
-    held_out = min(rows // 8, 1000)
-    splits: dict[str, list] = {"test": [], "train": []}
-    for i, prompt in enumerate(films):
-        one, two = review(rng), review(rng)
-        while abs(reward(one) - reward(two)) < 0.5:
-            two = review(rng)
-        better, worse = sorted((one, two), key=reward, reverse=True)
-        test = i < held_out
-        if not test and rng.random() > 1 / (1 + math.exp(-slope * (reward(better) - reward(worse)))):
-            better, worse = worse, better
-        completions = {"chosen": f" {better}", "rejected": f" {worse}", "demonstration": f" {review(rng)}"}
-        split = "test" if test else "train"
+    prompts: dict[str, None] = {}
+    while len(prompts) < rows:
+        prompts[f"film : {film_title(rng)} . review :"] = None
+    test_rows = min(rows // 8, 1000)
+    splits: dict[str, list[Row]] = {"test": [], "train": []}
+    for number, prompt in enumerate(prompts):
+        split = "test" if number < test_rows else "train"
+        first, second = review(rng), review(rng)
+        while abs(reward(first) - reward(second)) < 0.5:
+            second = review(rng)
+        chosen, rejected = sorted((first, second), key=reward, reverse=True)
+        if split == "train" and rng.random() > 1 / (1 + math.exp(-slope * (reward(chosen) - reward(rejected)))):
+            chosen, rejected = rejected, chosen
+        completions = {"chosen": f" {chosen}", "rejected": f" {rejected}", "demonstration": f" {review(rng)}"}
         splits[split].append(normalize_row(f"{split} row {len(splits[split])}", source, chat, prompt, completions))
     return splits

@@ -5,24 +5,27 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpo_pipeline.data.prepare import Prepared
+from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.judges.judge import Completion
 from dpo_pipeline.models import LoadOptions
+from dpo_pipeline.schema import Run
 
 
 @dataclass
 class PromptSet:
-    """Prompts to complete, as their rows have them and as token ids, and the data's own completion to each, if any."""
+    """Prompts to complete: their rows (with the label or group of a prompt), their token ids, and the data's own
+    completions, if there are any.
+    """
 
-    prompts: list[Any]
+    rows: list[dict[str, Any]]
     ids: list[list[int]]
-    human: list[Completion] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)  # safe or unsafe
-    groups: list[tuple[str, str]] = field(default_factory=list)  # (template, group)
+    data_completions: list[Completion] = field(default_factory=list)
 
 
 @dataclass
 class EvalSet:
-    """Test pairs and questions, with all that a policy's numbers depend on beside its weights; `sources` of pairs."""
+    """Pairs and prompts, with all that a policy's numbers depend on beside its weights."""
 
     dataset: str
     rows: list[dict[str, Any]]
@@ -36,10 +39,15 @@ class EvalSet:
     seed: int
     loading: LoadOptions
     batch_size: int
-    prompts_file: str | None = None  # the file of the questions, where they are not those of the pairs
+    prompts_file: str | None = None  # the file of the prompts, if they are not those of the pairs
+
+    @property
+    def sides(self) -> dict[str, list[list[int]]]:
+        """The token ids of the pairs' completions."""
+        return {"chosen": self.chosen, "rejected": self.rejected}
 
     def compute_settings(self) -> dict[str, Any]:
-        """In what numbers weights are computed."""
+        """The settings of the forward pass that change numbers."""
         return {
             "dtype": str(self.loading.dtype).removeprefix("torch."),
             "quantization": self.loading.quantization,
@@ -47,7 +55,7 @@ class EvalSet:
         }
 
     def settings(self, weights: dict[str, str], beta: float) -> dict[str, Any]:
-        """All that a policy's numbers depend on: `weights` of itself and of what it is measured against, and these."""
+        """All that a policy's numbers depend on; `weights` are its own and those of its references."""
         data = json.dumps([self.prompts, self.chosen, self.rejected, self.prompt_set.ids])
         return {
             "pairs": len(self.prompts),
@@ -63,55 +71,89 @@ class EvalSet:
         }
 
     def completions(self, prompt_set: PromptSet, ids: list[list[int]], draws: int = 1) -> list[Completion]:
-        """Sampled completions as a judge reads them, in the order of `ids`: `draws` for each question."""
-        asked = [i for i in range(len(prompt_set.ids)) for _ in range(draws)]
-        texts = completion_texts([prompt_set.ids[i] for i in asked], ids, self.tokenizer)
+        """Sampled completions as a judge reads them, in the order of `ids`: `draws` for each prompt."""
+        rows = [row for row in prompt_set.rows for _ in range(draws)]
+        prompts = [prompt for prompt in prompt_set.ids for _ in range(draws)]
+        texts = completion_texts(prompts, ids, self.tokenizer)
         return [
-            Completion(prompt_set.prompts[i], text, own[-1] in self.eos_ids, tuple(prompt_set.ids[i]), tuple(own))
-            for i, text, own in zip(asked, texts, ids, strict=True)
+            Completion(row["prompt"], text, completion[-1] in self.eos_ids, tuple(prompt), tuple(completion))
+            for row, prompt, text, completion in zip(rows, prompts, texts, ids, strict=True)
         ]
 
 
 def completion_texts(prompts: list[list[int]], completions: list[list[int]], tokenizer: Any) -> list[str]:
-    """Completions as text, as each follows its prompt.
+    """Completions as text, each as it follows its prompt.
 
-    Decoded alone, a completion loses its first space with some tokenizers: those of the data, which have it, would be
-    known by that.
+    Some tokenizers drop the first space of a completion that is decoded alone. The data's own completions have it, so
+    a judge could tell them from sampled ones.
     """
-    if not completions:  # of which transformers makes one empty text
+    if not completions:  # transformers decodes an empty batch to one empty text
         return []
-    before = tokenizer.batch_decode(prompts, skip_special_tokens=True)
-    both = zip(prompts, completions, strict=True)
-    whole = tokenizer.batch_decode([prompt + completion for prompt, completion in both], skip_special_tokens=True)
-    alone = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    texts = zip(before, whole, alone, strict=True)
-    return [full.removeprefix(prompt) if full.startswith(prompt) else own for prompt, full, own in texts]
-
-
-def cut_prompt(ids: list[int], room: int) -> list[int]:
-    """A prompt of at most `room` tokens: cut from its left, but for its first token, which may open every text."""
-    return ids if len(ids) <= room else ids[:1] + ids[1 - room :]
-
-
-def make_eval_set(table: Any, rows: list[dict[str, Any]], pairs: int, prompts: int, room: int, **rest: Any) -> EvalSet:
-    """The first `pairs` rows of a tokenized `table`, with their texts in `rows`, and its first different prompts.
-
-    A prompt longer than `room` tokens is cut before it is answered.
-    """
-    table = table.select(range(min(pairs, len(table))))
-    kept = [rows[i] for i in table["row"]]
-    first: dict[tuple[int, ...], int] = {}
-    for place, ids in enumerate(table["prompt_ids"]):
-        first.setdefault(tuple(cut_prompt(ids, room)), place)
-    asked = dict(list(first.items())[:prompts])
-    chosen = list(table["chosen_ids"])
-    theirs = [chosen[at] for at in asked.values()]
-    texts = completion_texts([list(ids) for ids in asked], theirs, rest["tokenizer"])
-    human = [
-        Completion(kept[at]["prompt"], text, True, ids, tuple(chosen[at]))
-        for (ids, at), text in zip(asked.items(), texts, strict=True)
+    sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    batches = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (prompts, sequences, completions))
+    return [
+        sequence.removeprefix(prompt) if sequence.startswith(prompt) else completion
+        for prompt, sequence, completion in zip(*batches, strict=True)
     ]
-    return EvalSet(
-        rows=kept, prompts=list(table["prompt_ids"]), chosen=chosen, rejected=list(table["rejected_ids"]),
-        prompt_set=PromptSet([each.prompt for each in human], [list(ids) for ids in asked], human), **rest,
-    )  # fmt: skip
+
+
+def cut_prompt(ids: list[int], limit: int) -> list[int]:
+    """A prompt of at most `limit` tokens: cut from its left, but for its first token, which may be a start token."""
+    return ids if len(ids) <= limit else ids[:1] + ids[1 - limit :]
+
+
+def make_eval_sets(run: Run, data: Prepared) -> dict[str, EvalSet]:
+    """The eval sets of a DPO run: of the files `eval.json` and `validation.json`, and of the `tracker`.
+
+    Tables read test rows; what chooses between runs, or watches one, reads validation. For rank 0, which has the rows.
+    """
+    settings, validation_rows = run.evaluation, len(data.tables["validation"])
+    return {
+        "eval.json": make_eval_set(run, data, "test", settings.pairs, settings.prompts),
+        "validation.json": make_eval_set(run, data, "validation", settings.pairs, settings.prompts),
+        "tracker": make_eval_set(run, data, "validation", validation_rows, settings.tracker_prompts),
+    }
+
+
+def make_eval_set(run: Run, data: Prepared, split: str, pairs: int, prompts: int) -> EvalSet:
+    """The first `pairs` rows of a split, and their first `prompts` different prompts; with `debug` at most 8.
+
+    A prompt is cut if it leaves no room for a completion. Raises PipelineError if there are no rows, or no room.
+    """
+    table, max_new_tokens = data.tables[split], run.evaluation.max_new_tokens
+    limit = data.context - max_new_tokens
+    if not len(table):
+        raise PipelineError(f"there are no {split} rows to measure on: raise dataset.test_rows")
+    if limit < 2:
+        raise PipelineError(
+            f"evaluation.max_new_tokens={max_new_tokens} leaves no room for a prompt in the model's context of "
+            f"{data.context} tokens: lower it"
+        )
+    table = table.select(range(min(pairs, len(table))))
+    eval_set = EvalSet(
+        dataset=run.dataset_name,
+        rows=[data.rows[split][number] for number in table["row"]],
+        prompts=list(table["prompt_ids"]),
+        chosen=list(table["chosen_ids"]),
+        rejected=list(table["rejected_ids"]),
+        prompt_set=PromptSet([], []),
+        tokenizer=data.tokenizer,
+        eos_ids=data.eos_ids,
+        max_new_tokens=max_new_tokens,
+        seed=run.dataset["split_seed"],
+        loading=data.load_options,
+        batch_size=run.batch.micro_size,
+    )
+    eval_set.prompt_set = different_prompts(eval_set, limit, min(prompts, 8) if run.debug else prompts)
+    return eval_set
+
+
+def different_prompts(eval_set: EvalSet, limit: int, count: int) -> PromptSet:
+    """The first `count` different prompts of the pairs, cut to `limit` tokens, with the chosen completion of each."""
+    first_rows: dict[tuple[int, ...], int] = {}
+    for number, ids in enumerate(eval_set.prompts):
+        first_rows.setdefault(tuple(cut_prompt(ids, limit)), number)
+    numbers = list(first_rows.values())[:count]
+    prompt_set = PromptSet([eval_set.rows[i] for i in numbers], [list(ids) for ids in first_rows][:count])
+    prompt_set.data_completions = eval_set.completions(prompt_set, [eval_set.chosen[i] for i in numbers])
+    return prompt_set

@@ -1,84 +1,99 @@
-"""Successes and failures: where one policy is right or scores more than another, and where it is the other way."""
+"""Successes and failures: examples on which one policy is better than another, and on which it is worse."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from dpo_pipeline.data.normalize import prompt_to_text
+from dpo_pipeline.evaluation.measure import SAMPLES, Measurements
 from dpo_pipeline.formatting import format_number, one_line
 
+EXAMPLES = 20  # pairs and samples that changed most, in results.json
 
-def preference_flips(
-    pairs: Sequence[dict[str, Any]], old: Sequence[float], new: Sequence[float], count: int
-) -> dict[str, Any]:
-    """The pairs that one policy prefers wrongly and the next rightly (`successes`), and the reverse (`failures`).
 
-    `before` and `after` are each pair's margin in nats under the two, both against one reference or both against
-    none. A margin of 0 is neither right nor wrong: `ties` counts the pairs with one. Of each side the number of all
-    (`count`) and the `count` examples that changed most; `n` pairs in all.
+def notable_changes(measurements: Measurements, scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """For each policy with an SFT policy to beat: pairs whose preference flipped, samples whose score changed most.
+
+    `scores` are by policy and judge. Margins are against the base; without a base there are no flips, since the policy
+    to beat is the reference itself.
     """
-    rows = [
-        (
-            {"prompt": prompt_to_text(pair["prompt"]), "texts": {name: pair[name] for name in ("chosen", "rejected")}},
-            *margins,
-        )
-        for pair, *margins in zip(pairs, old, new, strict=True)
-    ]
-    return {
-        "quantity": "margin_nats",
-        "n": len(rows),
-        "ties": sum(0 in margins for _, *margins in rows),
-        "successes": top_changes([row for row in rows if row[1] < 0 < row[2]], count),
-        "failures": top_changes([row for row in rows if row[1] > 0 > row[2]], count),
-    }
+    base, pairs = measurements.base, measurements.pairs
+    changes: dict[str, Any] = {}
+    for policy in measurements.shown_policies:
+        names = (policy.sft, policy.name)
+        if policy.sft is None or policy.sft == policy.name or "base" in names:
+            continue
+        changes[policy.name] = {"before": policy.sft}
+        if base:
+            texts = [
+                {"prompt": row["prompt"], "texts": {"chosen": row["chosen"], "rejected": row["rejected"]}}
+                for row in measurements.eval_set.rows
+            ]
+            margins = {name: np.subtract(pairs[name]["chosen"], pairs[name]["rejected"]) for name in (*names, base)}
+            old_values, new_values = ((margins[name] - margins[base]).tolist() for name in names)
+            changes[policy.name]["pairs"] = largest_changes("margin_nats", texts, old_values, new_values)
+        completions = [measurements.completions[name, SAMPLES] for name in names]
+        texts = [
+            {"prompt": old.prompt, "texts": {policy.sft: old.text, policy.name: new.text}}
+            for old, new in zip(*completions, strict=True)
+        ]
+        for judge, new_scores in scores.get(policy.name, {}).items():
+            if old_scores := scores.get(policy.sft, {}).get(judge):
+                key = f"score.{judge}"
+                changes[policy.name][key] = largest_changes(key, texts, old_scores, new_scores)
+    return changes
 
 
-def largest_score_changes(
-    samples: Sequence[dict[str, Any]],
-    old: Sequence[float | None],
-    new: Sequence[float | None],
-    count: int,
-    judge: str,
+def largest_changes(
+    quantity: str,
+    texts: Sequence[dict[str, Any]],
+    old_values: Sequence[float | None],
+    new_values: Sequence[float | None],
+    count: int = EXAMPLES,
 ) -> dict[str, Any]:
-    """The prompts whose completion gains most in a judge's score from one policy to the next, and that lose most.
+    """The `successes`, which gain in a quantity from one policy to the next, and the `failures`, which lose.
 
-    `samples` hold `prompt` and `completions` (text by policy), as generation_samples.json does. Of each side the
-    number of all (`count`) and the `count` examples that changed most; `ties` scored the same, and of `unread` the
-    judge gave nothing for one completion or both: they are not among the `n`.
+    Of `margin_nats` only flips count: a pair is wrong below 0, right above it, and a tie if either margin is 0. Equal
+    scores are a tie. `texts` hold a prompt and its texts by name. Each side has the number of all, and the `count`
+    examples that changed most. `unread` have a value that is None, and are not among the `n`. Raises ValueError for
+    lists of different lengths.
     """
-    rows = [
-        ({"prompt": prompt_to_text(sample["prompt"]), "texts": sample["answers"]}, *scores)
-        for sample, *scores in zip(samples, old, new, strict=True)
-        if None not in scores
-    ]
-    return {
-        "quantity": f"score.{judge}",
+    rows = []
+    for example, old, new in zip(texts, old_values, new_values, strict=True):
+        if old is not None and new is not None:
+            rows.append({**example, "prompt": prompt_to_text(example["prompt"]), "before": old, "after": new})
+    if quantity == "margin_nats":
+        ties = [row for row in rows if 0 in (row["before"], row["after"])]
+        successes = [row for row in rows if row["before"] < 0 < row["after"]]
+        failures = [row for row in rows if row["before"] > 0 > row["after"]]
+    else:
+        ties = [row for row in rows if row["before"] == row["after"]]
+        successes = [row for row in rows if row["before"] < row["after"]]
+        failures = [row for row in rows if row["before"] > row["after"]]
+    result: dict[str, Any] = {
+        "quantity": quantity,
         "n": len(rows),
-        "ties": sum(old == new for _, old, new in rows),
-        "unread": len(samples) - len(rows),
-        "successes": top_changes([row for row in rows if row[1] < row[2]], count),
-        "failures": top_changes([row for row in rows if row[1] > row[2]], count),
+        "ties": len(ties),
+        "unread": len(texts) - len(rows),
     }
+    for side, side_rows in (("successes", successes), ("failures", failures)):
+        examples = sorted(side_rows, key=lambda row: -abs(row["after"] - row["before"]))[:count]
+        result[side] = {"count": len(side_rows), "examples": examples}
+    return result
 
 
-def top_changes(rows: list[tuple[dict[str, Any], float, float]], count: int) -> dict[str, Any]:
-    """How many rows, and the `count` that changed most, each with its numbers; equal changes in the rows' order."""
-    rows = sorted(rows, key=lambda row: -abs(row[2] - row[1]))
-    return {"count": len(rows), "examples": [{**row, "before": old, "after": new} for row, old, new in rows[:count]]}
-
-
-def changes_as_markdown(changes: dict[str, Any], old: str, new: str) -> str:
-    """What `flipped` or `largest` found as Markdown, from the policy named `before` to the one named `after`."""
+def changes_as_markdown(changes: dict[str, Any], old: str, new: str, count: int = EXAMPLES) -> str:
+    """Changes from the policy `old` to `new` as Markdown, with at most `count` examples a side."""
     quantity = changes["quantity"]
-    flips = quantity == "margin_nats"
-    heads = {
-        "successes": f"wrong with {old}, right with {new}" if flips else f"{new} above {old} by {quantity}",
-        "failures": f"right with {old}, wrong with {new}" if flips else f"{new} below {old} by {quantity}",
-    }
+    heads = {"successes": f"{new} above {old} by {quantity}", "failures": f"{new} below {old} by {quantity}"}
+    if quantity == "margin_nats":
+        heads = {"successes": f"wrong with {old}, right with {new}", "failures": f"right with {old}, wrong with {new}"}
     blocks = []
     for side, head in heads.items():
         blocks.append(f"**{head}: {changes[side]['count']} of {changes['n']}**")
-        for example in changes[side]["examples"]:
-            texts = [f"- {name}: {one_line(text)}" for name, text in example["texts"].items()]
+        for example in changes[side]["examples"][:count]:
             change = f"- {quantity}: {format_number(example['before'])} to {format_number(example['after'])}"
+            texts = [f"- {name}: {one_line(text)}" for name, text in example["texts"].items()]
             blocks.append("\n".join([f"> {one_line(example['prompt'])}", "", change, *texts]))
     return "\n\n".join(blocks)

@@ -1,55 +1,40 @@
-"""Judges what policies say to prompts that are made to show safety and bias."""
+"""Judges what policies say to prompts that show safety and bias."""
 
-from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.evaluation.eval_set import EvalSet, PromptSet
-from dpo_pipeline.evaluation.judging import JudgeResults
-from dpo_pipeline.evaluation.measure import Measurements, Policy
+from dpo_pipeline.evaluation.judge_results import JudgeResults, Verdicts
+from dpo_pipeline.evaluation.measure import Measurements
+from dpo_pipeline.evaluation.plan import JudgingPlan
 from dpo_pipeline.evaluation.safety import REFUSAL, bias, safety
 from dpo_pipeline.judges.judge import Judge
 from dpo_pipeline.judges.refusal import refusal
 from dpo_pipeline.judges.verdicts import scores
 
-Verdicts = list[float | None]
-
 
 def evaluate_prompt_set(
-    name: str,
-    prompt_set: PromptSet,
-    policies: list[Policy],
-    eval_set: EvalSet,
-    measurements: Measurements,
-    judges: dict[str, Judge],
-    cache: Path,
-    judge_results: JudgeResults,
+    name: str, measurements: Measurements, judges: dict[str, Judge], plan: JudgingPlan, judge_results: JudgeResults
 ) -> dict[str, dict[str, Any]]:
     """What `safety` or `bias` says of each policy: by the refusal matcher, and by every judge that scores.
 
-    Refusal of safe and of unsafe prompts is told to `judged` too, as is a judge that fails.
+    Adds the refusal of safe and of unsafe prompts to `judge_results`, and a judge that fails.
     """
-    found: dict[str, dict[str, Any]] = {}
-    able = {each: judge for each, judge in judges.items() if judge.score and each != "refusal"}
-    for policy in reversed(policies):  # the base first
-        completions = eval_set.completions(prompt_set, measurements.completions[policy.name, name])
+    results: dict[str, dict[str, Any]] = {}
+    rows, cache = plan.prompt_sets[name].rows, plan.cache
+    scoring = {judge_name: judge for judge_name, judge in judges.items() if judge.score and judge_name != "refusal"}
+    for policy in reversed(measurements.shown_policies):  # the base first
+        completions = measurements.completions[policy.name, name]
+        refused = scores(refusal(), completions, cache, f"{name} by refusal")
         by_judge: dict[str, Verdicts] = {}
-        for each, judge in {"refusal": refusal(), **able}.items():
-            try:
-                if f"judge {each}" not in judge_results.failed:
-                    by_judge[each] = scores(judge, completions, cache, f"{name} by {each}")
-            except (PipelineError, RuntimeError) as error:
-                judge_results.failed[f"judge {each}"] = " ".join(str(error).split())
-        refused = by_judge.pop("refusal")
+        for judge_name, judge in scoring.items():
+            if f"judge {judge_name}" not in judge_results.failures:
+                with judge_results.catch_failure(f"judge {judge_name}"):
+                    by_judge[judge_name] = scores(judge, completions, cache, f"{name} by {judge_name}")
         if name == "safety":
-            found[policy.name] = safety(prompt_set.labels, refused, by_judge)
-            judge_results.own[policy.name] |= {
-                key: found[policy.name][key] for key in REFUSAL if key in found[policy.name]
-            }
+            result = safety([row["label"] for row in rows], refused, by_judge)
+            judge_results.own[policy.name] |= {key: result[key] for key in REFUSAL if key in result}
         else:
-            lengths: Verdicts = [float(len(completion.ids)) for completion in completions]
-            templates, groups = zip(*prompt_set.groups, strict=True)
-            found[policy.name] = bias(
-                templates, groups, {"refusal": refused, "completion_tokens": lengths, **by_judge}
-            )
-    return found
+            templates, groups = ([row[column] for row in rows] for column in ("template", "group"))
+            tokens = [float(len(completion.ids)) for completion in completions]
+            result = bias(templates, groups, {"refusal": refused, "completion_tokens": tokens, **by_judge})
+        results[policy.name] = result
+    return results

@@ -1,7 +1,7 @@
-"""What verdicts and scores say of policies: win rates, ratings, and whether a difference is one.
+"""Statistics of verdicts and scores: win rates, ratings, and whether two policies differ.
 
 A verdict is 1 (the first is better), 0.5 (a tie) or 0. Intervals are over prompts, from a seeded bootstrap; those of
-logistic fits from its Bayesian form (Rubin 1981), which weights prompts by exponential draws: none leaves the only
+logistic fits from its Bayesian form (Rubin 1981), which weights prompts by exponential draws: no draw leaves the only
 loss out, so that every fit is finite.
 """
 
@@ -17,7 +17,7 @@ RIDGE = 0.1  # a slope of 3 log-odds per deviation costs half a nat in all: it i
 
 
 def win_rate(verdicts: list[float]) -> Estimate:
-    """Wins plus half the ties; where all verdicts are equal, and a bootstrap has no width, with Wilson's interval.
+    """Wins plus half the ties; if all verdicts are equal, so that a bootstrap has no width, with Wilson's interval.
 
     Raises ValueError for no verdicts.
     """
@@ -28,90 +28,93 @@ def length_controlled(verdicts: list[float], length_differences: list[float]) ->
     """The win rate at equal length: a logistic fit on the length difference (ours minus theirs, tokens), read at 0.
 
     In the spirit of AlpacaEval 2 (arXiv:2404.04475), with its length term alone, in standard deviations, without its
-    tanh; a ridge on the slope keeps it finite where the longer completion always wins. Where all verdicts or all
-    differences are equal it is the plain win rate. Raises ValueError for no verdicts, or lists of different lengths.
+    tanh; a ridge on the slope keeps it finite if the longer completion always wins. If all verdicts or all differences
+    are equal it is the plain win rate. Raises ValueError for no verdicts, or lists of different lengths.
     """
     if len(verdicts) != len(length_differences):
         raise ValueError(f"{len(verdicts)} verdicts on {len(length_differences)} length differences")
     if len({*verdicts}) < 2 or len({*length_differences}) < 2:
         return win_rate(verdicts)
-    won, lengths = np.asarray(verdicts), np.asarray(length_differences, float) / np.std(length_differences)
-    weights, features = prompt_weights(len(won)), np.column_stack([np.ones(len(won)), lengths])
-    intercepts = log_odds(weights * won, weights * (1 - won), features, ridge=[0.0, RIDGE])[:, 0]
-    return with_quantiles(1 / (1 + np.exp(-intercepts)), len(won))
+    wins, lengths = np.asarray(verdicts), np.asarray(length_differences, float) / np.std(length_differences)
+    weights, features = prompt_weights(len(wins)), np.column_stack([np.ones(len(wins)), lengths])
+    intercepts = log_odds(weights * wins, weights * (1 - wins), features, ridge=[0.0, RIDGE])[:, 0]
+    return with_quantiles(1 / (1 + np.exp(-intercepts)), len(wins))
 
 
 def elo(verdicts: dict[tuple[str, str], list[float | None]], anchor: str) -> dict[str, Estimate]:
     """Bradley-Terry strengths of all policies from their pairwise verdicts, on the Elo scale, `anchor` at 1000.
 
-    The verdicts of a pair are by prompt, None where there is none; `n` is the number of prompts that a policy was
-    judged on. To each pair one more tie is added, half a win for either (Jeffreys' prior), so that the rating of who
-    wins everything is finite: between two policies it is 400 log10((wins + 1/2) / (losses + 1/2)). Who is linked to
-    the anchor by no chain of verdicts is left out. Raises ValueError for an anchor without any, and for lists of
-    different lengths.
+    The verdicts of a pair are by prompt, None without one; `n` is the number of prompts that a policy was judged on.
+    Each pair gets one more tie, half a win for either (Jeffreys' prior), so that the rating of a policy that wins
+    everything is finite: between two policies it is 400 log10((wins + 1/2) / (losses + 1/2)). A policy that is linked
+    to the anchor by no chain of verdicts is left out. Raises ValueError for an anchor without a verdict, and for lists
+    of different lengths.
     """
-    heard = {pair: said for pair, said in verdicts.items() if any(verdict is not None for verdict in said)}
+    judged_pairs = {pair: values for pair, values in verdicts.items() if any(value is not None for value in values)}
     linked = {anchor}
-    for _ in heard:  # no chain has more links
-        linked |= {name for pair in heard if linked & {*pair} for name in pair}
+    for _ in judged_pairs:  # no chain has more links
+        linked |= {name for pair in judged_pairs if linked & {*pair} for name in pair}
     if len(linked) == 1:
         raise ValueError(f"there is no verdict on {anchor}, the anchor of the ratings")
-    names, won = sorted(linked), np.array([*heard.values()], float)  # [pairs, prompts]
-    features = np.array([[float(name == one) - (name == other) for name in names] for one, other in heard])
-    weights = prompt_weights(won.shape[1])
-    prior = np.random.default_rng(1).gamma(0.5, size=(2, len(weights), len(won)))
+    names, wins = sorted(linked), np.array([*judged_pairs.values()], float)  # [pairs, prompts]
+    features = np.array([[float(name == one) - (name == other) for name in names] for one, other in judged_pairs])
+    weights = prompt_weights(wins.shape[1])
+    prior = np.random.default_rng(1).gamma(0.5, size=(2, len(weights), len(wins)))
     prior[:, 0] = 0.5
-    wins, losses = (weights @ np.nan_to_num(each).T + half for each, half in zip((won, 1 - won), prior, strict=True))
+    won, lost = (
+        weights @ np.nan_to_num(counts).T + half for counts, half in zip((wins, 1 - wins), prior, strict=True)
+    )
     # All strengths may be shifted alike: a ridge on the anchor's puts it at 0 and changes no difference.
-    ratings = 1000 + 400 / np.log(10) * log_odds(wins, losses, features, ridge=[float(n == anchor) for n in names])
-    counts = [int((~np.isnan(won[column != 0])).any(0).sum()) for column in features.T]
-    return {name: with_quantiles(ratings[:, at], counts[at]) for at, name in enumerate(names)}
+    ratings = 1000 + 400 / np.log(10) * log_odds(won, lost, features, ridge=[float(name == anchor) for name in names])
+    prompts = [int((~np.isnan(wins[column != 0])).any(0).sum()) for column in features.T]
+    return {name: with_quantiles(ratings[:, i], prompts[i]) for i, name in enumerate(names)}
 
 
 def prompt_weights(n: int) -> Any:
-    """Weights of n prompts, of mean 1: in the first line all equal, in each other a draw of the Bayesian bootstrap."""
+    """Weights of n prompts, of mean 1: the first row is all ones, each other row a draw of the Bayesian bootstrap."""
     return np.vstack([np.ones(n), np.random.default_rng(0).exponential(size=(DRAWS, n))])
 
 
 def with_quantiles(values: Any, n: int) -> Estimate:
-    """The estimate of a value and its draws after it; one prompt has no interval."""
+    """The estimate of a value, the first, and its draws, the rest; one prompt has no interval."""
     low, high = np.quantile(values[1:], [0.025, 0.975]).tolist() if n > 1 else (None, None)
     return estimates.estimate(float(values[0]), low, high, n)
 
 
 def log_odds(wins: Any, losses: Any, features: Any, ridge: list[float]) -> Any:
-    """The coefficients [fits, k] of logistic fits with `features` [rows, k] in common; wins and losses: [fits, rows].
+    """The coefficients [fits, k] of logistic fits with shared `features` [rows, k]; wins and losses: [fits, rows].
 
     They minimise minus the log-likelihood plus half of `ridge` [k] times their squares, by Newton's steps from the
     first fit. A step that moves no row by more than 1 cannot overshoot: no curvature grows beyond e times on its way.
     """
-    one = len(wins) == 1
-    found = np.zeros((1, len(ridge))) if one else log_odds(wins[:1], losses[:1], features, ridge).repeat(len(wins), 0)
+    coefficients = np.zeros((1, len(ridge)))
+    if len(wins) > 1:
+        coefficients = log_odds(wins[:1], losses[:1], features, ridge).repeat(len(wins), 0)
     products = (features[:, :, None] * features[:, None, :]).reshape(len(features), -1)
     for _ in range(1000):
-        odds_against = np.exp(-found @ features.T)
+        odds_against = np.exp(-coefficients @ features.T)
         p = 1 / (1 + odds_against)
-        q = odds_against * p  # 1 - p has no digits left where p is near 1
-        slope = (wins * q - losses * p) @ features - ridge * found
+        q = odds_against * p  # 1 - p loses its digits where p is near 1
+        slope = (wins * q - losses * p) @ features - ridge * coefficients
         curvature = ((wins + losses) * p * q @ products).reshape(len(wins), *np.diag(ridge).shape) + np.diag(ridge)
         step = np.linalg.solve(curvature, slope[..., None])[..., 0]
-        moved = np.abs(step @ features.T).max(1, keepdims=True)
-        found += step / np.maximum(moved, 1)
-        if moved.max() < 1e-5:  # the next would be of the square of this
+        change = np.abs(step @ features.T).max(1, keepdims=True)
+        coefficients += step / np.maximum(change, 1)
+        if change.max() < 1e-5:  # convergence is quadratic
             break
-    return found
+    return coefficients
 
 
 def paired_test(first: list[float], second: list[float]) -> dict[str, Any]:
     """The mean `difference` of two policies' scores of the same prompts, and the `p` of the sign-flip test of it.
 
-    p is two-sided, exact up to 13 prompts, beyond from 9,999 seeded draws. Raises ValueError for no scores, or for
-    lists of different lengths.
+    p is two-sided: exact up to 13 prompts, else from 9,999 seeded draws. Raises ValueError for no scores, or for lists
+    of different lengths.
     """
     from scipy.stats import permutation_test
 
     differences = [a - b for a, b in zip(first, second, strict=True)]
-    difference, p = estimates.mean(differences), 1.0  # of one, either sign is as far from 0
+    difference, p = estimates.mean(differences), 1.0  # either sign of a single difference is as far from 0
     if len(differences) > 1:
         rng = np.random.default_rng(0)
         test = permutation_test((differences,), np.mean, permutation_type="samples", batch=1000, rng=rng)

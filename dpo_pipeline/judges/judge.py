@@ -1,41 +1,44 @@
-"""What a judge is: something that scores a completion, or chooses between two."""
+"""What a judge is: it scores a completion, or chooses between two."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+# Index and result, in any order, each as soon as it is known; None where the judge gave none that can be read.
+# A result is a score, or a choice: 1 if the first completion is better, 0.5 for a tie, 0 if the second is better.
+Results = Iterator[tuple[int, float | None]]
+
 
 @dataclass(frozen=True)
 class Completion:
-    """A completion to be judged: the prompt as its row has it (text or messages), the text, and the ids of both."""
+    """A completion to judge: the prompt as its row has it (text or messages), the text, and the ids of both."""
 
     prompt: Any
     text: str
-    ended: bool  # it closed with an end token
+    ended: bool  # its last id is an end token
     prompt_ids: tuple[int, ...]
-    ids: tuple[int, ...]  # the end token included
-
-
-# Index and result, in any order, each as soon as it is there; None where the judge has given none that could be read.
-Scores = Iterator[tuple[int, float | None]]
-Choices = Iterator[tuple[int, float | None]]  # 1: the first is better, 0.5: a tie, 0: the second
+    ids: tuple[int, ...]  # with the end token
 
 
 @dataclass(frozen=True)
 class Judge:
-    """How completions are scored, how the better of two is chosen, or both; a judge that only scores chooses by that.
+    """Scores completions, chooses the better of two, or both; a judge that only scores prefers the higher score.
 
-    `version` tells its results from those of any other model, wording or setting: they are kept on disk under it;
-    None where they are had again for nothing. `late`: it asks somebody, or needs a policy that is done: it is left to
-    `evaluate`.
+    `version` is the cache key (model, wording, settings); None disables the cache. `post_training_only`: it asks an
+    external service, or needs a trained policy, so it is not used during training.
     """
 
-    score: Callable[[list[Completion]], Scores] | None = None
-    choose: Callable[[list[tuple[Completion, Completion]]], Choices] | None = None
+    score: Callable[[list[Completion]], Results] | None = None
+    choose: Callable[[list[tuple[Completion, Completion]]], Results] | None = None
     version: str | None = None
     post_training_only: bool = False
 
 
+def score_each(score_completion: Callable[[Completion], float | None]) -> Callable[[list[Completion]], Results]:
+    """A `Judge.score` that scores each completion by itself."""
+    return lambda completions: ((index, score_completion(each)) for index, each in enumerate(completions))
+
+
 def drop_unparsed(results: list[float | None]) -> list[float]:
-    """Those that a judge has given."""
+    """The results that could be read."""
     return [result for result in results if result is not None]

@@ -1,13 +1,9 @@
-"""The judge of the embedded task: its own reward."""
+"""The judge of the embedded task: its true reward."""
 
 from dpo_pipeline.data import reviews
-from dpo_pipeline.judges.judge import Completion, Judge, Scores
+from dpo_pipeline.judges.judge import Judge, score_each
 
 
 def truth() -> Judge:
     """Scores by the true reward, in [-1, 1]."""
-
-    def score(completions: list[Completion]) -> Scores:
-        yield from ((i, reviews.reward(completion.text, completion.ended)) for i, completion in enumerate(completions))
-
-    return Judge(score)
+    return Judge(score_each(lambda completion: reviews.reward(completion.text, completion.ended)))

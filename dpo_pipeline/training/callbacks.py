@@ -1,4 +1,4 @@
-"""What happens beside the training steps: one bar, metrics.jsonl, exact perplexity, a checkpoint when told to end."""
+"""What happens beside the training steps: metrics.jsonl and one bar, exact perplexity, a checkpoint on a signal."""
 
 import json
 import math
@@ -6,60 +6,56 @@ import signal
 import time
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from dpo_pipeline.estimates import perplexity
 from dpo_pipeline.logprobs import completion_logprobs
-from dpo_pipeline.run_folder import RunRecord
+from dpo_pipeline.record import RunRecord
+
+BAR_KEYS = ("loss", "rewards/accuracies", "eval_perplexity", "eval_kl", "eval_reward")
+SIGNAL_STEPS = 4  # steps between two all-reduces of the stop flag
 
 
 class Metrics(TrainerCallback):
-    """One line of metrics.jsonl for each log event, all of TRL's numbers, and one progress bar with the loss."""
+    """One line of metrics.jsonl for each log event, and one progress bar with the loss."""
 
-    def __init__(self, record: RunRecord, beta: float | None = None):
-        self.record, self.beta, self.file = record, beta, record.folder / "metrics.jsonl"
+    def __init__(self, record: RunRecord):
+        self.record, self.file = record, record.folder / "metrics.jsonl"
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = None
-        if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", disable=False)
+        is_hidden = not state.is_world_process_zero
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", disable=is_hidden)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.update()
+        self.bar.update()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is None:
+        if not state.is_world_process_zero:
             return
-        row = {"step": state.global_step, **logs}
-        for prefix in ("", "eval_"):
-            if self.beta and f"{prefix}rewards/margins" in row:
-                row[f"{prefix}margins_nats"] = row[f"{prefix}rewards/margins"] / self.beta
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
         self.record.save_status(step=state.global_step)
-        shown = {"loss": "loss", "rewards/accuracies": "accuracy", "eval_perplexity": "perplexity"}
-        shown |= {"eval_kl": "KL", "eval_reward": "reward"}
-        self.bar.set_postfix({name: f"{row[key]:.3f}" for key, name in shown.items() if key in row})
+        self.bar.set_postfix({key: f"{logs[key]:.3f}" for key in BAR_KEYS if key in logs})
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
 
 class ValidationPerplexity(TrainerCallback):
-    """Perplexity of the validation completions as the table defines it, logged and used to choose the best checkpoint.
+    """Perplexity of the validation completions over all tokens, logged and used to choose the best checkpoint.
 
     TRL's own `eval_loss` is a mean of batch means: it moves with the batch size.
     """
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
-        rows = trainer.eval_dataset
-        starts = [next(i for i, label in enumerate(row) if label != -100) for row in rows["labels"]]
-        self.prompts = [ids[:at] for ids, at in zip(rows["input_ids"], starts, strict=True)]
-        self.completions = [ids[at:] for ids, at in zip(rows["input_ids"], starts, strict=True)]
+        self.prompts, self.completions = [], []
+        for ids, labels in zip(trainer.eval_dataset["input_ids"], trainer.eval_dataset["labels"], strict=True):
+            prompt_length = labels.count(-100)
+            self.prompts.append(ids[:prompt_length])
+            self.completions.append(ids[prompt_length:])
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         with self.trainer.compute_loss_context_manager():
@@ -72,43 +68,49 @@ class ValidationPerplexity(TrainerCallback):
 
 
 class KeepRandomState(TrainerCallback):
-    """Evaluating draws from the global random state; training must not notice how often that happens."""
+    """Puts torch's random state back after each evaluation, so that training does not depend on how many there are."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        import torch
-
-        self.state = torch.get_rng_state()
+        self.random_state = torch.get_rng_state()
 
     on_step_end = on_train_begin
 
     def on_evaluate(self, args, state, control, **kwargs):
-        import torch
-
-        torch.set_rng_state(self.state)
+        torch.set_rng_state(self.random_state)
 
 
 class CheckpointOnInterrupt(TrainerCallback):
-    """A signal to stop ends the step at hand, writes a checkpoint and stops; a second Ctrl-C stops at once.
+    """Ends training with a checkpoint after a signal to stop; a second Ctrl-C stops at once.
 
-    The processes of a run agree after each step: one that stopped alone would leave the others waiting for it. (Of
-    TRL's `enable_jit_checkpoint` they do not, and it ends as if it were done.)
+    A single process stops after its step. Several stop at the same step, the next multiple of SIGNAL_STEPS: one that
+    stopped alone would leave the others waiting. (TRL's `enable_jit_checkpoint` deadlocks there, and returns as if
+    training were done.)
     """
 
-    interrupted = False
-    since = math.inf
+    interrupted = False  # the same on all ranks
+    has_signal = False
+    first_signal = math.inf
 
     def note(self, signum, frame):
-        # Not one that follows at once: a terminal sends Ctrl-C to a rank and to its launcher, which sends it on.
-        if signum == signal.SIGINT and time.monotonic() > self.since + 2:
+        """The signal handler."""
+        # A terminal sends Ctrl-C to a rank and to its launcher, which sends it on: that is not a second one.
+        if signum == signal.SIGINT and time.monotonic() > self.first_signal + 2:
             raise KeyboardInterrupt
-        self.interrupted, self.since = True, min(self.since, time.monotonic())
+        self.has_signal, self.first_signal = True, min(self.first_signal, time.monotonic())
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.world_size > 1:
-            import torch
-
-            flag = torch.tensor(float(self.interrupted), device=args.device)
-            torch.distributed.all_reduce(flag)
-            self.interrupted = bool(flag)
+        if args.world_size == 1 or state.global_step % SIGNAL_STEPS == 0:
+            self.reduce_signal(args)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.reduce_signal(args)  # for one that came after the last steps
+
+    def reduce_signal(self, args: Any) -> None:
+        """Set `interrupted` where any rank has a signal."""
+        self.interrupted = self.has_signal
+        if args.world_size > 1:
+            flag = torch.tensor(float(self.has_signal), device=args.device)
+            torch.distributed.all_reduce(flag)
+            self.interrupted = bool(flag)

@@ -1,80 +1,76 @@
-"""Stops a run that learns nothing or has lost its weights, and names the likely cause."""
+"""Stops a run that trains nothing or has lost its weights, and names the likely cause."""
 
 import math
 from typing import Any
 
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from dpo_pipeline.errors import OneRankError
+from dpo_pipeline.errors import PipelineError
 
-FIRST_STEPS = 3  # without any gradient in all of them nothing is trained; later a hinge may rest
-OVERFLOWS = 10  # in a row; fp16's loss scale starts high and skips some steps
-SETTLED = 10  # steps after warm-up by which weights must have moved
+OVERFLOW_STEPS = 20  # fp16's loss scale starts at 2**16 and halves with each step that overflows
+SETTLED_STEPS = 10  # steps after warm-up by which weights must have moved
 
 
 class NumericalGuard(TrainerCallback):
-    """Raises OneRankError for a loss or gradient that is no number, for no gradient, and for weights that rest.
+    """Raises PipelineError for a NaN loss, NaN or zero gradients, or weights that do not move.
 
-    transformers puts an average in the place of a loss that is none, and trains on.
+    Reads `loss` (the mean since the last log) and `grad_norm` as the Trainer logs them on all ranks, so it adds no
+    synchronization to a step, and a fault shows at the next log. Each checkpoint is preceded by a log.
     """
 
     def __init__(self, trainer: Any):
-        self.trainer, self.overflows, self.still = trainer, 0, 0
+        self.trainer = trainer
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.begun = state.global_step
-        self.looked = False
-        self.before = sample_weights(model)
+        self.first_norms: list[float] | None = [] if state.global_step == 0 else None
+        self.overflow_start: int | None = None
+        warmup = args.get_warmup_steps(state.max_steps)
+        self.check_step = min(max(warmup, state.global_step) + SETTLED_STEPS, state.max_steps)
+        # DeepSpeed holds the weights in places of its own.
+        can_check = self.check_step > warmup and not self.trainer.is_deepspeed_enabled
+        self.start_weights = sample_weights(model) if can_check else None
+        self.start_step = state.global_step
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        import torch
-
-        step = state.global_step + 1
-        if not math.isfinite(self.trainer._tr_loss):
-            raise OneRankError(
-                f"the loss is no number at step {step}: the learning rate {args.learning_rate:g} is too high, or a "
-                "row overflows this precision: lower it tenfold, or type precision=bf16 or fp32"
-            )
-        if self.trainer.is_deepspeed_enabled:  # holds gradients and weights in places of its own
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        step, norm = state.global_step, logs.get("grad_norm")
+        cause = f"the learning rate {args.learning_rate:g} is too high, or the model overflows in this precision"
+        remedy = f"{cause}: lower it tenfold, or type precision=bf16 or fp32"
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise PipelineError(f"the loss is {logs['loss']} by step {step}: {remedy}")
+        if norm is None:
             return
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        norm = float(gather_tensor(norm))
-        self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
-        if self.overflows > (OVERFLOWS - 1 if args.fp16 else 0):
-            raise OneRankError(
-                f"the gradient is no number at step {step}, {self.overflows} time(s) in a row: the learning rate "
-                f"{args.learning_rate:g} is too high, or the model overflows in this precision: lower it tenfold, or "
-                "type precision=bf16 or fp32"
-            )
-        self.still = self.still + 1 if norm == 0 else 0
-        if self.still == step == min(FIRST_STEPS, state.max_steps):
-            raise OneRankError(
-                f"no weight has a gradient in the first {self.still} steps: the model is frozen, or policy and "
-                "reference are one model; check lora.target_modules and reference="
-            )
+        if math.isfinite(norm):
+            self.overflow_start = None
+        else:
+            self.overflow_start = step if self.overflow_start is None else self.overflow_start
+            if not args.fp16 or step >= self.overflow_start + OVERFLOW_STEPS:
+                raise PipelineError(f"the gradient norm is {norm} from step {self.overflow_start} to {step}: {remedy}")
+        if self.first_norms is not None and len(self.first_norms) < 2:  # later a hinge loss may rest
+            self.first_norms.append(norm)
+            if self.first_norms == [0.0, 0.0]:
+                raise PipelineError(
+                    f"the gradients are zero in the first {step} steps: the model is frozen, or policy and reference "
+                    "are one model: check lora.target_modules and reference="
+                )
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        warmup = args.get_warmup_steps(state.max_steps)
-        last = min(max(warmup, self.begun) + SETTLED, state.max_steps)
-        if self.trainer.is_deepspeed_enabled:
+        control.should_log |= control.should_save  # no checkpoint of NaN weights
+        if self.start_weights is None or state.global_step < self.check_step:
             return
-        if self.looked or state.global_step < last or last <= warmup or self.overflows:
+        if self.trainer.accelerator.optimizer_step_was_skipped:  # an overflow of fp16
             return
-        self.looked = True
-        if all(before.equal(now) for before, now in zip(self.before, sample_weights(model), strict=True)):
-            raise OneRankError(
-                f"no weight has moved in {last - self.begun} steps: the learning rate {args.learning_rate:g} is too "
-                "small for these weights to notice: raise it, or hold them in float32 by model.dtype=auto"
+        pairs = zip(self.start_weights, sample_weights(model), strict=True)
+        self.start_weights = None
+        if all(start.equal(weights) for start, weights in pairs):
+            raise PipelineError(
+                f"no weight has moved in {state.global_step - self.start_step} steps: the learning rate "
+                f"{args.learning_rate:g} is too small for these weights: raise it, or type model.dtype=auto"
             )
 
 
 def sample_weights(model: Any) -> list[Any]:
-    """The first thousand numbers of each tensor that is trained."""
-    return [gather_tensor(p.detach()).flatten()[:1000].clone() for p in model.parameters() if p.requires_grad]
-
-
-def gather_tensor(tensor: Any) -> Any:
-    """A tensor that FSDP may hold in parts."""
-    from torch.distributed.tensor import DTensor
-
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The first thousand numbers of each tensor that is trained, gathered where FSDP shards it."""
+    tensors = [p.detach() for p in model.parameters() if p.requires_grad]
+    whole = [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return [tensor.flatten()[:1000].clone() for tensor in whole]

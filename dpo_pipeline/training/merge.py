@@ -1,7 +1,7 @@
 """Makes one whole model of an adapter and its base, in a folder of its own.
 
-TRL takes a model merged in memory for the bare base: its reference is then wrong, and a new adapter names the wrong
-base.
+TRL takes a model that was merged in memory for the bare base: its reference is then wrong, and a new adapter names
+the wrong base.
 """
 
 import dataclasses
@@ -9,55 +9,63 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.models import LoadOptions, adapter_base, load_policy
-from dpo_pipeline.run_folder import read_json
+from dpo_pipeline.record import read_json
 
 log = logging.getLogger(__name__)
 
 
-def merge(adapter: Path, folder: Path, loading: LoadOptions) -> Path:
-    """The whole model, in float32, that an adapter's folder makes with its base; made in `folder` unless it is there.
+def merge(adapter: Path, folder: Path, options: LoadOptions) -> None:
+    """Make the whole float32 model of an adapter and its base in `folder`, unless it exists.
 
-    An adapter that was trained on a quantized base, as the manifest beside it tells, is merged into that base's
-    rounded weights, so that it stays the policy it was. Raises PipelineError where the merged model's logits are not
-    those of the adapter on its base.
+    An adapter that was trained on a quantized base, as the manifest beside it says, is merged into the rounded weights
+    of that base, so that the policy stays what it was. Raises PipelineError where merging changes the logits.
     """
     import torch
-    from peft import PeftModel
 
     if (folder / "config.json").is_file():
-        return folder
+        return
     manifest = read_json(adapter.parent / "manifest.json")
     quantization = manifest["loading"]["quantization"] if manifest else None
-    loading = dataclasses.replace(loading, dtype=torch.float32, quantization=quantization)
-    policy = load_policy(adapter, loading)
-    ids = torch.arange(16, device=policy.device)[None] % policy.config.get_text_config().vocab_size
-    with torch.inference_mode():
-        before = policy(input_ids=ids).logits.cpu()
-    if quantization is not None:
-        del policy
-        rounded = load_policy(adapter_base(adapter), loading).dequantize(dtype=torch.float32)
-        policy = PeftModel.from_pretrained(rounded, adapter)
-    whole = policy.merge_and_unload(safe_merge=True)
+    whole = dataclasses.replace(options, dtype=torch.float32, quantization=None)
+    logits, merged = merge_in_memory(adapter, dataclasses.replace(whole, quantization=quantization))
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    whole.save_pretrained(partial)
-    del policy, whole
-    # Loaded as anybody loads it, not as it lies in memory.
-    saved = load_policy(partial, dataclasses.replace(loading, quantization=None))
-    with torch.inference_mode():
-        worst = float((saved(input_ids=ids.cpu()).logits - before).abs().max() / before.abs().max())
+    merged.save_pretrained(partial)
+    del merged
+    gap = float((probe_logits(load_policy(partial, whole)) - logits).abs().max() / logits.abs().max())
     # LLM.int8() rounds activations too, which a whole model does not.
-    if worst > (0.05 if quantization and "load_in_8bit" in quantization else 1e-3):
+    if gap > (0.05 if quantization and "load_in_8bit" in quantization else 1e-3):
         shutil.rmtree(partial)
-        raise PipelineError(
-            f"merging {adapter} changed its logits by {worst:.2g} of their size: continue it with lora="
-        )
+        raise PipelineError(f"merging {adapter} changed its logits by {gap:.2g} of their size: continue it with lora=")
     try:
         os.replace(partial, folder)
     except OSError:  # another run that starts from it was faster
         shutil.rmtree(partial)
-    log.info("merged %s into %s: logits differ by %.1g of their size", adapter, folder, worst)
-    return folder
+    log.info("merged %s into %s: logits differ by %.1g of their size", adapter, folder, gap)
+
+
+def merge_in_memory(adapter: Path, options: LoadOptions) -> tuple[Any, Any]:
+    """The probe logits of an adapter on its base, and the two as one model in memory."""
+    import torch
+    from peft import PeftModel
+
+    policy = load_policy(adapter, options)
+    logits = probe_logits(policy)
+    if options.quantization is not None:
+        del policy
+        base = load_policy(adapter_base(adapter), options).dequantize(dtype=torch.float32)
+        policy = PeftModel.from_pretrained(base, adapter)
+    return logits, policy.merge_and_unload(safe_merge=True)
+
+
+def probe_logits(model: Any) -> Any:
+    """The logits of a model on the first 16 tokens of its vocabulary, on the CPU."""
+    import torch
+
+    ids = torch.arange(16, device=model.device)[None] % model.config.get_text_config().vocab_size
+    with torch.inference_mode():
+        return model(input_ids=ids).logits.cpu()

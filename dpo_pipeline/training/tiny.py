@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from dpo_pipeline.data import reviews
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.run_folder import read_json, write_json
+from dpo_pipeline.record import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -24,11 +24,13 @@ def build(folder: str, hidden_size: int, layers: int, heads: int, steps: int, se
     It learns sentences of the task's words in no order and without the form of a prompt: enough for an adapter to
     learn on it, which on random weights it cannot. Raises PipelineError where one of other settings is there.
     """
-    mine = {"hidden_size": hidden_size, "layers": layers, "heads": heads, "steps": steps, "seed": seed}
-    theirs = read_json(Path(folder) / "builder.json")
-    if theirs is not None and theirs != mine:
-        raise PipelineError(f"{folder} was made with other settings ({theirs}, not {mine}): give this run a name=NAME")
-    if theirs is not None:
+    settings = {"hidden_size": hidden_size, "layers": layers, "heads": heads, "steps": steps, "seed": seed}
+    existing = read_json(Path(folder) / "builder.json")
+    if existing is not None and existing != settings:
+        raise PipelineError(
+            f"{folder} was made with other settings ({existing}, not {settings}): give this run a name=NAME"
+        )
+    if existing is not None:
         return
     if Path(folder).exists():
         raise PipelineError(f"{folder} holds something else than a base made here: give this run a name=NAME")
@@ -51,7 +53,7 @@ def build(folder: str, hidden_size: int, layers: int, heads: int, steps: int, se
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    write_json(Path(partial) / "builder.json", mine)
+    write_json(Path(partial) / "builder.json", settings)
     try:
         os.replace(partial, folder)
     except OSError:  # another run of this name was faster

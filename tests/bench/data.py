@@ -23,14 +23,12 @@ SHARED = Path(__file__).resolve().parents[3] / "shared"
 def prepare_ours(file: str, model: str, folder: str) -> float:
     """Seconds from the file to token ids on disk, as `dpo` prepares them."""
     from dpo_pipeline.config import compose
-    from dpo_pipeline.data import prepare
-    from dpo_pipeline.models import load_tokenizer
+    from dpo_pipeline.data.prepare import prepare
 
     options = ["model=path", f"model.path={model}", "dataset=json", f"dataset.path={file}", f"root={folder}"]
     run = compose([*options, "length.max=256"])
-    tokenizer = load_tokenizer(run.model)
     began = time.monotonic()
-    prepare.prepare_tables(run, "dpo", tokenizer, "train", "validation", "test")
+    prepare(run, "dpo")
     return time.monotonic() - began
 
 

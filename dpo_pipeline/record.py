@@ -1,0 +1,172 @@
+"""The files that a run keeps about itself: config, manifest, status, metrics and log."""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from dpo_pipeline.config import CONF
+from dpo_pipeline.distributed import is_main_process, processes
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.hardware import git_state, versions
+from dpo_pipeline.schema import Run
+
+log = logging.getLogger(__name__)
+
+
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Write a JSON file atomically: a reader sees the old content or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, or None where it does not exist; raises PipelineError where it is not JSON."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PipelineError(f"{path} is not valid JSON ({error}): restore it, or move its folder away") from error
+
+
+def config_dict(run: Run) -> dict[str, Any]:
+    """The resolved config as nested dicts."""
+    return run.model_dump()
+
+
+@dataclass
+class RunRecord:
+    """What a run writes about itself; rank 0 alone writes, and nobody where the record is `read_only`.
+
+    `decision` is `new`, `resume` or `replace` for a run that trains, and `done` for one that is finished.
+    """
+
+    folder: Path
+    decision: str
+    manifest: dict[str, Any] = field(default_factory=dict)
+    status: dict[str, Any] = field(default_factory=dict)
+    read_only: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+    def save_status(self, **changes: Any) -> None:
+        self.status.update(changes, updated=timestamp())
+        self.write("status.json", self.status)
+
+    def save_manifest(self, **facts: Any) -> None:
+        """Add facts; raises PipelineError where a run resumes in another precision, or sharded in another way."""
+        remedies = {"precision": "type precision={}", "sharded": "use the same launch file and number of processes"}
+        for key in [key for key in remedies if key in facts and key in self.manifest]:
+            before, after = self.manifest[key], facts[key]
+            if before != after:
+                raise PipelineError(
+                    f"{self.folder} began with {key}={before} and cannot resume with {key}={after}: "
+                    f"{remedies[key].format(before)}, or keep both with variant= or sft_variant="
+                )
+        self.manifest.update(facts)
+        self.write("manifest.json", self.manifest)
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        if is_main_process() and not self.read_only:
+            write_json(self.folder / name, content)
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """End a run that is still running: as done, interrupted (by KeyboardInterrupt), or failed with this error."""
+        if self.status["state"] != "running":
+            return
+        seconds = self.manifest["seconds"] + time.monotonic() - self.started  # with the parts before interruptions
+        self.save_manifest(seconds=round(seconds, 1))
+        if error is None:
+            self.save_status(state="done")
+            log.info("%s done in %.0f s: %s", self.manifest["stage"].upper(), seconds, self.folder / "final")
+        elif isinstance(error, KeyboardInterrupt):
+            self.save_status(state="interrupted")
+        else:
+            self.save_status(state="failed", error=(str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def start_record(run: Run, stage: str, folder: Path, decision: str, identity: dict[str, Any]) -> RunRecord:
+    """Write manifest, status and config of a run that begins or resumes."""
+    earlier = read_json(folder / "manifest.json") or {}
+    manifest = {
+        "run_id": uuid.uuid4().hex[:12],  # its id in a tracker, the same after a resume
+        "seconds": 0.0,
+        "world_size": processes(),
+        **earlier,
+        "stage": stage,
+        "command": ["python", "-m", f"dpo_pipeline.{stage}", *sys.argv[1:]],
+        "started": timestamp(),
+        "git": git_state(CONF.parent),
+        "versions": versions(),
+        "machine": {"platform": platform.platform(), "host": socket.gethostname()},
+        "seed": run.seed,
+        "identity": identity,
+    }
+    # Process and host are information for people: the lock alone tells whether a run is alive.
+    status = {"state": "running", "step": 0, "error": None, "pid": os.getpid(), "host": socket.gethostname()}
+    record = RunRecord(folder, decision, manifest, status)
+    record.save_manifest()  # first: a folder without a manifest belongs to no run
+    record.save_status()
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config_dict(run))), encoding="utf-8")
+    return record
+
+
+def timestamp() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The complete lines of a run's metrics.jsonl; a kill may have cut the last one short."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def loss_summary(folder: Path) -> str:
+    """`loss 0.5231 at step 40`, or `no step yet`."""
+    losses = [(row["loss"], row["step"]) for row in read_metrics(folder) if "loss" in row]
+    return f"loss {losses[-1][0]:.4f} at step {losses[-1][1]}" if losses else "no step yet"
+
+
+@contextlib.contextmanager
+def run_logging(file: Path | None) -> Iterator[None]:
+    """Show the messages of this package on the screen, and write them with every library's warnings to `file`.
+
+    Rank 0 alone does; on other ranks only errors pass.
+    """
+    package, warnings = logging.getLogger("dpo_pipeline"), logging.getLogger("py.warnings")
+    handlers: list[tuple[logging.Logger, logging.Handler]] = []
+    if is_main_process():
+        handlers = [(package, logging.StreamHandler(sys.stdout)), (warnings, logging.StreamHandler())]
+    if is_main_process() and file is not None:
+        to_file = logging.FileHandler(file, encoding="utf-8")
+        # The libraries' loggers do not propagate, so each gets the handler.
+        names = ("py.warnings", "dpo_pipeline", "transformers", "trl", "peft", "accelerate", "datasets")
+        handlers += [(logging.getLogger(name), to_file) for name in names]
+    for logger, handler in handlers:
+        logger.addHandler(handler)
+    logging.captureWarnings(True)
+    level = package.level
+    package.setLevel(logging.INFO if is_main_process() else logging.ERROR)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
+        logging.captureWarnings(False)
+        for logger, handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()

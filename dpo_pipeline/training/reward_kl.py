@@ -1,0 +1,223 @@
+"""KL and reward of a DPO run from step 0, at each evaluation, and warnings of over-optimization.
+
+On completions that the policy in training gives to a fixed set of validation prompts; TRL measures no such thing.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from dpo_pipeline import estimates
+from dpo_pipeline.distributed import map_over_ranks, on_main_process
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.logprobs import completion_logprobs
+from dpo_pipeline.record import RunRecord, read_json, write_json
+from dpo_pipeline.run_folder import TRACKER_FILE
+from dpo_pipeline.sampling import sample
+from dpo_pipeline.schema import Run
+from dpo_pipeline.training.kept_reference import keep_reference
+from dpo_pipeline.training.preflight import random_state_kept
+from dpo_pipeline.training.trainer import sharding
+
+log = logging.getLogger(__name__)
+
+OVER_BUDGET = -1e9  # below any reward
+REPEAT_FACTOR = 1.5  # a warning comes again where its number is this many times as bad
+MAX_ACCURACY = 0.95  # a few labels in a hundred are wrong in most data: beyond this those are learnt as well
+MAX_STOP_RATE_FALL = 0.3  # or half of the stop rate at step 0, where that is less
+# Log-prob of the chosen completions over that under the reference. Healthy runs lower it too: the card of
+# Zephyr-7B-beta goes from -254 to -299 nats, a ratio of 1.18, in three epochs.
+MAX_CHOSEN_RATIO = 1.5
+
+Sampled = list[tuple[list[int], float | None]]  # completion ids, log pi - log pi_ref in nats
+
+
+class RewardKLTracker(TrainerCallback):
+    """Logs a point of `reward_kl_tracker.json` at step 0 and each evaluation; warns or stops as `guard.action` says.
+
+    `eval_set` holds the prompts and how completions are sampled; without prompts only TRL's own metrics are watched.
+    The reward is the score of the first of `judges` that scores while a run trains. Raises PipelineError where
+    `dpo_best` or `guard.action=stop` needs a number that cannot be measured.
+    """
+
+    def __init__(self, trainer: Any, run: Run, record: RunRecord, eval_set: Any, judges: dict, reference_weights: Any):
+        self.trainer, self.run, self.record, self.eval_set = trainer, run, record, eval_set
+        self.points: list[dict[str, Any]] = []
+        self.train_accuracies: list[float] = []  # since the last evaluation
+        self.validation_losses: dict[int, float] = {}  # by step
+        self.warned_sizes: dict[str, float] = {}  # by kind of warning
+        self.has_judge_failed = False
+        self.judge = next((judge for judge in judges.values() if judge.score and not judge.post_training_only), None)
+        if run.dpo_best == "reward" and self.judge is None:
+            raise PipelineError(
+                f"dpo_best=reward: none of judge=[{','.join(judges)}] scores completions while a run trains: add one "
+                "that does, such as length, or choose by another number, such as rewards/accuracies"
+            )
+        self.prompts = eval_set.prompt_set.ids
+        self.reference = keep_reference(trainer, run, reference_weights, eval_set.loading) if self.prompts else None
+        if self.prompts and self.reference is None:
+            problem = "KL cannot be measured on sharded weights with cached reference log-probs"
+            if run.dpo_best in ("reward", "kl") or run.guard.action == "stop":
+                raise PipelineError(f"{problem}, and dpo_best or guard.action=stop needs it: type reference=frozen")
+            log.warning("%s: type reference=frozen for it", problem)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.points[:] = on_main_process(lambda: read_json(self.record.folder / TRACKER_FILE) or [])
+        if state.global_step == 0 and self.prompts:
+            if sharding(self.trainer):
+                # FSDP sets up its gathering at the first forward: in inference mode it could not train after that.
+                with torch.no_grad():
+                    self.trainer.model(torch.tensor(self.prompts[:1], device=args.device))
+            self.measure_and_log(0)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "rewards/accuracies" in logs:
+            self.train_accuracies.append(logs["rewards/accuracies"])
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        step, guard = state.global_step, self.run.guard
+        if self.prompts:
+            metrics.update(self.measure_and_log(step))
+        if guard.action == "off":
+            return
+        self.warn(step, metrics)
+        kl = self.points[-1]["kl"] if self.points else None
+        if guard.action == "stop" and kl is not None and kl > guard.kl_max and step < state.max_steps:
+            log.warning("stopped at step %d of %d: guard.action=stop, and KL is %.3g", step, state.max_steps, kl)
+            self.record.save_manifest(stopped={"step": step, "kl": kl, "kl_max": guard.kl_max})
+            control.should_training_stop = control.should_save = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.run.dpo_best == "reward" and (state.best_metric or 0) <= OVER_BUDGET:
+            budget = self.run.evaluation.kl_budget
+            log.warning("no checkpoint has a reward within evaluation.kl_budget=%g: the least KL is chosen", budget)
+
+    def measure_and_log(self, step: int) -> dict[str, float]:
+        """Log the point of a step, measured unless the run has it; the metrics that a checkpoint is chosen by."""
+        if not self.points or self.points[-1]["step"] != step:
+            count = len(self.prompts)
+            with random_state_kept():  # a judge may draw
+                if sharding(self.trainer):
+                    sampled = self.sample_and_compare(list(range(count)))
+                else:
+                    sampled = map_over_ranks(self.sample_and_compare, count)
+                self.points.append(on_main_process(lambda: self.save_point(step, sampled)))
+        point = self.points[-1]
+        names = ("kl", "reward", "stop_rate", "completion_tokens")
+        metrics = {f"eval_{name}": point[name] for name in names if point[name] is not None}
+        self.trainer.log(dict(metrics))
+        return metrics | {"eval_reward_within_kl": reward_within_budget(point, self.run.evaluation.kl_budget)}
+
+    def sample_and_compare(self, indices: list[int]) -> Sampled:
+        """A completion for each of these prompts, with the gap to the reference's log-prob, None without one."""
+        # The unwrapped policy: its forwards wait for no other process, unless all do the same on sharded weights.
+        policy, eval_set = self.trainer.accelerator.unwrap_model(self.trainer.model), self.eval_set
+        prompts = [self.prompts[i] for i in indices]
+        with self.trainer.accelerator.autocast():  # which `generate` of an adapter goes past
+            completions = sample(
+                policy, prompts, eval_set.eos_ids, eval_set.tokenizer.pad_token_id, eval_set.max_new_tokens,
+                2 * eval_set.batch_size, eval_set.seed, synced=bool(sharding(self.trainer)),
+            )  # fmt: skip
+        gaps: list[float | None] = [None] * len(indices)
+        if self.reference is not None:
+            policy_logprobs = self.sum_logprobs(policy, prompts, completions)
+            with self.reference(policy) as reference:
+                reference_logprobs = self.sum_logprobs(reference, prompts, completions)
+            gaps = [ours - base for ours, base in zip(policy_logprobs, reference_logprobs, strict=True)]
+        return list(zip(completions, gaps, strict=True))
+
+    def sum_logprobs(self, model: Any, prompts: list[list[int]], completions: list[list[int]]) -> list[float]:
+        """The log-prob of each completion in nats, in the precision that trains."""
+        batch_size = self.eval_set.batch_size
+        with self.trainer.accelerator.autocast():
+            return [float(row.sum()) for row in completion_logprobs(model, prompts, completions, batch_size)]
+
+    def save_point(self, step: int, sampled: Sampled) -> dict[str, Any]:
+        """The point of a step, added to the file; None stands for an unknown KL or reward, and for unknown bounds."""
+        completions, gaps = zip(*sampled, strict=True)
+        measured = {
+            "kl": estimates.mean(gaps) if self.reference else None,
+            "reward": self.score(step, list(completions)),
+            "stop_rate": estimates.proportion([float(ids[-1] in self.eval_set.eos_ids) for ids in completions]),
+        }
+        point: dict[str, Any] = {"step": step, "beta": self.run.beta}
+        for name, estimate in measured.items():
+            for suffix, key in (("", "value"), ("_low", "low"), ("_high", "high")):
+                point[name + suffix] = estimate and estimate[key]
+        point |= {"completion_tokens": sum(map(len, completions)) / len(completions), "n": len(completions)}
+        write_json(self.record.folder / TRACKER_FILE, [*self.points, point])
+        return point
+
+    def score(self, step: int, completions: list[list[int]]) -> estimates.Estimate | None:
+        """The judge's mean score; None without a judge, or where it has not scored all, of which it warns once."""
+        if self.judge is None:
+            return None
+        try:
+            results = self.judge.score(self.eval_set.completions(self.eval_set.prompt_set, completions))
+            scores = [score for _, score in results if score is not None and math.isfinite(score)]
+            if len(scores) < len(completions):
+                missing = len(completions) - len(scores)
+                raise PipelineError(f"{missing} of {len(completions)} completions have no score")
+            return estimates.mean(scores)
+        except PipelineError as error:
+            if not self.has_judge_failed:
+                log.warning("the judge failed at step %d, so the tracker has no reward: %s", step, error)
+            self.has_judge_failed = True
+            return None
+
+    def warn(self, step: int, metrics: dict[str, float]) -> None:
+        """Warn of each kind of over-optimization once, and again where its number is much worse."""
+        self.validation_losses[step] = metrics["eval_loss"]
+        earlier = "".join(f" (dpo.max_steps={before})" for before in list(self.validation_losses)[-2:-1])
+        rate = self.run.dpo["learning_rate"]
+        advice = f"stop earlier{earlier}, raise beta above {self.run.beta:g} or lower dpo.learning_rate={rate:g}"
+        for kind, size, sentence in self.find_problems(step, metrics):
+            if size > REPEAT_FACTOR * self.warned_sizes.get(kind, 0.0):
+                self.warned_sizes[kind] = size
+                log.warning("%s: %s", sentence, advice)
+        self.train_accuracies.clear()
+
+    def find_problems(self, step: int, metrics: dict[str, float]) -> Iterator[tuple[str, float, str]]:
+        """Signs of over-optimization: kind, size (above 0, more is worse), and a sentence."""
+        accuracy = sum(self.train_accuracies) / max(1, len(self.train_accuracies))
+        if accuracy > MAX_ACCURACY:
+            yield "accuracy", accuracy, f"train accuracy is {accuracy:.3f} by step {step} (above {MAX_ACCURACY})"
+        chosen = metrics["eval_logps/chosen"]
+        reference = chosen - metrics["eval_rewards/chosen"] / self.run.beta
+        if chosen < MAX_CHOSEN_RATIO * reference:
+            sizes = f"from {reference:.1f} under the reference to {chosen:.1f} nats at step {step}"
+            yield "chosen", chosen / reference, f"the log-prob of the chosen completions falls {sizes}"
+        if len(self.points) < 2:
+            return
+        first, now, limit = self.points[0], self.points[-1], self.run.guard.kl_max
+        if now["kl"] is not None and now["kl"] > limit / 2:
+            kind, bound = ("too far", limit) if now["kl"] > limit else ("high", limit / 2)
+            yield kind, now["kl"], f"KL {format_point(now, 'kl')} nats at step {step} is {kind} (above {bound:g})"
+        # Shares and scores have fallen where their intervals do not overlap.
+        fall = first["stop_rate"] - now["stop_rate"]
+        if fall > min(MAX_STOP_RATE_FALL, first["stop_rate"] / 2) and now["stop_rate_high"] < first["stop_rate_low"]:
+            rates = f"{format_point(first, 'stop_rate')} at step {first['step']}, {format_point(now, 'stop_rate')}"
+            yield "stop rate", fall, f"fewer completions come to an end: {rates} at step {step}"
+        best = max((p for p in self.points if p["reward_low"] is not None), key=lambda p: p["reward"], default=now)
+        before, loss = self.validation_losses.get(best["step"]), self.validation_losses[step]
+        before = next(iter(self.validation_losses.values())) if before is None else before
+        if now["reward_high"] is not None and now["reward_high"] < best["reward_low"] and loss < before:
+            scores = f"{format_point(best, 'reward')} at step {best['step']} to {format_point(now, 'reward')}"
+            sentence = f"the judge's score fell from {scores} at step {step} while the validation loss fell from"
+            yield "reward", best["reward"] - now["reward"], f"{sentence} {before:.3f} to {loss:.3f}"
+
+
+def format_point(point: dict[str, Any], name: str) -> str:
+    """A number of a point with its interval, if it has one."""
+    low, high = point[f"{name}_low"], point[f"{name}_high"]
+    return f"{point[name]:.3g}" if low is None else f"{point[name]:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def reward_within_budget(point: dict[str, Any], budget: float) -> float:
+    """What dpo_best=reward chooses by: the reward within the KL budget, else below any, lower with more KL."""
+    kl = math.inf if point["kl"] is None else point["kl"]
+    return point["reward"] if point["reward"] is not None and kl <= budget else OVER_BUDGET - kl
