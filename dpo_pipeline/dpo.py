@@ -52,18 +52,14 @@ def train_dpo(
     from dpo_pipeline.content_hash import weights_hash
     from dpo_pipeline.distributed import on_main_process
     from dpo_pipeline.hardware import peak_memory
-    from dpo_pipeline.training import trainer
+    from dpo_pipeline.training import memory, preflight, reference, tracking, trainer
     from dpo_pipeline.training.callbacks import Metrics
     from dpo_pipeline.training.guards import NumericalGuard
-    from dpo_pipeline.training.memory import explain_oom
-    from dpo_pipeline.training.preflight import check_dpo
-    from dpo_pipeline.training.reference import add_reference_logps, reference_key
     from dpo_pipeline.training.reward_kl import RewardKLTracker
     from dpo_pipeline.training.starting_policy import load_reference, load_start
-    from dpo_pipeline.training.tracking import track
 
     tables, options = data.tables, data.load_options
-    with explain_oom(run, "dpo", data):
+    with memory.explain_oom(run, "dpo", data):
         dpo = trainer.make_trainer(
             trainer.PairTrainer,
             model=load_start(run, start),
@@ -76,14 +72,14 @@ def train_dpo(
         )
         log.info("DPO of %s on %d pairs, beta %g -> %s", start, len(tables["train"]), run.beta, record.folder)
         record.save_manifest(**trainer.manifest_facts(dpo, data, start), handoff=str(start))
-        reference = run.reference.path or start.weights
+        reference_weights = run.reference.path or start.weights
         record.save_manifest(reference=f"{run.reference.path or start.source} ({run.reference.mode})")
-        fingerprint = check_dpo(dpo, run, data, start, record)
+        fingerprint = preflight.check_dpo(dpo, run, data, start, record)
         if args.precompute_ref_log_probs:
-            digest = on_main_process(lambda: weights_hash(reference, run.model.revision))
-            add_reference_logps(dpo, reference_key(digest, options, args))
-        tracker = RewardKLTracker(dpo, run, record, tracker_set, judges, reference)
-        with track(run, record, dpo):
+            digest = on_main_process(lambda: weights_hash(reference_weights, run.model.revision))
+            reference.add_reference_logps(dpo, reference.reference_key(digest, options, args))
+        tracker = RewardKLTracker(dpo, run, record, tracker_set, judges, reference_weights)
+        with tracking.track(run, record, dpo):
             trainer.train(dpo, record.folder, [Metrics(record), tracker, NumericalGuard(dpo)])
         record.save_manifest(peak_memory_bytes=peak_memory())
         record.save_manifest(final=trainer.save_final(dpo, data.tokenizer, record.folder, options, fingerprint))
