@@ -1,5 +1,6 @@
 """The processes of one run: which of them this is, and how they share results and errors."""
 
+import atexit
 import os
 import pickle
 from collections.abc import Callable
@@ -48,7 +49,9 @@ def connect_processes() -> None:
     import torch
     from accelerate import PartialState
 
-    PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+    if not torch.distributed.is_initialized():
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+        atexit.register(state.destroy_process_group)  # else its threads may abort an interpreter that ends
 
 
 def picklable(error: BaseException) -> BaseException:
