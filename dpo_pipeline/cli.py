@@ -1,11 +1,15 @@
 """What every command shares: Hydra, signals, exit codes, and what a person is told."""
 
+import contextlib
+import logging
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -15,9 +19,10 @@ from hydra.core.plugins import Plugins
 from hydra_plugins.dpo_pipeline.launcher import ProcessLauncher
 from omegaconf import DictConfig
 
-from dpo_pipeline.config import CONF, explain_error, quote_home, validate
-from dpo_pipeline.distributed import is_main_process
-from dpo_pipeline.errors import OneRankError
+from dpo_pipeline.config import CONF, check_flags, explain_error, quote_home, validate
+from dpo_pipeline.distributed import check_launch, is_main_process
+from dpo_pipeline.errors import OneRankError, PipelineError
+from dpo_pipeline.formatting import mask_secrets, one_line
 from dpo_pipeline.hardware import STOPS
 from dpo_pipeline.quiet import quiet
 from dpo_pipeline.schema import Run
@@ -26,36 +31,44 @@ from dpo_pipeline.schema import Run
 def main(stage_function: Callable[[Run], Any]) -> None:
     """Run a command: compose its config from the command line, check it, and call `stage_function` with it.
 
-    Ends the process with 1 and one sentence where the config or the input is wrong, with 75 where it was interrupted.
+    Ends the process with 1 and one sentence for an error that a person can help, with 2 and the place of the traceback
+    for any other, and with 75 where it was interrupted.
     """
     quiet()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # of what the terminal's encoding lacks
+    logging.raiseExceptions = False  # else a closed output prints a traceback for each message
     Plugins.instance().register(ProcessLauncher)  # an editable install is not scanned for plugins
     # Hydra then raises instead of printing; the libraries' many small bars are off, the training's own is not.
     os.environ.update(HYDRA_FULL_ERROR="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false")
-    sys.argv[1:] = map(quote_home, sys.argv[1:])
+    root = Path("outputs")
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def task(cfg: DictConfig) -> None:
+        nonlocal root
         try:
-            stage_function(validate(cfg, HydraConfig.get()))
+            run = validate(cfg, HydraConfig.get())
+            root = Path(run.root)
+            stage_function(run)
+            sys.stdout.flush()  # a full or closed output is an error here, not one that Python prints at its end
         except Exception as error:  # here, since Hydra prints a line of its own for what leaves a task
-            if sentence := explain_error(error):
-                exit_with_error(sentence, is_one_rank=isinstance(error, OneRankError))
-            raise
+            end_with_error(error, root)
 
-    if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":  # before TRL's arguments set it
-        exit_with_error(f"the launch file says mixed_precision: {precision}: take that out, precision= alone says it")
-    for number in STOPS:
-        signal.signal(number, interrupt)
     try:
+        check_launch()
+    except PipelineError as error:  # before anything asks which rank this is
+        sys.exit(f"error: {error}")
+    try:
+        check_flags(sys.argv[1:])
+        sys.argv[1:] = map(quote_home, sys.argv[1:])
+        for number in STOPS:
+            signal.signal(number, interrupt)
         task()
     except KeyboardInterrupt:
         sys.exit(75)
     except Exception as error:
         is_sweep = any(item.startswith("-") for item in sys.argv[1:])  # its values are several
-        if sentence := explain_error(error, [] if is_sweep else sys.argv[1:]):
-            exit_with_error(sentence)
-        raise
+        end_with_error(error, root, [] if is_sweep else sys.argv[1:])
 
 
 def interrupt(signum: int, frame: FrameType | None) -> None:
@@ -68,11 +81,41 @@ def interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def exit_with_error(sentence: str, is_one_rank: bool = False) -> NoReturn:
-    """End the process with 1 and one sentence: of rank 0, or of the one rank that met an error by itself."""
-    message = " ".join(line.strip() for line in f"error: {sentence}".splitlines() if line.strip())
-    if is_main_process():
-        sys.exit(message)
-    if not is_one_rank:
-        time.sleep(10)  # rank 0 prints it; where this rank ends first, the launcher ends rank 0 before it can
-    sys.exit(f"rank {os.environ['RANK']}: {message}" if is_one_rank else 1)
+def end_with_error(error: Exception, root: Path, overrides: list[str] = ()) -> NoReturn:
+    """End the process: with 1 and one sentence where a person can help it, else with 2 and a traceback under `root`.
+
+    Ranks other than 0 repeat nothing: rank 0 has the same error, unless it is one that a rank may meet alone.
+    """
+    code, sentence = 1, explain_error(error, overrides)
+    is_repeated = sentence is not None and not isinstance(error, OneRankError)
+    if sentence is None:
+        code, kind = 2, type(error).__name__
+        sentence = f"unexpected error: {kind}: {one_line(str(error))} ({write_traceback(error, root)})"
+    else:
+        sentence = f"error: {one_line(sentence, limit=10_000)}"
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads it, or its disk is full: Python would print that once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sentence = mask_secrets(sentence)
+    if not is_main_process():
+        if is_repeated:
+            time.sleep(10)  # where this rank ends first, the launcher ends rank 0 before it can print
+            sys.exit(code)
+        sentence = f"rank {os.environ['RANK']}: {sentence}"
+    if code == 1:
+        sys.exit(sentence)
+    with contextlib.suppress(OSError):
+        print(sentence, file=sys.stderr)
+    sys.exit(code)
+
+
+def write_traceback(error: Exception, root: Path) -> str:
+    """Write the traceback of an error to a file of its own, and say where it lies."""
+    file = root / ".cache" / "tracebacks" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="backslashreplace")
+    except OSError:
+        return f"no traceback: {file} cannot be written"
+    return f"traceback in {file}"

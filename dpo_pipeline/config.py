@@ -36,6 +36,14 @@ def compose(overrides: list[str]) -> Run:
         raise PipelineError(sentence) from error
 
 
+def check_flags(arguments: list[str]) -> None:
+    """Raise PipelineError for a config key that is typed as a flag."""
+    for item in arguments:
+        key, _, value = item.lstrip("-").partition("=")
+        if item.startswith("--") and key in known_keys():
+            raise PipelineError(f"{item} is no flag: type {key}={value or 'VALUE'}")
+
+
 def quote_home(override: str) -> str:
     """An override whose values that begin with ~ are quoted: Hydra's grammar lacks that character."""
     return re.sub(r"(?<=[=,\[:])~[^,\]}']*", r"'\g<0>'", override)
@@ -89,6 +97,7 @@ def resolve_defaults(run: Run, overrides: list[str], choices: dict[str, str]) ->
     if run.debug:
         run.sft_best = "last"  # of two steps the first, at the warm-up's rate of 0, may be the best: the bare base
     run.sft_target = run.sft_target or (run.sft_dataset or run.dataset)["sft_target"]
+    run.dpo_best = run.dpo_best.removeprefix("eval_")  # as TRL logs it
     name_folders(run, overrides, choices)
     if run.policy not in ("sft", "base"):
         run.policy = str(Path(run.policy).resolve())

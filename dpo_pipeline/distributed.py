@@ -3,11 +3,14 @@
 import atexit
 import os
 import pickle
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 from dpo_pipeline.errors import PipelineError
+
+NOTICE_SECONDS = 30  # after which a rank says that it waits for the others
 
 
 def processes() -> int:
@@ -18,6 +21,21 @@ def processes() -> int:
 def is_main_process() -> bool:
     """Whether this process writes and prints: rank 0, or the only one."""
     return int(os.environ.get("RANK", 0)) == 0
+
+
+def check_launch() -> None:
+    """Raise PipelineError where the environment names processes that no launcher of this package would name."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        value = os.environ.get(name, "1")
+        if not value.isdecimal() or (name == "WORLD_SIZE" and int(value) < 1):
+            raise PipelineError(f"{name}={value} is set but names no process: type `unset {name}`")
+    if processes() > 1 and not {"MASTER_ADDR", "MASTER_PORT", "RANK"} <= os.environ.keys():
+        raise PipelineError(
+            f"WORLD_SIZE={processes()} is set without RANK, MASTER_ADDR and MASTER_PORT: type `unset WORLD_SIZE`, or "
+            "start with `accelerate launch`"
+        )
+    if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":  # before TRL's arguments set it
+        raise PipelineError(f"the launch file says mixed_precision: {precision}: take that out, precision= says it")
 
 
 def on_main_process(function: Callable[[], Any]) -> Any:
@@ -50,7 +68,11 @@ def connect_processes() -> None:
     from accelerate import PartialState
 
     if not torch.distributed.is_initialized():
+        text = f"waiting for {processes() - 1} other process(es): `unset WORLD_SIZE` where this is the only one"
+        notice = threading.Timer(NOTICE_SECONDS, print, [text], {"flush": True})
+        notice.start()
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+        notice.cancel()
         atexit.register(state.destroy_process_group)  # else its threads may abort an interpreter that ends
 
 

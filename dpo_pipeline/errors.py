@@ -51,6 +51,8 @@ def explain_disk(error: BaseException) -> str | None:
     The last two count only where they are the error itself or its stated cause: a library that tries one place and
     fails later, for a reason of its own, has them in its past.
     """
+    if isinstance(error, BrokenPipeError):
+        return "the output was closed before its end: type the same command again, which goes on"
     for inner in chain_of(error):
         if re.search(DISK_FULL, str(inner)):
             where = f" while {inner.filename} was written" if isinstance(inner, OSError) and inner.filename else ""

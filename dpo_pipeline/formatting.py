@@ -1,5 +1,6 @@
 """Numbers and tables as text that reads in a terminal and as Markdown; HTML pages from templates."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,19 @@ def markdown_table(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+def escape_controls(text: str) -> str:
+    """A text whose control characters, but tabs and line breaks, stand as `\\x1b`: a terminal would obey them."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda character: repr(character[0])[1:-1], text)
+
+
+def mask_secrets(text: str) -> str:
+    """A text whose parts that look like an API key, a token or a password stand as `***`."""
+    return re.sub(r"\b(sk-|hf_)[\w-]{8,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)|(?<=[?&]key=)[^&\s'\"]+", "***", text)
+
+
 def one_line(text: str, limit: int = 300) -> str:
-    """A text on one line, cut at its end to `limit` characters."""
-    flat = " ".join(text.split())
+    """A text on one line, without control characters, cut at its end to `limit` characters."""
+    flat = escape_controls(" ".join(text.split()))
     return flat if len(flat) <= limit else f"{flat[:limit]} ..."
 
 

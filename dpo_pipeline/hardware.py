@@ -14,8 +14,8 @@ from typing import Any
 from dpo_pipeline.distributed import processes
 from dpo_pipeline.errors import PipelineError
 
-# Ctrl-C, what schedulers send before they kill, and Slurm's warning before the time limit (not on Windows).
-STOPS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1") if name in signal.Signals.__members__]
+# Ctrl-C, what schedulers send before they kill, Slurm's warning before the time limit, and a terminal that is closed.
+STOPS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 LIBRARIES = ("torch", "trl", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 
 

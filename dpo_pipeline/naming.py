@@ -23,6 +23,7 @@ READ_BY_OTHER_STAGE = {
     "sft": ("dpo.*", "dpo_best", "beta", "policy", "reference.*"),
     "dpo": ("sft.*", "sft_best", "sft_target", "*sft_dataset*"),
 }
+MAX_LABELS = 40  # characters of a folder's name for the typed keys; longer ones become a hash
 TRACKED = ("reward", "kl", "stop_rate")  # what `dpo_best` may name that the tracker alone measures
 
 
@@ -36,13 +37,13 @@ def name_folders(run: Run, overrides: list[str], choices: dict[str, str]) -> Non
     run.name = clean_name(run.name or f"{model}-{dataset}") + ("-debug" if run.debug else "")
     adapter = [choices["lora"]] if run.lora is not None else []
     adapter += [choices["quantization"]] if run.quantization is not None else []
-    if run.sft_variant is None:
-        other = [choices["dataset@sft_dataset"]] if run.sft_dataset else []
-        run.sft_variant = clean_name("-".join([*(adapter or ["full"]), *other]))
-    if run.variant is None:
-        parts = ["+".join(loss_names(run)), f"beta{run.beta:g}", *adapter]
-        parts += [policy_name(run.policy)] if run.policy != "sft" else []
-        run.variant = clean_name("-".join([*parts, f"seed{run.seed}", *override_labels(run, overrides)]))
+    other = [choices["dataset@sft_dataset"]] if run.sft_dataset else []
+    run.sft_variant = clean_name(run.sft_variant or "-".join([*(adapter or ["full"]), *other]))
+    parts = ["+".join(loss_names(run)), f"beta{run.beta:g}", *adapter]
+    parts += [policy_name(run.policy)] if run.policy != "sft" else []
+    labels = "-".join(override_labels(run, overrides))
+    parts += [f"seed{run.seed}", labels if len(labels) <= MAX_LABELS else short_hash(labels)]
+    run.variant = clean_name(run.variant or "-".join(filter(None, parts)))
 
 
 def policy_name(policy: str) -> str:
@@ -106,6 +107,12 @@ def normalize_number(value: str) -> str:
 
 
 def clean_name(name: str) -> str:
-    """A name that every file system takes; the end of one longer than 150 characters becomes a hash of it."""
-    name = re.sub(r"[^A-Za-z0-9._+-]", "_", name)
-    return name if len(name) <= 150 else f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    """A name for one folder on every file system; where it had to be changed or cut, a hash of it tells it apart."""
+    clean = re.sub(r"[^\w.+-]", "_", name)
+    clean = clean if len(clean.encode()) <= 150 else clean.encode()[:140].decode(errors="ignore")
+    return clean if clean == name else f"{clean}-{short_hash(name)}"
+
+
+def short_hash(text: str) -> str:
+    """Eight hexadecimal digits of the SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

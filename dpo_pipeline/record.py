@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from dpo_pipeline.config import CONF
 from dpo_pipeline.distributed import is_main_process, processes
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.formatting import escape_controls, mask_secrets
 from dpo_pipeline.hardware import git_state, versions
 from dpo_pipeline.schema import Run
 
@@ -34,14 +35,24 @@ def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     os.replace(partial, path)
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file, or None where it does not exist; raises PipelineError where it is not JSON."""
-    if not path.is_file():
-        return None
+def read_json(path: Path, *keys: str) -> Any:
+    """The content of a JSON file, or None where it does not exist.
+
+    Raises PipelineError where it is not JSON, or not a dict with all of `keys`, if any are given.
+    """
+    return parse_json(path, path.read_text(encoding="utf-8"), *keys) if path.is_file() else None
+
+
+def parse_json(path: Path, text: str, *keys: str) -> Any:
+    """What a text from a file means; raises PipelineError as `read_json` does."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PipelineError(f"{path} is not valid JSON ({error}): restore it, or move its folder away") from error
+        content = json.loads(text)
+        for key in keys:
+            content[key]
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise PipelineError(f"{path} is not what a run wrote ({reason}): restore it, or move it away") from error
+    return content
 
 
 def config_dict(run: Run) -> dict[str, Any]:
@@ -101,14 +112,14 @@ class RunRecord:
 
 def start_record(run: Run, stage: str, folder: Path, decision: str, identity: dict[str, Any]) -> RunRecord:
     """Write manifest, status and config of a run that begins or resumes."""
-    earlier = read_json(folder / "manifest.json") or {}
+    earlier = read_json(folder / "manifest.json", "identity") or {}
     manifest = {
         "run_id": uuid.uuid4().hex[:12],  # its id in a tracker, the same after a resume
         "seconds": 0.0,
         "world_size": processes(),
         **earlier,
         "stage": stage,
-        "command": ["python", "-m", f"dpo_pipeline.{stage}", *sys.argv[1:]],
+        "command": ["python", "-m", f"dpo_pipeline.{stage}", *map(mask_secrets, sys.argv[1:])],
         "started": timestamp(),
         "git": git_state(CONF.parent),
         "versions": versions(),
@@ -121,7 +132,8 @@ def start_record(run: Run, stage: str, folder: Path, decision: str, identity: di
     record = RunRecord(folder, decision, manifest, status)
     record.save_manifest()  # first: a folder without a manifest belongs to no run
     record.save_status()
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config_dict(run))), encoding="utf-8")
+    config = mask_secrets(OmegaConf.to_yaml(OmegaConf.create(config_dict(run))))
+    (folder / "config.yaml").write_text(config, encoding="utf-8")
     return record
 
 
@@ -133,13 +145,20 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The complete lines of a run's metrics.jsonl; a kill may have cut the last one short."""
     file = folder / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [parse_json(file, line, "step") for line in lines if line.endswith("\n")]
 
 
 def loss_summary(folder: Path) -> str:
     """`loss 0.5231 at step 40`, or `no step yet`."""
     losses = [(row["loss"], row["step"]) for row in read_metrics(folder) if "loss" in row]
     return f"loss {losses[-1][0]:.4f} at step {losses[-1][1]}" if losses else "no step yet"
+
+
+class EscapingFormatter(logging.Formatter):
+    """Text from data, model folders and templates shows its control characters instead of sending them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_controls(super().format(record))
 
 
 @contextlib.contextmanager
@@ -158,6 +177,7 @@ def run_logging(file: Path | None) -> Iterator[None]:
         names = ("py.warnings", "dpo_pipeline", "transformers", "trl", "peft", "accelerate", "datasets")
         handlers += [(logging.getLogger(name), to_file) for name in names]
     for logger, handler in handlers:
+        handler.setFormatter(EscapingFormatter())
         logger.addHandler(handler)
     logging.captureWarnings(True)
     level = package.level

@@ -13,6 +13,7 @@ from typing import Any
 from dpo_pipeline.content_hash import WEIGHTS, data_hash, weights_hash
 from dpo_pipeline.distributed import is_main_process, on_main_process, processes
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.formatting import mask_secrets
 from dpo_pipeline.locks import lock_owner, run_lock
 from dpo_pipeline.naming import is_identity
 from dpo_pipeline.record import RunRecord, config_dict, read_json, read_metrics, run_logging, start_record, write_json
@@ -52,6 +53,8 @@ def open_run(run: Run, stage: str) -> Iterator[RunRecord]:
             try:
                 yield record
             except BaseException as error:
+                if not folder.is_dir():
+                    raise PipelineError(f"{folder} was moved or deleted: type the same command again") from error
                 with contextlib.suppress(OSError):  # of a full disk, which is the error to report
                     record.finish(error)
                 if record.status["state"] == "interrupted":
@@ -65,7 +68,7 @@ def open_run(run: Run, stage: str) -> Iterator[RunRecord]:
 
 def claim(run: Run, stage: str, folder: Path) -> RunRecord:
     """Prepare a locked folder for its run, and start the record."""
-    status = read_json(folder / "status.json")
+    status = read_json(folder / "status.json", "state")
     if status is not None and status["state"] == "running":  # its process is gone, since the lock was free
         write_json(folder / "status.json", {**status, "state": "interrupted"})
     decision, fields = plan(run, stage, folder)
@@ -77,8 +80,8 @@ def claim(run: Run, stage: str, folder: Path) -> RunRecord:
         rollback_to_checkpoint(folder)
     if decision == "done":
         shutil.rmtree(backup_path(folder), ignore_errors=True)  # left by a kill
-        manifest = read_json(folder / "manifest.json")
-        return RunRecord(folder, decision, manifest, read_json(folder / "status.json"), read_only=True)
+        manifest = read_json(folder / "manifest.json", "identity")
+        return RunRecord(folder, decision, manifest, read_json(folder / "status.json", "state"), read_only=True)
     return start_record(run, stage, folder, decision, fields)
 
 
@@ -97,7 +100,7 @@ def decide(folder: Path, fields: dict[str, Any], overwrite: bool) -> str:
 
     Raises PipelineError where the folder holds another run that is worth keeping, or one that is running.
     """
-    manifest, state = read_json(folder / "manifest.json"), run_state(folder)
+    manifest, state = read_json(folder / "manifest.json", "identity"), run_state(folder)
     if state == "running":
         raise PipelineError(f"{folder} is in use by {lock_owner(folder)}: wait for it or end it")
     if manifest is None:
@@ -174,7 +177,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 def run_state(folder: Path) -> str:
     """`none`, `running`, `done`, `interrupted` or `failed`; `running` only while a process holds the folder's lock."""
-    status = read_json(folder / "status.json")
+    status = read_json(folder / "status.json", "state")
     if status is None:
         return "none"
     return "interrupted" if status["state"] == "running" and lock_owner(folder) is None else status["state"]
@@ -187,7 +190,7 @@ def finished_sft(run: Run) -> dict[str, Any]:
             f"there is no finished SFT in {run.sft_folder} ({state}): run `make sft` or `python -m dpo_pipeline.sft` "
             "with the same arguments first, or start from the base model with policy=base"
         )
-    return read_json(run.sft_folder / "manifest.json")
+    return read_json(run.sft_folder / "manifest.json", "identity", "final", "loading")
 
 
 def check_sft_fits(run: Run) -> None:
@@ -226,9 +229,9 @@ def identity(run: Run, stage: str) -> dict[str, Any]:
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested dict as a flat one with dotted keys."""
+    """A nested dict as a flat one with dotted keys, without secrets: it is written and printed."""
     if not isinstance(node, dict):
-        return {prefix: node}
+        return {prefix: mask_secrets(node) if isinstance(node, str) else node}
     fields = {}
     for key, value in node.items():
         fields |= flatten(value, f"{prefix}.{key}" if prefix else key)

@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 
-from dpo_pipeline import base_model, run_folder
+from dpo_pipeline import base_model, record, run_folder
 from dpo_pipeline.cli import main
 from dpo_pipeline.config import compose
 from dpo_pipeline.data import prepare
@@ -500,7 +500,8 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written_over(name, here, p
     for lay in laid:
         lay(here, parts)
     if name == "a sweep in two processes":
-        monkeypatch.setenv("WORLD_SIZE", "2")
+        for variable in ("WORLD_SIZE=2", "RANK=0", "MASTER_ADDR=localhost", "MASTER_PORT=29500"):
+            monkeypatch.setenv(*variable.split("="))
     before = content(here)
     told = end_of(stage, typed, monkeypatch)
     assert isinstance(told, str), told  # which Python prints, and exits with 1
@@ -557,7 +558,7 @@ def test_what_a_library_says_in_several_lines_is_one(here, monkeypatch):
     monkeypatch.setattr(
         base_model, "base_model", raising(PipelineError("TRL refuses it:\n  one  reason\n\n  another"))
     )
-    assert end_of("sft", GIVEN, monkeypatch) == "error: TRL refuses it: one  reason another"
+    assert end_of("sft", GIVEN, monkeypatch) == "error: TRL refuses it: one reason another"
 
 
 def raising(error):
@@ -579,7 +580,7 @@ def wrapped(error):
     ids=lambda bug: type(bug).__name__,
 )
 @pytest.mark.parametrize("where", ["stage", "loader"])
-def test_a_bug_shows_its_traceback(bug, where, here, monkeypatch):
+def test_a_bug_is_one_line_and_its_traceback_lies_in_a_file(bug, where, here, monkeypatch, capfd):
     from dpo_pipeline.data import json_file
 
     of_the_past = PermissionError(errno.EACCES, "tried before", "/y")
@@ -587,10 +588,97 @@ def test_a_bug_shows_its_traceback(bug, where, here, monkeypatch):
     monkeypatch.setattr(
         *((base_model, "base_model") if where == "stage" else (json_file, "read_source")), raising(bug)
     )
-    monkeypatch.setattr(sys, "argv", ["sft", *GIVEN.split()])
-    with pytest.raises(Exception, match=".") as raised:
-        main(run_sft)
-    assert bug in (raised.value, raised.value.__cause__)
+    assert end_of("sft", GIVEN, monkeypatch) == 2
+    printed = capfd.readouterr().err
+    assert "Traceback" not in printed
+    text = Path(re.search(r"^unexpected error: \w+: .*\(traceback in (.*)\)$", printed, re.M)[1]).read_text()
+    assert type(bug).__name__ in text
+    assert "in raising" in text or "in call" in text
+
+
+@pytest.mark.parametrize(
+    ("variables", "remedy"),
+    [
+        ({"RANK": "junk"}, "RANK=junk .*unset RANK"),
+        ({"LOCAL_RANK": ""}, "unset LOCAL_RANK"),
+        ({"WORLD_SIZE": "0"}, "unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "without RANK, MASTER_ADDR .*unset WORLD_SIZE"),
+    ],
+)
+def test_what_is_left_of_a_launcher_is_named(variables, remedy, here, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert re.search(f"^error: .*{remedy}", end_of("sft", GIVEN, monkeypatch))
+
+
+@pytest.mark.slow
+def test_one_process_of_two_says_that_it_waits(here):
+    launch = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    code = "from dpo_pipeline import distributed; distributed.NOTICE_SECONDS = 1; distributed.connect_processes()"
+    with pytest.raises(subprocess.TimeoutExpired) as waited:
+        subprocess.run([sys.executable, "-c", code], env=os.environ | launch, capture_output=True, timeout=20)
+    assert b"waiting for 1 other process(es)" in waited.value.stdout
+
+
+@pytest.mark.parametrize("typed", ["--beta 0.05", "--beta=0.05"])
+def test_a_flag_is_answered_with_the_key(typed, here, monkeypatch):
+    assert re.search("type beta=", end_of("dpo", typed, monkeypatch))
+
+
+OUTPUTS = {
+    "a closed pipe": ("| head -c 1", {}),
+    "a full device": ("> /dev/full", {}),
+    "an ASCII terminal": ("> out.txt", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_broken_output_is_no_traceback(name, here):
+    redirection, variables = OUTPUTS[name]
+    lines(*ROWS, {"prompt": "\u65e5\u672c", "chosen": " \x1b]0;title\x07 \u672c", "rejected": " b"})(here, None)
+    command = f"{sys.executable} -m dpo_pipeline.inspect_data {GIVEN} {redirection}"
+    call = ["bash", "-c", f"set -o pipefail; {command}"]
+    done = subprocess.run(call, env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode in ((1,) if variables == {} else (0,)), done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+SHAPES = [[], {}, 5, "x", None, [1]]
+
+
+@pytest.mark.parametrize("name", ["status.json", "manifest.json", "metrics.jsonl"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_state_file_of_another_shape_is_named(name, shape, here, monkeypatch):
+    folder = here / SFT
+    file(f"{SFT}/{name}", json.dumps(shape) + "\n")(here, None)
+    for other, value in {"status.json": {"state": "failed"}, "manifest.json": {"identity": {}}}.items():
+        if other != name:
+            (folder / other).write_text(json.dumps(value))
+    if name == "metrics.jsonl":
+        with pytest.raises(PipelineError, match=name):
+            record.read_metrics(folder)
+    else:
+        assert re.search(f"{name} .*restore it, or move it away", end_of("sft", GIVEN, monkeypatch))
+
+
+def test_what_looks_like_a_secret_is_written_and_printed_nowhere(here, monkeypatch, capfd):
+    secret = "t0psecret"
+    typed = f"{GIVEN} 'reference.path=https://me:{secret}@host/m?key={secret}' wandb.entity=sk-{secret}-{secret}"
+    end_of("sft", f"{typed} overwrite=true dpo.max_steps=1", monkeypatch)
+    printed = capfd.readouterr()
+    assert secret not in printed.out + printed.err
+    assert not [path for path, text in content(here / "outputs").items() if secret.encode() in text]
+
+
+def test_a_run_folder_that_is_moved_while_it_trains_is_named(here, monkeypatch, capfd):
+    def move_at_3(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            (here / SFT).rename(here / "elsewhere")
+
+    monkeypatch.setattr(Metrics, "on_step_end", move_at_3)
+    assert re.search(f"{SFT} was moved or deleted", end_of("sft", GIVEN, monkeypatch))
+    assert not (here / SFT).exists()
 
 
 def test_a_full_disk_ends_a_run_with_one_sentence_and_the_same_command_goes_on(here, monkeypatch, capfd):

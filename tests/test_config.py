@@ -87,7 +87,7 @@ def test_any_other_loss_and_field_of_trl_is_an_override_away(tmp_path):
     run = compose(["++dpo.loss_type=[sigmoid,sft]", "++dpo.loss_weights=[1.0,0.1]", "++dpo.max_steps=20"])
     args = training_arguments(run, "dpo", tmp_path)
     assert (args.loss_type, args.loss_weights, args.max_steps) == (["sigmoid", "sft"], [1.0, 0.1], 20)
-    assert run.variant.startswith("sigmoid+sft-beta0.1-seed0-dpo.loss_weights__1.0_0.1_-dpo.max_steps_20")
+    assert re.fullmatch("sigmoid\\+sft-beta0.1-seed0-[0-9a-f]{8}", run.variant)
 
 
 def test_the_micro_batch_divides_the_global_one():
@@ -110,7 +110,7 @@ def test_learning_rate_follows_stage_and_adapter():
         ([], "tiny-reviews", "sigmoid-beta0.1-seed0"),
         (["model=gpt2", "dataset=hh_rlhf", "lora=r16", "beta=0.3"], "gpt2-hh_rlhf", "sigmoid-beta0.3-r16-seed0"),
         (["model=path", "model.path=a/b-1B", "policy=base"], "b-1B-reviews", "sigmoid-beta0.1-base-seed0"),
-        (["dataset=json", "dataset.path=x/my pairs.jsonl"], "tiny-my_pairs", "sigmoid-beta0.1-seed0"),
+        (["dataset=json", "dataset.path=x/my pairs.jsonl"], "tiny-my_pairs-3f7eed7c", "sigmoid-beta0.1-seed0"),
         (["seed=2", "reference=frozen", "loss=ipo"], "tiny-reviews", "ipo-beta0.1-seed2-reference_frozen"),
         (["++dpo.max_steps=9", "dpo.logging_steps=1"], "tiny-reviews", "sigmoid-beta0.1-seed0-dpo.max_steps_9"),
         (["batch.global_size=8", "batch.micro_size=4"], "tiny-reviews", "sigmoid-beta0.1-seed0-batch.global_size_8"),
@@ -121,6 +121,20 @@ def test_learning_rate_follows_stage_and_adapter():
 def test_a_folder_is_a_function_of_what_was_typed(typed, name, variant):
     run = compose(typed)
     assert (run.name, run.variant) == (name, variant)
+
+
+def test_two_names_never_share_a_folder_and_none_leaves_its_home():
+    names = ["\u65e5\u672c", "\u4e2d\u56fd", "a b", "a_b", "a/b", "../x", "/x", "x" * 200, "x" * 201, "\u672c" * 90]
+    runs = [compose([f"name='{name}'", f"variant='{name}'", f"sft_variant='{name}'"]) for name in names]
+    for key in ("name", "variant", "sft_variant"):
+        folders = [getattr(run, key) for run in runs]
+        assert len(set(folders)) == len(names)
+        assert not any(set("/\\ ") & set(folder) or len(folder.encode()) > 160 for folder in folders)
+    assert runs[0].name == names[0]
+
+
+def test_a_metric_with_and_without_its_prefix_is_one():
+    assert compose(["dpo_best=eval_reward"]).dpo_best == "reward"
 
 
 def test_sft_variant_tells_the_adapter_and_another_data_set():

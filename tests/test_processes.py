@@ -339,7 +339,7 @@ def test_make_says_what_deepspeed_needs(tmp_path):
 def test_a_launch_file_that_says_a_precision_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # what Accelerate makes of it
     monkeypatch.setattr(sys, "argv", ["dpo"])
-    with pytest.raises(SystemExit, match="the launch file says mixed_precision: fp16: take that out"):
+    with pytest.raises(SystemExit, match="mixed_precision: fp16: take that out"):
         main(run_dpo)
 
 
