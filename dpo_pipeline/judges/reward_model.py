@@ -14,8 +14,6 @@ from dpo_pipeline.models import explain_load_errors
 
 log = logging.getLogger(__name__)
 
-INPUTS = ("answer", "prompt_answer", "chat")
-
 
 def reward_model(path: str, label: str | None, text: str, batch_size: int, revision: str | None = None) -> Judge:
     """Scores by the raw logit of the one output of the model at `path`, or by the probability of one `label` of many.
@@ -26,58 +24,55 @@ def reward_model(path: str, label: str | None, text: str, batch_size: int, revis
     model is loaded to score, and freed afterwards. Raises PipelineError if it cannot be loaded, or if `label` or
     `text` does not fit it.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, pipeline
 
-    path = str(Path(path).expanduser())
     config = explain_load_errors(AutoConfig.from_pretrained, path, revision=revision)
     tokenizer = explain_load_errors(AutoTokenizer.from_pretrained, path, revision=revision)
     labels = [config.id2label[i] for i in range(config.num_labels)] if config.num_labels > 1 else ["null"]
-    for key, value, allowed in (("label", label or "null", labels), ("text", text, INPUTS)):
+    inputs = ["answer", "prompt_answer", *(["chat"] if tokenizer.chat_template else [])]
+    for key, value, allowed in (("label", label or "null", labels), ("text", text, inputs)):
         if value not in allowed:
-            listed = " or ".join(allowed) + nearest(value, allowed)
-            raise PipelineError(f"judge.reward_model.{key}={value}: for {path} it must be {listed}")
-    if text == "chat" and not tokenizer.chat_template:
-        raise PipelineError(f"{path} has no chat template: type judge.reward_model.text=prompt_answer or answer")
+            options = " or ".join(allowed) + nearest(value, allowed)
+            raise PipelineError(f"judge.reward_model.{key}={value}: for {path} it must be {options}")
     tokenizer.padding_side, tokenizer.truncation_side = "right", "right" if text == "answer" else "left"
 
     def score(completions: list[Completion]) -> Results:
-        model = load_classifier(path, revision, tokenizer)
+        model, limit = load_classifier(path, revision, tokenizer)
         texts = [model_input(completion, text, tokenizer) for completion in completions]
         # A chat template writes special tokens itself.
-        for rows, logits in classify(model, tokenizer, texts, batch_size, add_special_tokens=text != "chat"):
-            if label is not None:
-                is_multi_label = config.problem_type == "multi_label_classification"
-                logits = logits.sigmoid() if is_multi_label else logits.softmax(-1)
-            yield from zip(rows, logits[:, labels.index(label or "null")].tolist(), strict=True)
+        options = {"add_special_tokens": text != "chat"}
+        lengths = [len(ids) for ids in tokenizer(texts, verbose=False, **options)["input_ids"]]
+        if too_long := sum(length > limit for length in lengths):
+            log.warning(
+                "%d of %d texts are longer than the reward model's %d tokens: cut", too_long, len(texts), limit
+            )
+        order = sorted(range(len(texts)), key=lengths.__getitem__, reverse=True)
+        end = tokenizer.eos_token or tokenizer.unk_token  # stands for a text without a token, which no model reads
+        rows = (texts[index] if lengths[index] else end for index in order)
+        is_multi_label = config.problem_type == "multi_label_classification"
+        function = "none" if label is None else "sigmoid" if is_multi_label else "softmax"
+        options |= {"truncation": True, "max_length": limit, "top_k": None, "function_to_apply": function}
+        classifier = pipeline("text-classification", model, tokenizer=tokenizer, device=device())
+        for index, outputs in zip(order, classifier(rows, batch_size=batch_size, **options), strict=True):
+            yield index, next(output["score"] for output in outputs if label in (None, output["label"]))
 
     # The whole folder: its config names the labels, and its tokenizer decides the ids.
     version = content_hash(Path(path)) if Path(path).is_dir() else weights_hash(path, revision)
     return Judge(score, version=f"{version} {label} {text}")
 
 
-def classify(model: Any, tokenizer: Any, texts: list[str], batch_size: int, add_special_tokens: bool) -> Any:
-    """Yields row numbers and float32 logits (rows, labels), batch by batch, the longest texts first."""
-    import torch
-
-    lengths = [len(ids) for ids in tokenizer(texts, verbose=False, add_special_tokens=add_special_tokens)["input_ids"]]
-    limit = context_length(model, tokenizer)
-    if too_long := sum(length > limit for length in lengths):
-        log.warning("%d of %d texts are longer than the reward model's %d tokens: cut", too_long, len(texts), limit)
-    # No model reads a row without a token: an end token stands for it.
-    end = tokenizer.eos_token or tokenizer.unk_token
-    texts = [text if length else end for text, length in zip(texts, lengths, strict=True)]
-    order = sorted(range(len(texts)), key=lengths.__getitem__, reverse=True)
-    options = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = tokenizer([texts[i] for i in rows], add_special_tokens=add_special_tokens, **options)
-        with torch.inference_mode():
-            logits = model(**batch.to(model.device)).logits.float()
-        yield rows, logits
+def model_input(completion: Completion, text: str, tokenizer: Any) -> str:
+    """What the model reads of a completion; `text` as in `reward_model`."""
+    row = {"prompt": completion.prompt, "chosen": completion.text}
+    if text == "chat":
+        row = as_messages(row)
+        return render_chat([*row["prompt"], {"role": "assistant", "content": row["chosen"]}], tokenizer, ask=False)
+    row = as_text(row)
+    return completion.text if text == "answer" else row["prompt"] + row["chosen"]
 
 
-def load_classifier(path: str, revision: str | None, tokenizer: Any) -> Any:
-    """The model at `path` in eval mode; raises PipelineError if it lacks weights, such as those of its head."""
+def load_classifier(path: str, revision: str | None, tokenizer: Any) -> tuple[Any, int]:
+    """The model at `path`, and how many tokens it reads; raises PipelineError if it lacks weights, as of its head."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -91,30 +86,12 @@ def load_classifier(path: str, revision: str | None, tokenizer: Any) -> Any:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if model.config.get_text_config().pad_token_id is None:  # a decoder scores the last token before the padding
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return model.eval().to(device())
-
-
-def context_length(model: Any, tokenizer: Any) -> int:
-    """The most tokens that a model reads at once."""
+    # A decoder scores the last token that is not this one: with another than the tokenizer's, the padding is scored.
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     # Some architectures have no such attribute. RoBERTa's first position is the one after its padding id.
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
-    offsets = [
-        module.padding_idx + 1
-        for name, module in model.named_modules()
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
-    ]
-    return min(tokenizer.model_max_length, positions - max(offsets, default=0))
-
-
-def model_input(completion: Completion, text: str, tokenizer: Any) -> str:
-    """What the model reads of a completion; `text` as in `reward_model`."""
-    if text == "answer":
-        return completion.text
-    row = {"prompt": completion.prompt, "chosen": completion.text}
-    if text == "prompt_answer":
-        row = as_text(row)
-        return row["prompt"] + row["chosen"]
-    row = as_messages(row)
-    return render_chat([*row["prompt"], {"role": "assistant", "content": row["chosen"]}], tokenizer, ask=False)
+    layers = [layer for name, layer in model.named_modules() if name.endswith("position_embeddings")]
+    first = max(
+        (layer.padding_idx + 1 for layer in layers if getattr(layer, "padding_idx", None) is not None), default=0
+    )
+    return model, min(tokenizer.model_max_length, positions - first)

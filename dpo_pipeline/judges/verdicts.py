@@ -3,29 +3,26 @@
 import contextlib
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
 from dpo_pipeline.data.normalize import prompt_to_text
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.judges.judge import Completion, Judge, Results
+from dpo_pipeline.judges.judge import Completion, Judge
+
+log = logging.getLogger(__name__)
 
 
 def scores(judge: Judge, completions: list[Completion], cache: Path, label: str) -> list[float | None]:
     """The score of each completion; None where the judge gave none that can be read.
 
-    Each score of a judge with a version is cached under `cache` as it arrives, and not asked for again. `label` names
-    a progress bar. Raises PipelineError for a score that is NaN or inf.
+    Each score of a judge with a version is cached under `cache` as it arrives, and not asked for again; None is. Equal
+    completions are asked once. `label` names a progress bar. Raises PipelineError for a score that is NaN or inf.
     """
-
-    def ask(items: list[tuple[Completion, ...]]) -> Results:
-        return judge.score([completion for (completion,) in items])
-
-    return cached_results(ask, [(each,) for each in completions], cache_file(judge, "scores", cache), label)
+    return cached_results(judge, "scores", [(each,) for each in completions], cache, label)
 
 
 def choices(judge: Judge, pairs: list[tuple[Completion, Completion]], cache: Path, label: str) -> list[float | None]:
@@ -40,7 +37,7 @@ def choices(judge: Judge, pairs: list[tuple[Completion, Completion]], cache: Pat
         results = scores(judge, [completion for i in different for completion in pairs[i]], cache, label)
     else:
         orders = [order for i in different for order in (pairs[i], pairs[i][::-1])]
-        results = cached_results(judge.choose, orders, cache_file(judge, "choices", cache), label)
+        results = cached_results(judge, "choices", orders, cache, label)
     for i, first, second in zip(different, results[::2], results[1::2], strict=True):
         if first is None or second is None:
             verdicts[i] = None
@@ -52,56 +49,50 @@ def choices(judge: Judge, pairs: list[tuple[Completion, Completion]], cache: Pat
 
 
 def cached_results(
-    ask: Callable[[list[Any]], Results], items: list[tuple[Completion, ...]], file: Path | None, label: str
+    judge: Judge, kind: str, items: list[tuple[Completion, ...]], cache: Path, label: str
 ) -> list[float | None]:
-    """The result of each item, one completion or two; `ask` gets each item once, and only if `file` lacks it."""
-    results = load_cache(file) if file else {}
-    keys = [cache_key(item) for item in items]
+    """The result of each item, one completion or two, from the cache or else from the judge."""
+    file, results = open_cache(judge, kind, cache)
+    keys = [sha256(json.dumps([[each.prompt, each.text, each.ended] for each in item])) for item in items]
     missing = {key: item for key, item in zip(keys, items, strict=True) if key not in results}
-    missing_keys = list(missing)
+    missing_keys, missing_items = list(missing), list(missing.values())
+    ask = judge.choose if kind == "choices" else lambda singles: judge.score([single for (single,) in singles])
     with tqdm(total=len(missing), desc=label, leave=False, disable=not missing) as bar:
-        for index, result in ask(list(missing.values())) if missing else ():
-            key = missing_keys[index]
+        for index, result in ask(missing_items) if missing else ():
             if result is not None and not math.isfinite(result):
-                prompt = prompt_to_text(missing[key][0].prompt).strip()[:60]
-                texts = " or ".join(repr(completion.text.strip()[:60]) for completion in missing[key])
+                texts = [prompt_to_text(missing_items[index][0].prompt), *(each.text for each in missing_items[index])]
+                excerpts = ", ".join(repr(text.strip()[:60]) for text in texts)
                 raise PipelineError(
-                    f"{label}: the judge gives {result} for the prompt {prompt!r} and the completion {texts}: correct "
-                    "that judge or leave it out of judge=; its results so far are kept"
+                    f"{label}: the judge gives {result} for {excerpts} (prompt, completion): correct that judge or "
+                    "leave it out of judge=; its results so far are kept"
                 )
-            results[key] = result
-            if file:
-                with file.open("a") as stream:
-                    stream.write(json.dumps({"key": key, "result": result}) + "\n")
+            results[missing_keys[index]] = result
+            if file and result is not None:
+                with file.open("a") as stream:  # an interrupt may cut a line short: it must not reach into the next
+                    stream.write("\n" + json.dumps({"key": missing_keys[index], "result": result}))
             bar.update()
+    if file and (unread := sum(results[key] is None for key in missing)):
+        log.warning(
+            "%s: %d of %d replies hold no verdict; the next evaluation asks again", label, unread, len(missing)
+        )
     return [results[key] for key in keys]
 
 
-def cache_key(item: tuple[Completion, ...]) -> str:
-    """A hash of everything that a judge may see of an item."""
-    content = [[completion.prompt, completion.text, completion.ended] for completion in item]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def cache_file(judge: Judge, kind: str, cache: Path) -> Path | None:
-    """The file of a judge's results, with its version beside it; None if they are not cached."""
+def open_cache(judge: Judge, kind: str, cache: Path) -> tuple[Path | None, dict[str, float | None]]:
+    """The file of a judge's results, with its version beside it, and the results by key; no file without a version."""
     if judge.version is None:
-        return None
-    folder = cache / hashlib.sha256(judge.version.encode()).hexdigest()
+        return None, {}
+    folder = cache / sha256(judge.version)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "version.txt").write_text(judge.version, encoding="utf-8")
-    return folder / f"{kind}.jsonl"
-
-
-def load_cache(file: Path) -> dict[str, float | None]:
-    """The results in a file by key; a line that an interrupt cut short is skipped, and ended for the next one."""
-    text = file.read_text(errors="replace") if file.exists() else ""
-    if text and not text.endswith("\n"):
-        with file.open("a") as stream:
-            stream.write("\n")
-    results = {}
-    for line in text.splitlines():
+    file, results = folder / f"{kind}.jsonl", {}
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else ():
         with contextlib.suppress(ValueError):
             row = json.loads(line)
-            results[row["key"]] = row["result"]
-    return results
+            if row["result"] is not None:  # earlier versions cached unreadable replies
+                results[row["key"]] = row["result"]
+    return file, results
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
