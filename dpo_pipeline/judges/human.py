@@ -109,18 +109,19 @@ def read_sheet(file: Path) -> list[dict[str, str]]:
     try:
         text = file.read_bytes().decode("utf-8-sig")
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
-        lines = list(csv.DictReader(io.StringIO(text, newline=""), restval="", delimiter=delimiter, strict=True))
+        reader = csv.DictReader(io.StringIO(text, newline=""), restval="", delimiter=delimiter, strict=True)
+        columns, lines = {*(reader.fieldnames or ())}, list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise PipelineError(f"the sheet {file} cannot be read ({error}): save it as CSV in UTF-8") from error
+    if lacking := {"id", *MARKS} - columns:
+        raise PipelineError(f"{file} has no column {', '.join(sorted(lacking))}: keep the first line of sheet.csv")
     rows: dict[str, dict[str, str]] = {}
     for number, line in enumerate(lines, 2):
-        row = {name: clean_cell(name, line[name]) for name in COLUMNS if name in line}
+        row = {name: clean_cell(name, line[name]) for name in COLUMNS if name in columns}
         if not any(row.values()):
             continue  # spreadsheets add empty rows
-        if lacking := {"id", *MARKS} - row.keys():
-            raise PipelineError(f"{file} has no column {', '.join(sorted(lacking))}: keep the first line of sheet.csv")
         expected = re.fullmatch(r"r\w{12}-r\w{12}", row["id"]) and row["id"]
-        if row.keys() >= {*TEXTS}:
+        if columns >= {*TEXTS}:
             expected = "-".join(text_key(row["prompt"], row[name]) for name in TEXTS[1:])
         if row["id"] != expected or row["id"] in rows:
             raise PipelineError(f"{file}, row {number}: it is there twice, or not as it was written: undo that change")
