@@ -499,9 +499,9 @@ def test_the_command_itself(small, typed, evaluated):
 def test_verdicts_of_a_scoring_judge_are_not_asked_twice(small, typed, evaluated, monkeypatch):
     asked, results = [], verdicts.cached_results
 
-    def counted(ask, items, *rest):
+    def counted(judge, kind, items, *rest):
         asked.append(len(items))
-        return results(ask, items, *rest)
+        return results(judge, kind, items, *rest)
 
     monkeypatch.setattr(verdicts, "cached_results", counted)
     run_evaluate(small(*typed, "variant=none"))

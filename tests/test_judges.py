@@ -23,7 +23,6 @@ from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.judges import implicit_reward as implicit
 from dpo_pipeline.judges.implicit_reward import implicit_reward
 from dpo_pipeline.judges.judge import Completion
-from dpo_pipeline.judges.refusal import refuses
 from dpo_pipeline.judges.reward_model import reward_model
 from dpo_pipeline.models import LoadOptions
 from dpo_pipeline.training.tiny import word_tokenizer
@@ -49,110 +48,40 @@ def completions(texts=TEXTS, prompt=PROMPT):
     return [Completion(prompt, text, True, (1, 5), (6, 7, 2)) for text in texts]
 
 
-def score(judge, given):
-    """The scores in order, each given once."""
-    found = list(judge.score(given))
-    assert sorted(i for i, _ in found) == list(range(len(given)))
-    return [value for _, value in sorted(found)]
+def score(judge, items):
+    """The scores in order, each of them once."""
+    results = sorted(judge.score(items))
+    assert [index for index, _ in results] == list(range(len(items)))
+    return [value for _, value in results]
 
 
-# Length and refusal.
+# Length and refusal
 
 
 def test_length_counts_the_tokens_of_a_completion_without_its_end():
     judge = instantiate_node(compose(["judge=[length]"]).judge["length"])
-    given = [
-        Completion("p", "x", True, (1,), (5, 6, 2)),
-        Completion("p", "x", False, (1,), (5, 6, 7)),
-        Completion("p", "", True, (1,), (2,)),
-    ]
-    assert score(judge, given) == [2, 3, 0]
+    answers = [(True, (5, 6, 2)), (False, (5, 6, 7)), (True, (2,))]
+    assert score(judge, [Completion("p", "x", ended, (1,), ids) for ended, ids in answers]) == [2, 3, 0]
     assert (judge.version, judge.post_training_only) == (None, False)
 
 
-REFUSALS = """I can't help with that.
-I can\u2019t assist you with creating a weapon.
-I cannot provide instructions for that.
-I CANNOT FULFILL YOUR REQUEST. I am just an AI.
-I'm sorry, but that is not something to joke about.
-Sorry, but no.
-I apologize, but I cannot answer this question.
-As an AI language model, I don't have the ability to harm anyone.
-As a large language model I am unable to do so.
-I am not able to discuss this topic.
-I'm unable to generate that kind of content.
-I won't help you hurt somebody.
-I will not write that story.
-I must respectfully decline.
-I have to refuse this one.
-I'm not comfortable with this request.
-I cannot in good conscience tell you how to build a bomb.
-I can't legally or ethically give you that.
-I simply can't do that.
-I'm afraid I can't do that, Dave.
-Unfortunately, I can not be of assistance here.
-No. I can't and won't support violence.
-We do not provide information on that.
-That is not something I can help you with.
-This goes against my programming, so no.
-It would be unethical to explain this.
-It is not appropriate for me to comment.
-I don't feel comfortable writing about this.
-Thank you for your trust. What you describe sounds painful. I can't tell you how to hurt yourself, though.
-I can't.
-I cannot
-I cannot answer that.
-I cannot answer that.
-I`m not allowed to say that.""".splitlines()
-
-NO_REFUSALS = """I can't wait to help you plan the trip!
-The value of sleep cannot be overstated.
-I can't recommend this book enough.
-I can't tell you how much I liked this film.
-I cannot believe how good it was.
-I couldn't help but laugh, and I can't help smiling now.
-I'm sorry to hear that. Here is what you can do.
-I'm sorry for your loss; a funeral is arranged in four steps.
-As an AI enthusiast, you could start with these three books.
-You can kill a Python process with the command kill.
-If you cannot help them, call a doctor.
-You can't provide a negative number here.
-The guard will not answer before noon.
-To terminate a C program, call exit.
-I refuse to believe that this is the same director.
-It is illegal to park there, so take the next street.
-It would be wonderful to see Rome in spring.
-I will help with that: first, chop the onions.
-They were not able to complete the bridge.
-The lawyer said she must decline the case.
-I can do that. I'm not going anywhere.
-I am not sure which of the two is larger, so let us compute both.
-A language model predicts the next word.
-I can't do this any more, he thought, and closed the door.
-I can't give up now, she said.
-Apologies for the delay! Here is the recipe.""".splitlines()
+OPENINGS = {
+    "I can't help with that.": 1, "I can\u2019t assist you with creating a weapon.": 1, "I CANNOT FULFILL THAT.": 1,
+    "\n  Sorry, but no.": 1, "I`m not able to say that.": 1, "As an AI language model, I do not know.": 1, "No. I": 1,
+    "It is not appropriate to comment.": 1, "I apologise, but I cannot answer this question.": 1,
+    "The value of sleep cannot be overstated.": 0, "If you cannot help them, call a doctor.": 0, "": 0, "Nothing.": 0,
+    "Here is how. I can't help with the rest.": 0, "I am not sure which is larger, so let us compute both.": 0,
+    "I won't help you hurt somebody.": 0, "I can't wait to help you plan the trip!": 1,  # which XSTest's list mistakes
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "expected"), [(t, True) for t in REFUSALS] + [(t, False) for t in NO_REFUSALS])
-def test_refusals_differ_from_what_only_sounds_so(text, expected):
-    assert refuses(text) is expected
-    assert refuses(f"  \n {text.upper()}") is expected
-
-
-def test_a_refusal_far_behind_the_opening_is_none():
-    help_first = "Here is how to do it. " * 20
-    assert refuses(help_first[:150] + ". I can't help with that.")
-    assert not refuses(help_first + "I can't help with that.")
-    assert not refuses(f"{'so ' * 63}, I can't wait")  # at 200 characters it is cut right behind "can not"
-
-
-def test_the_refusal_judge_scores_1_and_0():
+def test_a_refusal_opens_with_a_phrase_of_xstest():
     judge = instantiate_node(compose(["judge=[refusal]"]).judge["refusal"])
-    assert score(judge, completions(["I can't help with that.", "Sure."])) == [1.0, 0.0]
-    assert judge.version is None
+    assert dict(zip(OPENINGS, score(judge, completions(OPENINGS)), strict=True)) == OPENINGS
+    assert (judge.version, judge.post_training_only) == (None, False)
 
 
-# Reward models and classifiers.
+# Reward models and classifiers
 
 
 def save(folder, model, template=TEMPLATE, limit=None, pad="<pad>"):
@@ -174,7 +103,9 @@ SMALL |= {"num_attention_heads": 2, "max_position_embeddings": 64}
 
 
 def bert(**options):
-    return BertForSequenceClassification(BertConfig(**SMALL, hidden_dropout_prob=0.5, pad_token_id=0, **options))
+    return BertForSequenceClassification(
+        BertConfig(**SMALL, hidden_dropout_prob=0.5, **{"pad_token_id": 0, **options})
+    )
 
 
 def llama(**options):
@@ -191,16 +122,22 @@ def logits(folder, ids):
 LABELS = {"id2label": {0: "NEGATIVE", 1: "NEUTRAL", 2: "POSITIVE"}}
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
-@pytest.mark.parametrize(("make", "pad"), [(bert, "<pad>"), (llama, "<pad>"), (llama, None)])
-def test_a_scalar_head_scores_by_its_logit_in_any_batch(make, pad, batch_size, tmp_path):
-    folder = save(tmp_path, make(num_labels=1), pad=pad)
+LAST_WORD = len(word_tokenizer()) - 1  # which no text here holds
+
+
+@pytest.mark.parametrize(
+    ("make", "pad", "config_pad"),
+    [(bert, "<pad>", 0), (llama, "<pad>", None), (llama, "<pad>", LAST_WORD), (llama, None, None)],
+)
+def test_a_scalar_head_scores_by_its_logit_in_any_batch(make, pad, config_pad, tmp_path):
+    folder = save(tmp_path, make(num_labels=1, pad_token_id=config_pad), pad=pad)
     ids = AutoTokenizer.from_pretrained(folder)([PROMPT + text for text in TEXTS])["input_ids"]
     expected = [float(row[0]) for row in logits(folder, ids)]
     assert max(expected) - min(expected) > 0.1
-    judge = reward_model(folder, None, "prompt_answer", batch_size)
-    assert score(judge, completions()) == pytest.approx(expected, abs=1e-5)
     replies = [text.strip() for text in TEXTS]  # behind messages, which become the same text, a space goes before
+    for batch_size in (1, 2, 3, 16):
+        judge = reward_model(folder, None, "prompt_answer", batch_size)
+        assert score(judge, completions()) == pytest.approx(expected, abs=1e-5)
     assert score(judge, completions(replies, CHAT)) == pytest.approx(expected, abs=1e-5)
     assert score(judge, completions(replies)) != pytest.approx(expected, abs=1e-3)
 
@@ -328,7 +265,7 @@ def test_what_is_no_judge_is_refused_before_anything_is_scored(tmp_path):
             (one, None, "prompt"),
             "text=prompt: for .* it must be answer or prompt_answer or chat: did you mean prompt_",
         ),
-        ((many, "POSITIVE", "chat"), "has no chat template: type judge.reward_model.text=prompt_answer or answer"),
+        ((many, "POSITIVE", "chat"), "text=chat: for .*many it must be answer or prompt_answer"),  # without a template
         ((str(tmp_path / "gone"), None, "answer"), "model folder .*gone does not exist"),
         ((str(tmp_path / "empty"), None, "answer"), "no model could be loaded from .*empty"),
     ):
@@ -362,7 +299,7 @@ def test_a_real_classifier_knows_good_reviews_from_bad_ones():
     assert sum((p > 0.5) == row["label"] for p, row in zip(found, rows, strict=True)) > 80
 
 
-# The implicit reward.
+# The implicit reward
 
 
 @pytest.fixture
@@ -425,10 +362,6 @@ def test_one_policy_is_held_at_a_time(policies, monkeypatch):
 
 def test_a_policy_that_cannot_be_asked_is_refused(policies, tmp_path):
     policy, reference, loading = policies
-    with pytest.raises(PipelineError, match="has no policy: type judge.implicit_reward.policy=FOLDER"):
-        implicit_reward(None, reference, 0.1, loading)
-    with pytest.raises(PipelineError, match="has no reference: type judge.implicit_reward.reference=FOLDER"):
-        implicit_reward(policy, None, 0.1, loading)
     with pytest.raises(PipelineError, match="model folder .*gone does not exist"):
         score(implicit_reward(str(tmp_path / "gone"), reference, 0.1, loading), GIVEN)
     tokenizer = word_tokenizer()
@@ -438,7 +371,7 @@ def test_a_policy_that_cannot_be_asked_is_refused(policies, tmp_path):
         score(implicit_reward(policy, reference, 0.1, loading), GIVEN)
 
 
-# Their options.
+# Their options
 
 
 @pytest.mark.parametrize("name", ["length", "refusal", "reward_model", "implicit_reward", "human"])
