@@ -9,7 +9,7 @@ from typing import Any
 
 from dpo_pipeline.data.normalize import prompt_to_text
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.judges.judge import Judge, Results
+from dpo_pipeline.judges.judge import Completion, Judge, Results
 
 PLAIN_URL = re.compile(r"https?://(\[[\w:]+\]|[^\s/?@:]+)(:\d+)?(/[^\s?]*)?")  # leaves no place for a key
 PLAIN_KEY = re.compile(r"[!#-&(-\[\]-~]+")  # others are escaped in messages, which then show the key
@@ -59,17 +59,17 @@ def chat(
         return parse_verdict(pattern, request_reply(client, model, question, body), is_score)
 
     def ask_each(items: list[Any]) -> Results:
-        questions = []
-        for group in [(item,) for item in items] if is_score else items:
-            texts = {slot: completion.text for slot, completion in zip(slots, group, strict=True)}
-            texts["prompt"] = prompt_to_text(group[0].prompt)
-            # One pass, so that no text is filled in twice.
-            questions.append(PLACEHOLDER.sub(lambda match, texts=texts: texts[match[1]].strip(), wording))
-        return ask_all(ask, questions, concurrency)
+        groups = [(item,) for item in items] if is_score else items
+        return ask_all(ask, [fill_wording(wording, slots, group) for group in groups], concurrency)
 
-    if is_score:
-        return Judge(score=ask_each, version=version_text, post_training_only=True)
-    return Judge(choose=ask_each, version=version_text, post_training_only=True)
+    return Judge(**{"score" if is_score else "choose": ask_each}, version=version_text, post_training_only=True)
+
+
+def fill_wording(wording: str, slots: list[str], completions: tuple[Completion, ...]) -> str:
+    """The question about one completion or two, which share a prompt; no text is filled in twice."""
+    texts = {slot: completion.text for slot, completion in zip(slots, completions, strict=True)}
+    texts["prompt"] = prompt_to_text(completions[0].prompt)
+    return PLACEHOLDER.sub(lambda match: texts[match[1]].strip(), wording)
 
 
 def parse_verdict(pattern: re.Pattern[str], reply: str, is_score: bool) -> float | None:

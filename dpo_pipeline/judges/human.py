@@ -50,13 +50,14 @@ def human(folder: str | Path, sheets: list[str] | str, seed: int) -> Judge:
         log.info("%d readers: the same verdict on %s of the pairs that two or more judged", len(files), share)
 
     def score(completion: Completion) -> float | None:
-        values = ratings.get(completion_key(completion))
+        values = ratings.get(completion_key(prompt_to_text(completion.prompt), completion.text))
         return fmean(values) if values else None
 
     def choose(pairs: list[tuple[Completion, Completion]]) -> Results:
-        keys = [(completion_key(first), completion_key(second)) for first, second in pairs]
+        texts = [(prompt_to_text(first.prompt), first.text, second.text) for first, second in pairs]
+        keys = [(completion_key(prompt, first), completion_key(prompt, second)) for prompt, first, second in texts]
         if not files:
-            write_sheets(Path(folder), pairs, seed)
+            write_sheets(Path(folder), texts, seed)
         elif missing := {frozenset(both) for both in keys if both[0] != both[1] and both not in verdicts}:
             log.warning("%d pairs are in no sheet and left out: without judge.human.sheets they join it", len(missing))
         for index, both in enumerate(keys):
@@ -67,27 +68,21 @@ def human(folder: str | Path, sheets: list[str] | str, seed: int) -> Judge:
     return Judge(score_each(score), choose, post_training_only=True)
 
 
-def completion_key(completion: Completion) -> str:
-    """Names a completion of its prompt, as `text_key`."""
-    return text_key(prompt_to_text(completion.prompt), completion.text)
-
-
-def text_key(prompt: str, text: str) -> str:
+def completion_key(prompt: str, text: str) -> str:
     """Half the id of a row, which names A and B in this order; a letter opens it, or spreadsheets see a number."""
     texts = [re.sub(r"\r\n?", "\n", each) for each in (prompt, text)]  # spreadsheets change line breaks
     return "r" + hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
 
 
-def write_sheets(folder: Path, pairs: list[tuple[Completion, Completion]], seed: int) -> None:
-    """Add pairs to sheet.csv and sheet.html in `folder`; the rows that are there stay."""
+def write_sheets(folder: Path, pairs: list[tuple[str, str, str]], seed: int) -> None:
+    """Add pairs, each a prompt and two texts, to sheet.csv and sheet.html in `folder`; rows that are there stay."""
     file, page = folder / "sheet.csv", folder / "sheet.html"
     rows = {row["id"]: row for row in read_sheet(file)} if file.is_file() else {}
-    for pair in pairs:
-        first, second = sorted(pair, key=lambda each: random.Random(f"{seed} {completion_key(each)}").random())
-        a, b = completion_key(first), completion_key(second)
+    for prompt, *texts in pairs:
+        texts.sort(key=lambda text: random.Random(f"{seed} {completion_key(prompt, text)}").random())
+        a, b = (completion_key(prompt, text) for text in texts)
         if a != b and f"{a}-{b}" not in rows and f"{b}-{a}" not in rows:
-            cells = (f"{a}-{b}", prompt_to_text(first.prompt), first.text, second.text, "", "", "")
-            rows[f"{a}-{b}"] = dict(zip(COLUMNS, cells, strict=True))
+            rows[f"{a}-{b}"] = dict(zip(COLUMNS, (f"{a}-{b}", prompt, *texts, "", "", ""), strict=True))
     ordered = sorted(rows.values(), key=lambda row: random.Random(f"{seed} {row['id']}").random())
     folder.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.partial")
@@ -98,10 +93,11 @@ def write_sheets(folder: Path, pairs: list[tuple[Completion, Completion]], seed:
     os.replace(partial, file)
     template = Path(__file__).parent / "human.html.jinja"
     page.write_text(render_template(template, rows=ordered, columns=("id", *MARKS)), "utf-8")
-    message = (
-        "%d pairs to judge: each reader opens %s in a browser and saves a CSV file, or fills in %s; then repeat the"
+    log.info(
+        "%d pairs to judge: each reader opens %s in a browser and saves a CSV file, or fills in %s; then repeat the "
+        "command with 'judge.human.sheets=[FILE,...]'",
+        *(len(rows), page, file),
     )
-    log.info(message + " command with 'judge.human.sheets=[FILE,...]'", len(rows), page, file)
 
 
 def read_sheet(file: Path) -> list[dict[str, str]]:
@@ -120,10 +116,10 @@ def read_sheet(file: Path) -> list[dict[str, str]]:
         row = {name: clean_cell(name, line[name]) for name in COLUMNS if name in columns}
         if not any(row.values()):
             continue  # spreadsheets add empty rows
-        expected = re.fullmatch(r"r\w{12}-r\w{12}", row["id"]) and row["id"]
-        if columns >= {*TEXTS}:
-            expected = "-".join(text_key(row["prompt"], row[name]) for name in TEXTS[1:])
-        if row["id"] != expected or row["id"] in rows:
+        is_intact = row["id"] not in rows and re.fullmatch(r"r\w{12}-r\w{12}", row["id"])
+        if columns >= {*TEXTS} and is_intact:
+            is_intact = row["id"] == "-".join(completion_key(row["prompt"], row[name]) for name in TEXTS[1:])
+        if not is_intact:
             raise PipelineError(f"{file}, row {number}: it is there twice, or not as it was written: undo that change")
         for column, allowed in MARKS.items():
             if row[column] not in ("", *allowed):

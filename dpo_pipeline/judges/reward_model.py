@@ -1,6 +1,7 @@
 """A reward model or any other text classifier as a judge: a sequence-classification model, local or of the hub."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def reward_model(path: str, label: str | None, text: str, batch_size: int, revis
     model is loaded to score, and freed afterwards. Raises PipelineError if it cannot be loaded, or if `label` or
     `text` does not fit it.
     """
-    from transformers import AutoConfig, AutoTokenizer, pipeline
+    from transformers import AutoConfig, AutoTokenizer
 
     config = explain_load_errors(AutoConfig.from_pretrained, path, revision=revision)
     tokenizer = explain_load_errors(AutoTokenizer.from_pretrained, path, revision=revision)
@@ -37,23 +38,12 @@ def reward_model(path: str, label: str | None, text: str, batch_size: int, revis
     tokenizer.padding_side, tokenizer.truncation_side = "right", "right" if text == "answer" else "left"
 
     def score(completions: list[Completion]) -> Results:
-        model, limit = load_classifier(path, revision, tokenizer)
         texts = [model_input(completion, text, tokenizer) for completion in completions]
-        # A chat template writes special tokens itself.
-        options = {"add_special_tokens": text != "chat"}
-        lengths = [len(ids) for ids in tokenizer(texts, verbose=False, **options)["input_ids"]]
-        if too_long := sum(length > limit for length in lengths):
-            log.warning(
-                "%d of %d texts are longer than the reward model's %d tokens: cut", too_long, len(texts), limit
-            )
-        order = sorted(range(len(texts)), key=lengths.__getitem__, reverse=True)
-        end = tokenizer.eos_token or tokenizer.unk_token  # stands for a text without a token, which no model reads
-        rows = (texts[index] if lengths[index] else end for index in order)
         is_multi_label = config.problem_type == "multi_label_classification"
         function = "none" if label is None else "sigmoid" if is_multi_label else "softmax"
-        options |= {"truncation": True, "max_length": limit, "top_k": None, "function_to_apply": function}
-        classifier = pipeline("text-classification", model, tokenizer=tokenizer, device=device())
-        for index, outputs in zip(order, classifier(rows, batch_size=batch_size, **options), strict=True):
+        # A chat template writes special tokens itself.
+        options = {"function_to_apply": function, "add_special_tokens": text != "chat", "batch_size": batch_size}
+        for index, outputs in classify(path, revision, tokenizer, texts, **options):
             yield index, next(output["score"] for output in outputs if label in (None, output["label"]))
 
     # The whole folder: its config names the labels, and its tokenizer decides the ids.
@@ -69,6 +59,22 @@ def model_input(completion: Completion, text: str, tokenizer: Any) -> str:
         return render_chat([*row["prompt"], {"role": "assistant", "content": row["chosen"]}], tokenizer, ask=False)
     row = as_text(row)
     return completion.text if text == "answer" else row["prompt"] + row["chosen"]
+
+
+def classify(path: str, revision: str | None, tokenizer: Any, texts: list[str], **options: Any) -> Iterator[Any]:
+    """The index of each text and the score of each label, the longest text first; `options` of the pipeline."""
+    from transformers import pipeline
+
+    model, limit = load_classifier(path, revision, tokenizer)
+    ids = tokenizer(texts, verbose=False, add_special_tokens=options["add_special_tokens"])["input_ids"]
+    lengths = [len(each) for each in ids]
+    if too_long := sum(length > limit for length in lengths):
+        log.warning("%d of %d texts are longer than the reward model's %d tokens: cut", too_long, len(texts), limit)
+    order = sorted(range(len(texts)), key=lengths.__getitem__, reverse=True)
+    end = tokenizer.eos_token or tokenizer.unk_token  # stands for a text without a token, which no model reads
+    rows = (texts[index] if lengths[index] else end for index in order)
+    classifier = pipeline("text-classification", model, tokenizer=tokenizer, device=device())
+    yield from zip(order, classifier(rows, top_k=None, truncation=True, max_length=limit, **options), strict=True)
 
 
 def load_classifier(path: str, revision: str | None, tokenizer: Any) -> tuple[Any, int]:
