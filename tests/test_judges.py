@@ -70,7 +70,7 @@ OPENINGS = {
     "\n  Sorry, but no.": 1, "I`m not able to say that.": 1, "As an AI language model, I do not know.": 1, "No. I": 1,
     "It is not appropriate to comment.": 1, "I apologise, but I cannot answer this question.": 1,
     "The value of sleep cannot be overstated.": 0, "If you cannot help them, call a doctor.": 0, "": 0, "Nothing.": 0,
-    "Here is how. I can't help with the rest.": 0, "I am not sure which is larger, so let us compute both.": 0,
+    "Here is arguments. I can't help with the rest.": 0, "I am not sure which is larger, so let us compute both.": 0,
     "I won't help you hurt somebody.": 0, "I can't wait to help you plan the trip!": 1,  # which XSTest's list mistakes
 }  # fmt: skip
 
@@ -193,9 +193,9 @@ def test_what_is_too_long_is_cut_at_its_beginning_a_completion_alone_at_its_end(
     long, short = " ".join(words), "the plot"
     judge = reward_model(folder, None, text, 2)
     exact = " ".join(words[: {"answer": 11, "prompt_answer": 10, "chat": 5}[text]])  # twelve tokens of all
-    found = score(judge, completions([long, short, long, exact], "the film"))
-    (told,) = caplog.messages
-    assert told == "2 of 4 texts are longer than the reward model's 12 tokens: cut"
+    results = score(judge, completions([long, short, long, exact], "the film"))
+    (message,) = caplog.messages
+    assert message == "2 of 4 texts are longer than the reward model's 12 tokens: cut"
     message = {"role": "assistant", "content": long}
     whole = {
         "answer": tokenizer(long)["input_ids"],
@@ -204,8 +204,8 @@ def test_what_is_too_long_is_cut_at_its_beginning_a_completion_alone_at_its_end(
     }[text]
     # What a tokenizer puts before every text stays there; of a template it is a word like the others.
     cut = whole[:12] if kept == "start" else [1, *whole[-11:]] if text == "prompt_answer" else whole[-12:]
-    assert found[0] == found[2] == pytest.approx(float(logits(folder, [cut])[0][0]), abs=1e-5)
-    assert found[1] != pytest.approx(found[0])
+    assert results[0] == results[2] == pytest.approx(float(logits(folder, [cut])[0][0]), abs=1e-5)
+    assert results[1] != pytest.approx(results[0])
 
 
 def test_roberta_reads_fewer_tokens_than_it_has_positions(tmp_path):
@@ -227,11 +227,11 @@ def test_the_model_is_there_only_while_it_scores(tmp_path):
     gc.collect()  # what other tests have left
     before = alive()
     judge = reward_model(folder, None, "answer", 2)
-    coming = judge.score(completions())
+    results = judge.score(completions())
     assert alive() == before
-    next(coming)
+    next(results)
     assert alive() == before + 1
-    list(coming)
+    list(results)
     assert alive() == before
 
 
@@ -251,15 +251,9 @@ def test_the_version_tells_weights_label_and_text_apart(tmp_path):
 def test_what_is_no_judge_is_refused_before_anything_is_scored(tmp_path):
     many, one = save(tmp_path / "many", bert(**LABELS), template=None), save(tmp_path / "one", bert(num_labels=1))
     (tmp_path / "empty").mkdir()
-    for how, sentence in (
-        (
-            (many, None, "answer"),
-            "label=null: for .*many it must be NEGATIVE or NEUTRAL or POSITIVE",
-        ),
-        (
-            (many, "POSITVE", "answer"),
-            "label=POSITVE: for .*: did you mean POSITIVE",
-        ),
+    for arguments, reason in (
+        ((many, None, "answer"), "label=null: for .*many it must be NEGATIVE or NEUTRAL or POSITIVE"),
+        ((many, "POSITVE", "answer"), "label=POSITVE: for .*: did you mean POSITIVE"),
         ((one, "LABEL_0", "answer"), "label=LABEL_0: for .*one it must be null"),
         (
             (one, None, "prompt"),
@@ -269,16 +263,14 @@ def test_what_is_no_judge_is_refused_before_anything_is_scored(tmp_path):
         ((str(tmp_path / "gone"), None, "answer"), "model folder .*gone does not exist"),
         ((str(tmp_path / "empty"), None, "answer"), "no model could be loaded from .*empty"),
     ):
-        with pytest.raises(PipelineError, match=sentence):
-            reward_model(*how, 2)
+        with pytest.raises(PipelineError, match=reason):
+            reward_model(*arguments, 2)
 
 
 def test_a_head_that_would_be_drawn_at_random_is_refused(tmp_path):
     save(tmp_path, LlamaForCausalLM(LlamaConfig(**SMALL, num_labels=1)))
     judge = reward_model(str(tmp_path), None, "answer", 2)
-    with pytest.raises(
-        PipelineError, match="not a reward model or classifier: it lacks 1 weights of LlamaForSequ.*score.we"
-    ):
+    with pytest.raises(PipelineError, match="not a reward model .*: it lacks 1 weights of LlamaForSequ.*score.we"):
         list(judge.score(completions()))
     model = bert(num_labels=1)
     save(tmp_path / "other", model)
@@ -294,9 +286,9 @@ def test_a_real_classifier_knows_good_reviews_from_bad_ones():
     with gzip.open(SHARED / "data/imdb/test.jsonl.gz", "rt") as lines:
         rows = [json.loads(line) for line, _ in zip(lines, range(100), strict=False)]
     judge = reward_model(str(SHARED / "models/imdb-sentiment-minilm"), "POSITIVE", "prompt_answer", 16)
-    found = score(judge, [Completion(row["text"][:20], row["text"][20:], True, (), ()) for row in rows])
+    results = score(judge, [Completion(row["text"][:20], row["text"][20:], True, (), ()) for row in rows])
     assert 20 < sum(row["label"] for row in rows) < 80
-    assert sum((p > 0.5) == row["label"] for p, row in zip(found, rows, strict=True)) > 80
+    assert sum((p > 0.5) == row["label"] for p, row in zip(results, rows, strict=True)) > 80
 
 
 # The implicit reward
@@ -304,7 +296,7 @@ def test_a_real_classifier_knows_good_reviews_from_bad_ones():
 
 @pytest.fixture
 def policies(tmp_path):
-    """Two small policies, and how they are loaded."""
+    """Two small policies, and arguments they are loaded."""
     for name, seed in (("policy", 1), ("reference", 2)):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**SMALL, initializer_range=0.3, bos_token_id=1, eos_token_id=2))
@@ -327,11 +319,8 @@ def test_the_implicit_reward_is_that_of_a_plain_loop(policies):
     for completion in GIVEN:
         sums = []
         for path in (policy, reference):
-            model, ids, total = (
-                LlamaForCausalLM.from_pretrained(path).double().eval(),
-                list(completion.prompt_ids),
-                0.0,
-            )
+            model = LlamaForCausalLM.from_pretrained(path).double().eval()
+            ids, total = list(completion.prompt_ids), 0.0
             for token in completion.ids:
                 with torch.no_grad():
                     total += float(model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[token])
@@ -347,17 +336,17 @@ def test_the_implicit_reward_is_that_of_a_plain_loop(policies):
 
 
 def test_one_policy_is_held_at_a_time(policies, monkeypatch):
-    held = []
+    alive_at_load = []
 
     def counting(*args, **options):
-        held.append(sum(isinstance(each, LlamaForCausalLM) for each in gc.get_objects()))
+        alive_at_load.append(sum(isinstance(each, LlamaForCausalLM) for each in gc.get_objects()))
         return load(*args, **options)
 
     load = implicit.load_policy
     gc.collect()
     monkeypatch.setattr(implicit, "load_policy", counting)
     score(implicit_reward(*policies[:2], 0.1, policies[2]), GIVEN)
-    assert held[0] == held[1]
+    assert alive_at_load[0] == alive_at_load[1]
 
 
 def test_a_policy_that_cannot_be_asked_is_refused(policies, tmp_path):
