@@ -222,7 +222,7 @@ def identity(run: Run, stage: str) -> dict[str, Any]:
         if fields.get(key) not in (None, "sft", "base"):
             fields[key] = weights_hash(fields[key], endings=(*WEIGHTS, "adapter_config.json"))
     if is_identity("judge", run, stage):
-        fields["judge"] = list(run.judge)  # the first one chooses
+        fields["judge"] = [name for name in run.judge if name != "common"]  # the first one chooses
     if stage == "dpo" and run.policy == "sft" and run_state(run.sft_folder) == "done":
         fields["starting_policy"] = finished_sft(run)["final"]["sha256"]
     return fields
