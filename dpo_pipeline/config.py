@@ -67,6 +67,9 @@ def validate(cfg: DictConfig, hydra_cfg: DictConfig) -> Run:
     keys: dict[str, Any] = expand_home(OmegaConf.to_container(cfg, resolve=True))
     overrides, choices = list(hydra_cfg.overrides.task), dict(hydra_cfg.runtime.choices)
     faults = {key: f"{key} has no value: type {key}=..." for key in sorted(OmegaConf.missing_keys(cfg))}
+    for group in [key for key in keys if key not in Run.model_fields and (CONF / key).is_dir()]:
+        override = f"- override /{group}: {keys[group]}"
+        faults[group] = f"{group} is a group of options: write `{override}` in the defaults list, or type {group}="
     if (
         "truth" in keys.get("judge", {})
         and OmegaConf.select(cfg, "dataset._target_") != "dpo_pipeline.data.reviews.load"

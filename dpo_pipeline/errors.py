@@ -143,7 +143,9 @@ def explain_config_error(error: BaseException, list_keys: ListKeys, groups: dict
             group, _, option = inner.missing_cfg_file.rpartition("/")
             return missing_option(group, option, inner.options or groups.get(group, []))
         if isinstance(inner, OmegaConfBaseException):
-            return f"{inner.full_key}: {text}" if inner.full_key else text
+            outer = (each for each in chain_of(error) if isinstance(each, OmegaConfBaseException))
+            key = next((each.full_key for each in outer if each.full_key), None)  # an inner error may lack it
+            return f"{key}: {text}" if key else text
         if isinstance(inner, ValueError) and "override must be a string or a list" in text:
             return "a config group cannot be null or a number: type one of its options, such as lora=none"
         if isinstance(inner, HydraException):

@@ -21,7 +21,7 @@ SMOOTHED = {"cdpo", "robust", "exo_pair", "aot", "aot_unpaired"}  # losses that 
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True, defer_build=True, allow_inf_nan=False)
 
 
 class LearningRate(Part):
@@ -178,6 +178,8 @@ class Run(Part):
                 fault = "model.path has no value: type model.path=..."
             case "lora" if value is None and "model" in keys.data and keys.data["model"].dtype == "float16":
                 fault = "model.dtype=float16 rounds updates of trained weights to nothing: type model.dtype=auto"
+            case "lora" | "quantization" if value is not None and "_target_" not in value:
+                fault = f"{keys.field_name}.{next(iter(value))} needs an option of {keys.field_name}= to belong to"
             case "quantization" if no_adapter and value is not None:
                 fault = "quantization= needs an adapter, quantized weights cannot be trained: add lora=r16"
             case "reference" if no_adapter and value.mode == "adapter":
