@@ -156,6 +156,11 @@ def empty_model(model: Model, config: Any, lora: Any) -> Any:
             ) from error
 
 
+def weights_outside_adapter(policy: Any) -> list[str]:
+    """The names of trained weights that stay when the adapter is off; PEFT names what goes with it by the adapter."""
+    return [name for name, weight in policy.named_parameters() if weight.requires_grad and ".default" not in name]
+
+
 def load_policy(path: str | Path, options: LoadOptions, trainable: bool = False, device_name: str = "cpu") -> Any:
     """The model at `path`; an adapter comes on its base, ready to train where `trainable`.
 

@@ -11,11 +11,13 @@ import torch
 from transformers import AutoTokenizer
 
 from dpo_pipeline import run_folder
+from dpo_pipeline.config import compose
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.models import load_options, load_policy
 from dpo_pipeline.sft import run_sft
-from tests.helpers import build
+from tests.helpers import SMALL, build
+from tests.test_models import save_base
 
 ROADS = {
     "full -> full": ("lora=none", ("cached", "frozen")),
@@ -212,3 +214,29 @@ def test_an_sft_of_another_base_is_refused_and_of_other_settings_told(small, sft
         run_sft(small("model.builder.layers=1", "sft_variant=other"))
     run_dpo(small("sft.learning_rate=7e-4", "variant=told", *STEPS))
     assert "was made with other settings: sft.learning_rate is" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory):
+    """Composes a DPO from a base with biases, which `lora.bias` trains beside the adapter."""
+    folder = tmp_path_factory.mktemp("biased")
+    save_base(folder, "gpt2")
+    typed = [item for item in (*SMALL, *STEPS) if not item.startswith(("model.builder", "evaluation.tracker"))]
+    typed += ["model=path", f"model.path={folder}", f"root={folder}", "policy=base", "lora=r8"]
+    return lambda *more: compose([*typed, *more])
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_the_adapter_is_no_reference_where_other_weights_are_trained(bias, biased):
+    with pytest.raises(PipelineError, match="reference=adapter .*bias: type reference=cached"):
+        run_dpo(biased(f"lora.bias={bias}", "reference=adapter", "check=true"))
+
+
+def test_kl_at_step_0_and_later_is_against_the_biases_of_step_0_too(biased):
+    typed = ("lora.bias=all", "evaluation.tracker_prompts=4", "dpo.eval_steps=2")
+    points = {}
+    for mode in ("cached", "frozen"):
+        run_dpo(run := biased(*typed, f"reference={mode}", f"variant=biased-{mode}"))
+        points[mode] = [point["kl"] for point in run_folder.read_json(run.dpo_folder / "reward_kl_tracker.json")]
+    assert points["cached"][0] == pytest.approx(0, abs=1e-6)
+    assert points["cached"] == pytest.approx(points["frozen"], abs=1e-5)

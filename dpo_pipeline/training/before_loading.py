@@ -9,7 +9,7 @@ from typing import Any
 from dpo_pipeline.data.prepare import Prepared
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.hardware import gigabytes
-from dpo_pipeline.models import check_same_tokenizer, empty_model
+from dpo_pipeline.models import check_same_tokenizer, empty_model, weights_outside_adapter
 from dpo_pipeline.record import RunRecord
 from dpo_pipeline.schema import Run
 from dpo_pipeline.training.preflight import check_rows
@@ -35,7 +35,10 @@ def check_before_loading(run: Run, data: Prepared, start: StartingPolicy, args: 
     if run.policy != "sft" or Path(start.source).is_dir():  # with `check` the SFT may still be to come
         check_same_tokenizer(data.tokenizer, run.model, start.source)
     limit_debug_steps(run, args, len(rows))
-    needed, free = check_disk_space(run, stage, record.folder, start, data.config)
+    empty = empty_model(run.model, data.config, new_adapter(run, ""))  # of the size of any starting policy
+    if stage == "dpo" and run.reference.mode == "adapter":
+        check_adapter_alone(empty)
+    needed, free = check_disk_space(run, stage, record.folder, start, empty)
     if run.check:
         unit = "completions" if stage == "sft" else "pairs"
         size = f"writes up to {gigabytes(needed)} of {gigabytes(free)} free"
@@ -65,13 +68,22 @@ def limit_debug_steps(run: Run, args: Any, rows: int) -> None:
         args.max_steps = DEBUG_STEPS
 
 
-def check_disk_space(run: Run, stage: str, folder: Path, start: StartingPolicy, config: Any) -> tuple[int, int]:
+def check_adapter_alone(policy: Any) -> None:
+    """Raise PipelineError where weights outside of the adapter are trained: a reference without it would hold them."""
+    if outside := weights_outside_adapter(policy):
+        raise PipelineError(
+            f"reference=adapter switches the adapter off, and weights outside of it stay trained, such as {outside[0]}: "
+            "type reference=cached, or lora.bias=none"
+        )
+
+
+def check_disk_space(run: Run, stage: str, folder: Path, start: StartingPolicy, empty: Any) -> tuple[int, int]:
     """Bytes that a run will still write, and bytes that are free; raises PipelineError where they do not suffice.
 
     It counts `final/`, a merged model, and the checkpoints kept plus one: trained weights in float32, and AdamW's two
-    numbers for each, of one byte in 8 bits. `config` is the base model's, which has the size of any starting policy.
+    numbers for each, of one byte in 8 bits. `empty` has the policy's shapes.
     """
-    sizes = [(p.numel(), p.requires_grad) for p in empty_model(run.model, config, new_adapter(run, "")).parameters()]
+    sizes = [(p.numel(), p.requires_grad) for p in empty.parameters()]
     trained = sum(size for size, is_trained in sizes if is_trained)
     fields = getattr(run, stage)
     optimizer_bytes = 2 if "8bit" in fields["optim"] else 8

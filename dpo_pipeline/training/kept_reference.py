@@ -11,7 +11,7 @@ from accelerate.utils import is_peft_model
 from trl.trainer.utils import use_adapter
 
 from dpo_pipeline.hardware import device
-from dpo_pipeline.models import LoadOptions, is_adapter, load_policy
+from dpo_pipeline.models import LoadOptions, is_adapter, load_policy, weights_outside_adapter
 from dpo_pipeline.schema import Run
 from dpo_pipeline.training.trainer import sharding
 
@@ -30,6 +30,7 @@ def keep_reference(trainer: Any, run: Run, weights: str | Path, loading: LoadOpt
     if trainer.ref_model is not None:
         return lambda policy: contextlib.nullcontext(trainer.ref_model)
     is_inside = is_peft_model(trainer.model) and run.reference.path is None
+    is_inside = is_inside and not weights_outside_adapter(trainer.model)
     if is_inside and ("ref" in trainer.model.peft_config or not is_adapter(weights)):
         return without_training_adapter
     if sharding(trainer):
