@@ -50,7 +50,7 @@ FAMILIES = {
 
 def layers(family: str) -> int:
     """As few as make 20 linear layers: from there on PEFT names them by their last part, as it does at real sizes."""
-    return math.ceil(20 / len(FAMILIES[family][2].split()))
+    return math.ceil(20 / len(FAMILIES[family][2].split())) if family in FAMILIES else 2
 
 
 def save_base(folder, family: str):
@@ -58,7 +58,7 @@ def save_base(folder, family: str):
     from tokenizers import processors
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    options, (begin, end, pad), _ = FAMILIES[family]
+    options, (begin, end, pad), _ = FAMILIES.get(family, ({}, ("<s>", "</s>", "<pad>"), ""))
     words = word_tokenizer().backend_tokenizer
     front = [(begin, words.token_to_id(begin))] if begin else []
     words.post_processor = processors.TemplateProcessing(single=f"{begin or ''} $A".strip(), special_tokens=front)

@@ -24,7 +24,8 @@ from dpo_pipeline.models import load_options, load_policy
 from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training import memory, preflight, trainer
 from dpo_pipeline.training.before_loading import check_learning_rate
-from tests.helpers import build
+from tests.helpers import SMALL, build
+from tests.test_models import save_base
 
 STEPS = ("++dpo.max_steps=3", "dpo.learning_rate=1e-3")
 
@@ -429,3 +430,21 @@ def test_a_check_of_a_local_model_reads_its_weights_file_headers(small, sft, tmp
     with pytest.raises(PipelineError, match="holds no weights"):
         run_sft(compose(typed))
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_model_with_a_layer_before_its_head_is_refused(tmp_path):
+    """TRL's log-probs leave that layer out."""
+    save_base(tmp_path / "base", "modernbert-decoder")
+    typed = [item for item in SMALL if not item.startswith("model.builder")]
+    with pytest.raises(PipelineError, match="TRL's log-probs differ .*modernbert-decoder .*choose another model="):
+        run_sft(compose([*typed, "model=path", f"model.path={tmp_path}/base", f"root={tmp_path}", "length.max=100"]))
+
+
+@pytest.mark.parametrize("cause", ["weights that hold NaN: .*up_proj", "none of its weights, .* lora="])
+def test_log_probs_that_are_no_numbers_are_told_as_such(cause, built):
+    dpo = built("dpo", "lora=r8", *(["lora.lora_alpha=nan", "policy=base"] if "lora=" in cause else []))
+    if "up_proj" in cause:
+        dpo.trainer.model.base_model.model.model.layers[1].mlp.up_proj.weight.data[0, 0] = math.nan
+    batch = preflight.check_first_batch(dpo.trainer, dpo.prepared)
+    with pytest.raises(PipelineError, match=f"log-probs that are no numbers; {cause}" if "up" in cause else cause):
+        preflight.check_forward(dpo.trainer, batch, dpo.prepared.load_options)

@@ -13,7 +13,8 @@ import torch
 
 from dpo_pipeline.data.prepare import Prepared
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.logprobs import completion_logprobs
+from dpo_pipeline.logprobs import completion_logprobs, inference
+from dpo_pipeline.models import LoadOptions
 from dpo_pipeline.record import RunRecord
 from dpo_pipeline.run_folder import finished_sft
 from dpo_pipeline.schema import Run
@@ -26,8 +27,9 @@ log = logging.getLogger(__name__)
 def check_sft(trainer: Any, data: Prepared) -> dict[str, Any]:
     """The fingerprint of an SFT's policy, once all holds that must hold before step 1; raises PipelineError."""
     check_rows(data)
-    check_first_batch(trainer, data)
+    batch = check_first_batch(trainer, data)
     check_trainable(trainer)
+    check_forward(trainer, batch, data.load_options)
     fingerprint = policy_fingerprint(trainer, data)
     check_memory(trainer, data)
     return fingerprint
@@ -41,6 +43,7 @@ def check_dpo(trainer: Any, run: Run, data: Prepared, start: StartingPolicy, rec
     check_rows(data)
     batch = check_first_batch(trainer, data)
     check_trainable(trainer)
+    check_forward(trainer, batch, data.load_options)
     if start.is_adapter and not start.merge_to:
         check_adapter(trainer, start.source)
     if run.policy == "sft":
@@ -111,6 +114,31 @@ def check_trainable(trainer: Any) -> None:
             "no weight of the policy is trainable, so nothing would be learnt: check lora.target_modules"
         )
     log.info("preflight: %s of %s parameters are trained; every completion ends once", f"{trainable:,}", f"{total:,}")
+
+
+def check_forward(trainer: Any, batch: dict[str, Any], options: LoadOptions) -> None:
+    """Raise PipelineError where log-probs are no numbers, or TRL's are not those of the model's own logits.
+
+    TRL takes them from the last hidden state and the weights of the head, past any layer between the two.
+    """
+    model = trainer.model
+    labels = batch["labels"] if "labels" in batch else batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with inference(model), trainer.accelerator.autocast():
+        trl_logprobs = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+        # Row by row: on a GPU TRL's head needs less memory than all logits of a batch.
+        logprobs = torch.cat(completion_logprobs(model, *zip(*unpack_batch(batch), strict=True), batch_size=1))
+    if not logprobs.isfinite().all():
+        names = (name for name, weight in model.named_parameters() if not weight.isfinite().all())
+        cause = next(names, "none of its weights, so an option of lora= or precision= causes it")
+        raise PipelineError(f"the starting policy gives log-probs that are no numbers; weights that hold NaN: {cause}")
+    gap = float((trl_logprobs[labels[:, 1:] != -100].double().cpu() - logprobs).abs().mean())
+    is_exact = model.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16 or options.quantization)
+    if not gap <= (1e-3 if is_exact else 0.1):
+        raise PipelineError(
+            f"TRL's log-probs differ by {gap:.3g} nats a token from those of the model's logits: "
+            f"{model.config.model_type} has a layer before its head that TRL leaves out: choose another model="
+        )
 
 
 def check_adapter(trainer: Any, source: Any) -> None:
