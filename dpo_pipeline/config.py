@@ -95,10 +95,13 @@ def resolve_defaults(run: Run, overrides: list[str], choices: dict[str, str]) ->
     for stage, fields in (("sft", run.sft), ("dpo", run.dpo)):
         if fields["learning_rate"] is None:
             fields["learning_rate"] = getattr(run.model.learning_rate, stage if run.lora is None else f"{stage}_lora")
+    if run.debug:
+        run.batch.global_size = max(2, processes())  # 50 steps of its 100 rows
+        run.batch.micro_size = None
     fitting = (n for n in range(run.model.micro_size, 0, -1) if run.batch.global_size % (n * processes()) == 0)
     run.batch.micro_size = run.batch.micro_size or next(fitting, 1)
     if run.debug:
-        run.sft_best = "last"  # of two steps the first, at the warm-up's rate of 0, may be the best: the bare base
+        run.sft_best = "last"  # of few steps the first, at the warm-up's rate of 0, may be the best: the bare base
     run.sft_target = run.sft_target or (run.sft_dataset or run.dataset)["sft_target"]
     run.dpo_best = run.dpo_best.removeprefix("eval_")  # as TRL logs it
     name_folders(run, overrides, choices)

@@ -383,6 +383,6 @@ def test_a_typo_is_answered_with_exit_1_no_traceback_and_no_torch(typed, tmp_pat
 
 
 def test_debug_takes_the_last_sft_checkpoint():
-    """Of its two steps the first is at a rate of 0: were that the best, DPO would refuse it as the bare base."""
+    """Of its few steps the first is at a rate of 0: were that the best, DPO would refuse it as the bare base."""
     assert compose(["debug=true"]).sft_best == "last"
     assert compose([]).sft_best == "perplexity"

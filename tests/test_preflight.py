@@ -23,7 +23,8 @@ from dpo_pipeline.errors import OneRankError, PipelineError
 from dpo_pipeline.models import load_options, load_policy
 from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training import memory, preflight, trainer
-from dpo_pipeline.training.before_loading import check_learning_rate
+from dpo_pipeline.training.arguments import training_arguments
+from dpo_pipeline.training.before_loading import check_learning_rate, plan_steps
 from tests.helpers import SMALL, build
 from tests.test_models import save_base
 
@@ -448,3 +449,33 @@ def test_log_probs_that_are_no_numbers_are_told_as_such(cause, built):
     batch = preflight.check_first_batch(dpo.trainer, dpo.prepared)
     with pytest.raises(PipelineError, match=f"log-probs that are no numbers; {cause}" if "up" in cause else cause):
         preflight.check_forward(dpo.trainer, batch, dpo.prepared.load_options)
+
+
+@pytest.mark.parametrize(
+    ("typed", "rows", "plan", "warned"),
+    [
+        ("", 6400, (-1, 0.1, 10), None),
+        ("batch.global_size=64", 48, (-1, 0, 0), r"only 1 steps.* dpo\.num_train_epochs=20 "),
+        ("dpo.max_steps=2", 6400, (2, 0.1, 1), r"only 2 steps.* dpo\.max_steps=20 "),
+        ("dpo.warmup_steps=70", 6400, (-1, 70, 70), r"warm-up takes 70 of 100 steps: type dpo\.warmup_steps=0\.1"),
+        ("debug=true", 90, (-1, 0.1, 5), r"debug=true: a run of 45 steps on 90 rows .* mean nothing"),
+        ("debug=true dpo.num_train_epochs=2", 100, (50, 0.1, 5), "mean nothing"),
+    ],
+)
+def test_steps_are_told_and_one_that_would_not_count_has_no_warm_up(typed, rows, plan, warned, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run = compose(typed.split())
+    args = training_arguments(run, "dpo", tmp_path)
+    plan_steps(run, "dpo", args, rows)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(rows / run.batch.global_size)
+    assert (args.max_steps, args.warmup_steps, args.get_warmup_steps(steps)) == plan
+    assert f"{steps} steps of {run.batch.global_size} rows: " in caplog.text
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == bool(warned)
+    assert not warned or re.search(warned, warnings[0])
+
+
+def test_a_run_of_one_step_moves_the_policy(small, sft):
+    run_dpo(run := small("lora=none", "variant=one-step", "dpo.max_steps=1"))
+    weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (sft["none"], run.dpo_folder)]
+    assert weights[0] != weights[1]

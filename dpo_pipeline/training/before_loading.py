@@ -18,6 +18,7 @@ from dpo_pipeline.training.starting_policy import StartingPolicy, new_adapter
 log = logging.getLogger(__name__)
 
 DEBUG_STEPS = 50
+FEW_STEPS = 20
 # Rates that published runs of 0.1 to 70 B parameters used, by stage and adapter: lowest, highest, source.
 KNOWN_RATES = {
     "sft": (1e-6, 1e-4, "2e-5 in TRL's examples and Zephyr (arXiv:2310.16944), 5e-6 in Tulu 3"),
@@ -34,7 +35,7 @@ def check_before_loading(run: Run, data: Prepared, start: StartingPolicy, args: 
     check_rows(data)
     if run.policy != "sft" or Path(start.source).is_dir():  # with `check` the SFT may still be to come
         check_same_tokenizer(data.tokenizer, run.model, start.source)
-    limit_debug_steps(run, args, len(rows))
+    plan_steps(run, stage, args, len(rows))
     empty = empty_model(run.model, data.config, new_adapter(run, ""))  # of the size of any starting policy
     if stage == "dpo" and run.reference.mode == "adapter":
         check_adapter_alone(empty)
@@ -61,11 +62,26 @@ def check_learning_rate(run: Run, stage: str) -> None:
         )
 
 
-def limit_debug_steps(run: Run, args: Any, rows: int) -> None:
-    """Train at most 50 steps where `debug` is set."""
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(rows / run.batch.global_size) * args.num_train_epochs
+def plan_steps(run: Run, stage: str, args: Any, rows: int) -> None:
+    """Log steps, epochs and warm-up, and warn where they are unusual; at most 50 steps where `debug` is set.
+
+    A single step trains without warm-up, in which its learning rate would be 0.
+    """
+    size, epoch = run.batch.global_size, math.ceil(rows / run.batch.global_size)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(epoch * args.num_train_epochs)
     if run.debug and steps > DEBUG_STEPS:
-        args.max_steps = DEBUG_STEPS
+        steps = args.max_steps = DEBUG_STEPS
+    if steps == 1:
+        args.warmup_steps = 0
+    warmup = args.get_warmup_steps(steps)
+    log.info("%d steps of %d rows: %.3g epochs, of them %d steps of warm-up", steps, size, steps / epoch, warmup)
+    if run.debug:
+        log.warning("debug=true: a run of %d steps on %d rows shows that it works, its numbers mean nothing", steps, rows)
+    elif steps < FEW_STEPS:
+        more = f"max_steps={FEW_STEPS}" if args.max_steps > 0 else f"num_train_epochs={math.ceil(FEW_STEPS / epoch)}"
+        log.warning("only %d steps, which move little: type %s.%s or a smaller batch.global_size", steps, stage, more)
+    if warmup > steps / 2:
+        log.warning("warm-up takes %d of %d steps: type %s.warmup_steps=0.1", warmup, steps, stage)
 
 
 def check_adapter_alone(policy: Any) -> None:
