@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from dpo_pipeline.config import compose
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.sft import run_sft
+from dpo_pipeline.training.merge import add_older_keys
 from dpo_pipeline.training.tiny import CONTEXT, word_tokenizer
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": CONTEXT}
@@ -146,3 +150,71 @@ def test_a_family_goes_from_sft_to_dpo(family, lora, tmp_path):
     sums, tokens = logprobs(loaded["sft"], tokenizer, rows, "demonstration")
     seen = [row["eval_perplexity"] for row in logged(run.sft_folder) if "eval_perplexity" in row]
     assert math.exp(-sum(sums) / sum(tokens)) == pytest.approx(min(seen), rel=1e-4)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPES = {  # RoPE that differs from every default
+    "llama": {"rope_theta": 5e5, **LLAMA3, "original_max_position_embeddings": 16},
+    "qwen3": {"rope_theta": 1e6, "rope_type": "default"},
+    "phi": {"rope_theta": 3e4, "rope_type": "default", "partial_rotary_factor": 0.5},
+    "gemma3_text": {
+        "full_attention": {"rope_theta": 7e5, "rope_type": "linear", "factor": 8.0},
+        "sliding_attention": {"rope_theta": 3e4, "rope_type": "default"},
+    },
+}
+LOAD = """
+import sys, torch, transformers
+assert transformers.__version__.startswith("4.57"), transformers.__version__
+for folder in sys.argv[1:]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.additional_special_tokens == ["<unk>"], tokenizer.additional_special_tokens
+    expected = torch.load(folder + "/logits.pt")
+    gap = float((model(torch.arange(40)[None]).logits.detach() - expected).abs().max())
+    assert gap < 1e-4, (folder, gap)
+"""
+
+
+def saved_with_rope(folder, family: str):
+    """A folder as a run saves it, of a model with its RoPE in ROPES, and its logits."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    save_base(folder, family)
+    tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens=["<unk>"])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.config.rope_parameters = json.loads(json.dumps(ROPES[family]))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder)  # with frequencies of that config
+    add_older_keys(folder)
+    return plain
+
+
+@pytest.mark.parametrize("family", ROPES)
+def test_keys_for_older_libraries_change_nothing_for_this_one(family, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    plain = saved_with_rope(tmp_path, family)
+    config = json.loads((tmp_path / "config.json").read_text())
+    whole = ROPES[family].get("full_attention", ROPES[family])
+    assert config["rope_theta"] == whole["rope_theta"]
+    assert config.get("rope_scaling", {}).get("rope_type") == (None if family in ("qwen3", "phi") else whole["rope_type"])
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.rope_parameters == plain.config.rope_parameters
+    ids = torch.arange(40)[None]
+    assert torch.equal(again(ids).logits, plain(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path).extra_special_tokens == ["<unk>"]
+
+
+@pytest.mark.slow
+def test_what_is_saved_gives_the_same_logits_in_transformers_4_57(tmp_path):
+    packages = ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2")
+    call = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", f"{tmp_path}/old", *packages]
+    if subprocess.run(call, capture_output=True).returncode:
+        pytest.skip("transformers 4.57 cannot be installed here")
+    for family in ROPES:
+        plain = saved_with_rope(tmp_path / family, family)
+        torch.save(plain.eval()(torch.arange(40)[None]).logits.detach(), tmp_path / family / "logits.pt")
+    call = [sys.executable, "-c", LOAD, *(str(tmp_path / family) for family in ROPES)]
+    done = subprocess.run(call, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": f"{tmp_path}/old"})
+    assert done.returncode == 0, done.stderr[-2000:]

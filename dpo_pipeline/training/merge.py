@@ -13,7 +13,7 @@ from typing import Any
 
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.models import LoadOptions, adapter_base, load_policy
-from dpo_pipeline.record import read_json
+from dpo_pipeline.record import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ def merge(adapter: Path, folder: Path, options: LoadOptions) -> None:
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     merged.save_pretrained(partial)
+    add_older_keys(partial)
     del merged
     gap = float((probe_logits(load_policy(partial, whole)) - logits).abs().max() / logits.abs().max())
     # LLM.int8() rounds activations too, which a whole model does not.
@@ -46,6 +47,28 @@ def merge(adapter: Path, folder: Path, options: LoadOptions) -> None:
     except OSError:  # another run that starts from it was faster
         shutil.rmtree(partial)
     log.info("merged %s into %s: logits differ by %.1g of their size", adapter, folder, gap)
+
+
+def add_older_keys(folder: Path) -> None:
+    """Add to a saved folder what transformers 4.57 reads, where 5 has other keys; 5 reads both alike.
+
+    Without the base of RoPE at the top level 4.57 takes 10,000, without a word.
+    """
+    if config := read_json(folder / "config.json"):
+        rope = config.get("rope_parameters") or {}
+        whole = rope.get("full_attention", rope)  # some architectures have another one in sliding layers
+        config |= {key: whole[key] for key in ("rope_theta", "partial_rotary_factor") if key in whole}
+        if whole.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {key: value for key, value in whole.items() if key != "rope_theta"}
+        if "sliding_attention" in rope:
+            config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        write_json(folder / "config.json", config)
+    if config := read_json(folder / "tokenizer_config.json"):
+        if config["tokenizer_class"] == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        write_json(folder / "tokenizer_config.json", config)
 
 
 def merge_in_memory(adapter: Path, options: LoadOptions) -> tuple[Any, Any]:

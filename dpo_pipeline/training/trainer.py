@@ -22,6 +22,7 @@ from dpo_pipeline.logprobs import completion_logprobs
 from dpo_pipeline.models import LoadOptions, load_policy
 from dpo_pipeline.run_folder import newest_checkpoint
 from dpo_pipeline.training.callbacks import CheckpointOnInterrupt, KeepRandomState
+from dpo_pipeline.training.merge import add_older_keys
 from dpo_pipeline.training.starting_policy import StartingPolicy
 
 log = logging.getLogger(__name__)
@@ -193,6 +194,7 @@ def write_final(trainer: Any, policy: Any, tokenizer: Any, final: Path, state: d
     policy.save_pretrained(partial, **state, **adapter)
     policy.generation_config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    add_older_keys(partial)
     trainer.create_model_card(model_name=final.parent.name)
     shutil.move(Path(trainer.args.output_dir) / "README.md", partial / "README.md")
     for file in partial.glob("*.safetensors"):  # safetensors makes them readable to their owner alone
