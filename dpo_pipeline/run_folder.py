@@ -22,6 +22,7 @@ from dpo_pipeline.schema import Run
 log = logging.getLogger(__name__)
 
 TRACKER_FILE = "reward_kl_tracker.json"
+CHECKPOINT = r"checkpoint-\d+"
 DATA_PATHS = r"(sft_)?dataset\.(sets\.[^.]+\.)?(test_)?path"  # in a mixture each set has its own
 
 
@@ -144,11 +145,16 @@ def backup_path(folder: Path) -> Path:
 
 def rollback_to_checkpoint(folder: Path) -> None:
     """Bring an interrupted run back to its newest complete checkpoint."""
-    # The trainer would count an incomplete checkpoint as the newest when it deletes old ones.
-    for checkpoint in [path for path in (folder / "checkpoints").glob("checkpoint-*") if not is_complete(path)]:
-        log.info("removing %s: it is incomplete", checkpoint)
-        (checkpoint / "trainer_state.json").unlink(missing_ok=True)  # first: so a kill leaves no complete checkpoint
-        shutil.rmtree(checkpoint)
+    complete = checkpoints(folder)
+    # The trainer would count any other `checkpoint-*` as the newest when it deletes old ones.
+    for path in set((folder / "checkpoints").glob("checkpoint-*")) - set(complete):
+        if path.is_symlink() or not path.is_dir() or not re.fullmatch(CHECKPOINT, path.name):
+            log.warning("%s is no checkpoint of this run: it is now called other-%s", path, path.name)
+            path.rename(path.with_name(f"other-{path.name}"))
+            continue
+        log.warning("removing %s: it is incomplete or damaged", path)
+        (path / "trainer_state.json").unlink(missing_ok=True)  # first: so a kill leaves no complete checkpoint
+        shutil.rmtree(path)
     newest = newest_checkpoint(folder)
     step = int(newest.name.split("-")[1]) if newest else -1
     rows = [row for row in read_metrics(folder) if row["step"] <= step and "train_runtime" not in row]
@@ -161,18 +167,35 @@ def rollback_to_checkpoint(folder: Path) -> None:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run."""
-    complete = filter(is_complete, (folder / "checkpoints").glob("checkpoint-*"))
-    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return max(checkpoints(folder), key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, in no order; folders of its own, no links."""
+    paths = (path for path in (folder / "checkpoints").glob("checkpoint-*") if re.fullmatch(CHECKPOINT, path.name))
+    return [path for path in paths if not path.is_symlink() and is_complete(path)]
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: rank 0 writes trainer_state.json last, each rank its own files."""
+    """Whether a checkpoint was written to its end and can be opened: rank 0 writes trainer_state.json last.
+
+    Each rank writes its own files. Of a file of torch the structure is read, of safetensors the header, which names
+    the length of the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        for file in checkpoint.rglob("*"):
+            if file.suffix == ".safetensors":
+                with safe_open(file, "np"):
+                    pass
+            elif file.suffix in (".pt", ".pth", ".bin"):
+                with zipfile.ZipFile(file) as content:
+                    content.read(next(name for name in content.namelist() if name.endswith("data.pkl")))
+    except (OSError, ValueError, zipfile.BadZipFile, StopIteration, SafetensorError):
         return False
-    files = (file for ending in ("*.pt", "*.pth", "*.bin") for file in checkpoint.glob(ending))
-    return all(zipfile.is_zipfile(file) for file in files)  # torch saves zip files, with their table at the end
+    return True
 
 
 def run_state(folder: Path) -> str:

@@ -1,11 +1,13 @@
 """Guards during training, each broken on purpose: NaN, zero gradients, weights that rest; and signals to stop."""
 
 import math
+import shutil
 import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dpo_pipeline import run_folder
 from dpo_pipeline.dpo import run_dpo
@@ -181,3 +183,43 @@ def test_a_second_ctrl_c_stops_at_once_but_not_the_copy_that_a_launcher_sends_on
     interrupt.note(signal.SIGTERM, None)
     with pytest.raises(KeyboardInterrupt):
         interrupt.note(signal.SIGINT, None)
+
+
+def saved_checkpoint(folder, step: int):
+    """A checkpoint with the kinds of files that a trainer writes."""
+    place = folder / "checkpoints" / f"checkpoint-{step}"
+    run_folder.write_json(place / "trainer_state.json", {})
+    save_file({"a": torch.ones(9)}, place / "model.safetensors")
+    for name in ("optimizer.pt", "rng_state.pth", "training_args.bin"):
+        torch.save({"a": torch.ones(9)}, place / name)
+    return place
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: b"", lambda data: bytes(len(data))])
+def test_a_run_falls_back_to_the_checkpoint_before_a_damaged_one(file, damage, tmp_path, caplog):
+    whole, damaged = (saved_checkpoint(tmp_path, step) for step in (5, 10))
+    assert run_folder.newest_checkpoint(tmp_path) == damaged
+    (damaged / file).write_bytes(damage((damaged / file).read_bytes()))
+    assert run_folder.newest_checkpoint(tmp_path) == whole
+    run_folder.rollback_to_checkpoint(tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-5"]
+    assert "checkpoint-10: it is incomplete or damaged" in caplog.text
+
+
+def test_what_is_no_checkpoint_of_the_run_is_neither_read_nor_deleted(tmp_path):
+    home, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    own = saved_checkpoint(home, 5)
+    saved_checkpoint(elsewhere, 7)
+    torn = saved_checkpoint(elsewhere, 8)
+    (torn / "optimizer.pt").write_bytes(b"")
+    for step in (7, 8):
+        (home / "checkpoints" / f"checkpoint-{step}").symlink_to(elsewhere / "checkpoints" / f"checkpoint-{step}")
+    for name in ("checkpoint-5.bak", "checkpoint-abc"):
+        shutil.copytree(own, home / "checkpoints" / name)
+    before = sorted(elsewhere.rglob("*"))
+    assert run_folder.newest_checkpoint(home) == own
+    run_folder.rollback_to_checkpoint(home)
+    assert sorted(elsewhere.rglob("*")) == before
+    others = {f"other-checkpoint-{name}" for name in ("5.bak", "7", "8", "abc")}
+    assert {path.name for path in (home / "checkpoints").iterdir()} == {"checkpoint-5", *others}

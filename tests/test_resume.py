@@ -38,6 +38,8 @@ def logged(folder) -> list[dict]:
     [
         ("sft", "lora=none"),
         ("sft", "lora=r8"),
+        # Step 7 is in epoch 2 of 4 steps, each of four micro batches.
+        ("sft", "lora=r8 lora.lora_dropout=0.1 batch.global_size=64 batch.micro_size=16 sft.num_train_epochs=2"),
         ("dpo", "lora=none reference=cached"),
         ("dpo", "lora=r8 reference=cached"),
         ("dpo", "lora=r8 reference=adapter"),
