@@ -1,6 +1,8 @@
 """Each invariant that holds before step 1, and each guard during training, is broken on purpose and caught."""
 
 import contextlib
+import dataclasses
+import inspect
 import json
 import math
 import random
@@ -13,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from transformers.training_args import OptimizerNames
 
@@ -22,7 +25,7 @@ from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import OneRankError, PipelineError
 from dpo_pipeline.models import load_options, load_policy
 from dpo_pipeline.sft import run_sft
-from dpo_pipeline.training import memory, preflight, trainer
+from dpo_pipeline.training import arguments, memory, preflight, trainer
 from dpo_pipeline.training.arguments import training_arguments
 from dpo_pipeline.training.before_loading import check_learning_rate, plan_steps
 from tests.helpers import SMALL, build
@@ -479,3 +482,29 @@ def test_a_run_of_one_step_moves_the_policy(small, sft):
     run_dpo(run := small("lora=none", "variant=one-step", "dpo.max_steps=1"))
     weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (sft["none"], run.dpo_folder)]
     assert weights[0] != weights[1]
+
+
+# Of the fields that TRL adds to transformers': those that act on tokenized rows and a model that is loaded already.
+ACTS = {
+    "sft": "learning_rate router_aux_loss_coef pad_to_multiple_of loss_type activation_offloading",
+    "dpo": "learning_rate router_aux_loss_coef pad_to_multiple_of loss_type loss_weights ld_alpha f_divergence_type "
+    "f_alpha_divergence_coef label_smoothing use_weighting discopop_tau activation_offloading sync_ref_model "
+    "ref_model_mixup_alpha ref_model_sync_steps",
+}
+
+
+@pytest.mark.parametrize(("stage", "config"), [("sft", trl.SFTConfig), ("dpo", trl.DPOConfig)])
+def test_every_field_of_trl_acts_or_is_decided_by_a_key_or_refused(stage, config, tmp_path):
+    own = {field.name for field in dataclasses.fields(config) if field.name in config.__annotations__}
+    run = compose([])
+    decided = arguments.fixed_arguments(run, tmp_path) | arguments.batch_arguments(run)
+    decided |= arguments.sft_arguments(run) if stage == "sft" else arguments.dpo_arguments(run)
+    groups = [set(ACTS[stage].split()), set(decided) & own, arguments.NO_EFFECT & own]
+    assert sorted(name for group in groups for name in group) == sorted(own)
+    # TRL reads a refused one where it loads and tokenizes, and in what PairTrainer replaces.
+    trainer_class = {"sft": trl.SFTTrainer, "dpo": trl.DPOTrainer}[stage]
+    for name in groups[2]:
+        for method in ("compute_loss", "training_step", "log", *(["_compute_loss"] if stage == "dpo" else [])):
+            assert f"args.{name}" not in inspect.getsource(getattr(trainer_class, method)), (name, method)
+        with pytest.raises(PipelineError, match=rf"{stage}\.{name} has no effect here: .*take it out"):
+            training_arguments(compose([f"++{stage}.{name}=1"]), stage, tmp_path)
