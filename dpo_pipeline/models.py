@@ -1,6 +1,7 @@
 """Loads a policy or a base model: from a folder that a run saved, from any other folder, or from the hub."""
 
 import json
+import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.hardware import device, mixed_precision
 from dpo_pipeline.load_errors import explain_load_errors
 from dpo_pipeline.schema import Model, Run
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -126,13 +129,26 @@ def load_config(model: Model, path: str | Path | None = None) -> Any:
 
 
 def load_generation_config(model: Model, config: Any) -> Any:
-    """The generation config of the base model, made from its `config` where the folder has none."""
+    """The generation config of the base model, made from its `config` where the folder has none.
+
+    Raises PipelineError where it cannot be read: its end tokens would be lost. Those beyond the vocabulary, of which no
+    model can sample one, are left out with a warning.
+    """
     from transformers import GenerationConfig
 
+    file = Path(model.path) / "generation_config.json"
     try:
-        return GenerationConfig.from_pretrained(model.path, revision=model.revision)
-    except OSError:
-        return GenerationConfig.from_model_config(config)
+        generation_config = GenerationConfig.from_pretrained(model.path, revision=model.revision)
+    except OSError as error:
+        if file.is_file():
+            raise PipelineError(f"{file} is not readable ({error}): repair it, or remove it") from error
+        generation_config = GenerationConfig.from_model_config(config)
+    size, ids = config.get_text_config().vocab_size, generation_config.eos_token_id
+    ids = [ids] if isinstance(ids, int) else ids or []
+    if unknown := [token for token in ids if token >= size]:
+        log.warning("%s: end tokens %s are left out, the model knows %d tokens", file, unknown, size)
+    generation_config.eos_token_id = [token for token in ids if token < size] or None
+    return generation_config
 
 
 def empty_model(model: Model, config: Any, lora: Any) -> Any:

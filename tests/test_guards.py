@@ -71,9 +71,9 @@ def test_no_checkpoint_is_written_before_its_loss_is_looked_at(small, sft, monke
     assert run_folder.newest_checkpoint(run.dpo_folder).name == "checkpoint-2"
 
 
-def guard_at(step: int, fp16: bool = False) -> tuple:
+def guard_at(step: int, fp16: bool = False, **trainer: float) -> tuple:
     """A guard at the start of a training from `step`, and a function that gives it a log."""
-    guard = guards.NumericalGuard(SimpleNamespace(is_deepspeed_enabled=False))
+    guard = guards.NumericalGuard(SimpleNamespace(is_deepspeed_enabled=False, **trainer))
     args = SimpleNamespace(fp16=fp16, learning_rate=1e-3, get_warmup_steps=lambda steps: 0)
     state = SimpleNamespace(global_step=step, max_steps=50)
     guard.on_train_begin(args, state, None, model=torch.nn.Linear(2, 2))
@@ -98,6 +98,14 @@ def test_one_gradient_overflow_ends_a_run_and_an_fp16_run_only_where_the_scale_c
     _, log = guard_at(0, fp16=True)
     for step, norm in ((1, math.inf), (20, 1.0), (30, math.inf), (40, math.inf)):
         log(step, loss=0.5, grad_norm=norm)
+
+
+@pytest.mark.parametrize("norms", [(math.inf,), (0.0, 0.0)])
+def test_a_beta_without_sense_is_told_as_the_cause(norms):
+    with pytest.raises(PipelineError, match=r"beta=1e\+30 saturates the loss, .*type beta=0.1"):
+        _, log = guard_at(0, beta=1e30)
+        for step, norm in enumerate(norms, 1):
+            log(step, loss=0.7, grad_norm=norm)
 
 
 def test_zero_gradients_end_a_run_at_its_start_alone():

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from dpo_pipeline.config import compose
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.dpo import run_dpo
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.models import load_config, load_generation_config
 from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training.merge import add_older_keys
 from dpo_pipeline.training.tiny import CONTEXT, word_tokenizer
@@ -218,3 +220,19 @@ def test_what_is_saved_gives_the_same_logits_in_transformers_4_57(tmp_path):
     call = [sys.executable, "-c", LOAD, *(str(tmp_path / family) for family in ROPES)]
     done = subprocess.run(call, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": f"{tmp_path}/old"})
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [('{"eos_token_id": [2, 99999]}', [2]), ('{"eos_token_id": 2}', [2]), ('{"eos_token_id": 99999}', None), ("{", None)],
+)
+def test_end_tokens_of_the_generation_config_are_those_that_the_model_knows(content, expected, tmp_path, caplog):
+    save_base(tmp_path, "gpt2")
+    (tmp_path / "generation_config.json").write_text(content)
+    model = compose(["model=path", f"model.path={tmp_path}"]).model
+    if content == "{":
+        with pytest.raises(PipelineError, match="generation_config.json is not readable .*repair it"):
+            load_generation_config(model, load_config(model))
+        return
+    assert load_generation_config(model, load_config(model)).eos_token_id == expected
+    assert ("end tokens [99999] are left out" in caplog.text) == ("99999" in content)

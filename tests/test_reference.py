@@ -196,3 +196,22 @@ def test_one_pass_serves_every_beta_loss_and_seed_and_changes_no_byte(small, tmp
     assert counts[0] - counts[1] == 250 + 13  # training and validation pairs
     assert finals[0] == finals[1]  # computed, and read
     assert len(set(finals)) == 4
+
+
+@pytest.mark.parametrize("typed", ["seed=5", "seed=6 dpo.num_train_epochs=3 batch.micro_size=4"])
+def test_a_run_that_reads_few_rows_computes_no_others(typed, small, sft, forwards, monkeypatch):
+    """A row that training reads without its log-probs would make the loss NaN, which ends a run."""
+    read, compute_loss = set(), PairTrainer.compute_loss
+
+    def seen(self, model, batch, *args, **options):
+        if model.training and self.is_in_train:
+            read.update(batch["ref_chosen_logps"].tolist())
+        return compute_loss(self, model, batch, *args, **options)
+
+    monkeypatch.setattr(PairTrainer, "compute_loss", seen)
+    run_dpo(small("lora=none", f"variant=few{len(typed)}", "dpo.max_steps=3", *typed.split()))
+    checked = 16 if "micro" not in typed else 4  # rows of preflight's batch, for policy and reference
+    computed = sum(forwards) - CHECKED - 2 * checked
+    assert computed in (3 * 16 + 13, 3 * 16)  # those of validation may be there
+    assert len(read) > 40
+    assert not any(map(np.isnan, read))

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from dpo_pipeline.errors import PipelineError
 
 OVERFLOW_STEPS = 20  # fp16's loss scale starts at 2**16 and halves with each step that overflows
+MAX_BETA = 10.0  # papers use 0.01 to 1
 SETTLED_STEPS = 10  # steps after warm-up by which weights must have moved
 
 
@@ -34,8 +35,13 @@ class NumericalGuard(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         step, norm = state.global_step, logs.get("grad_norm")
-        cause = f"the learning rate {args.learning_rate:g} is too high, or the model overflows in this precision"
-        remedy = f"{cause}: lower it tenfold, or type precision=bf16 or fp32"
+        beta = vars(self.trainer).get("beta", 0.0)
+        remedy = (
+            f"beta={beta:g} saturates the loss, or overflows: type beta=0.1"
+            if beta > MAX_BETA
+            else f"the learning rate {args.learning_rate:g} is too high, or the model overflows in this precision: lower it "
+            "tenfold, or type precision=bf16 or fp32"
+        )
         if not math.isfinite(logs.get("loss", 0.0)):
             raise PipelineError(f"the loss is {logs['loss']} by step {step}: {remedy}")
         if norm is None:
@@ -49,10 +55,9 @@ class NumericalGuard(TrainerCallback):
         if self.first_norms is not None and len(self.first_norms) < 2:  # later a hinge loss may rest
             self.first_norms.append(norm)
             if self.first_norms == [0.0, 0.0]:
-                raise PipelineError(
-                    f"the gradients are zero in the first {step} steps: the model is frozen, or policy and reference "
-                    "are one model: check lora.target_modules and reference="
-                )
+                frozen = "the model is frozen, or is its own reference: check lora.target_modules and reference="
+                cause = remedy if beta > MAX_BETA else frozen
+                raise PipelineError(f"the gradients are zero in the first {step} steps: {cause}")
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         control.should_log |= control.should_save  # no checkpoint of NaN weights

@@ -8,6 +8,7 @@ the padding), and a second pass where the cached file is damaged.
 import contextlib
 import json
 import logging
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from accelerate.utils import is_peft_model, patch_environment
 from trl import DPOTrainer
 
-from dpo_pipeline.distributed import on_main_process
+from dpo_pipeline.distributed import on_main_process, processes
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.locks import file_lock
 from dpo_pipeline.models import LoadOptions
@@ -61,19 +62,39 @@ def add_reference_logps(trainer: Any, key: str) -> None:
 
 def run_reference_pass(trainer: Any, train: Any, validation: Any) -> bool:
     """Read or compute the log-probs of both tables; whether three training rows, computed again, have the same."""
-    trainer.train_dataset = rows = with_reference_logps(trainer, train, "train")
-    trainer.eval_dataset = with_reference_logps(trainer, validation, "validation")
-    batch = trainer._prepare_inputs(trainer.data_collator([rows[i] for i in (0, len(rows) // 2, len(rows) - 1)]))
+    read = rows_to_read(trainer, len(train))
+    trainer.train_dataset = rows = with_reference_logps(trainer, train, "train", read)
+    trainer.eval_dataset = with_reference_logps(trainer, validation, "validation", np.arange(len(validation)))
+    sample = [rows[int(read[i])] for i in (0, len(read) // 2, len(read) - 1)]
+    batch = trainer._prepare_inputs(trainer.data_collator(sample))
     cached_logps = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]).double()
     # Other rows beside them make another padding, and more rounding than within one batch.
     return bool(((reference_logps(trainer, batch) - cached_logps).abs() <= tolerance(trainer, batch, 40)).all())
 
 
-def with_reference_logps(trainer: Any, table: Any, name: str) -> Any:
-    """The table with the log-probs of TRL's pass, which takes the longest rows first."""
-    order = np.argsort(-row_lengths(table), kind="stable")
+def rows_to_read(trainer: Any, rows: int) -> np.ndarray:
+    """The numbers of the training rows that training reads, ascending; not all where `max_steps` is less than an epoch."""
+    args = trainer.args
+    count = args.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size * processes()
+    if not 0 < count < rows:
+        return np.arange(rows)
+    with random_state_kept():
+        sampler = trainer.get_train_dataloader().batch_sampler
+        batches = sampler if processes() == 1 else sampler.batch_sampler  # of all ranks
+        return np.sort(list(islice(chain.from_iterable(batches), count)))
+
+
+def with_reference_logps(trainer: Any, table: Any, name: str, rows: np.ndarray) -> Any:
+    """The table with the log-probs of these rows by TRL's pass, which takes the longest first; NaN for the others."""
+    order = rows[np.argsort(-row_lengths(table)[rows], kind="stable")]
     with trainer.args.main_process_first(local=False):  # one process writes the sorted table
         by_length = table.select(order).flatten_indices()
     with random_state_kept(), patch_environment(TQDM_DISABLE=""):  # a long pass shows its bar
         by_length = DPOTrainer._precompute_ref_logps(trainer, by_length, name, trainer.args.per_device_eval_batch_size)
-    return by_length.select(np.argsort(order))
+    if len(rows) == len(table):
+        return by_length.select(np.argsort(order))
+    for column in ("ref_chosen_logps", "ref_rejected_logps"):
+        values = np.full(len(table), np.nan)
+        values[order] = by_length[column]
+        table = table.add_column(column, values)
+    return table
