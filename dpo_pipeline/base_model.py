@@ -8,8 +8,9 @@ from pathlib import Path
 from dpo_pipeline.config import instantiate_node
 from dpo_pipeline.distributed import on_main_process
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.hardware import device
 from dpo_pipeline.load_errors import explain_load_errors
-from dpo_pipeline.models import adapter_base, is_adapter
+from dpo_pipeline.models import base_of, is_adapter
 from dpo_pipeline.schema import Model, Run
 
 WEIGHTS = (".safetensors", ".bin")
@@ -22,6 +23,10 @@ def base_model(run: Run, trained: bool = True) -> Iterator[Run]:
     With `check` or without `trained` an embedded model that is not there yet is made untrained in a temporary folder:
     its tokenizer and its shapes are all that is read. With `check` every model that the run names is fetched.
     """
+    if run.model.builder and device() == "cpu":
+        import torch
+
+        torch.set_num_threads(1)  # the same digits on more machines; beside a busy neighbour two are much slower
     if run.check:
         for path in paths_to_fetch(run):
             fetch(run.model, path)
@@ -39,7 +44,7 @@ def base_model(run: Run, trained: bool = True) -> Iterator[Run]:
 def paths_to_fetch(run: Run) -> list[str]:
     """Folders and hub ids of the models that a run reads: base, starting policy, reference, and their bases."""
     paths = [path for path in (run.reference.path, run.policy) if path not in (None, "sft", "base")]
-    paths += [adapter_base(path) for path in paths if is_adapter(path)]
+    paths += [base_of(path, run.model) for path in paths if is_adapter(path)]
     return list(dict.fromkeys([*paths, *([] if run.model.builder else [run.model.path])]))
 
 

@@ -1,7 +1,9 @@
 """Loads a policy or a base model: from a folder that a run saved, from any other folder, or from the hub."""
 
+import functools
 import json
 import logging
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from dpo_pipeline.load_errors import explain_load_errors
 from dpo_pipeline.schema import Model, Run
 
 log = logging.getLogger(__name__)
+warn_once = functools.cache(log.warning)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,20 @@ def adapter_base(adapter: str | Path) -> str:
             f"the adapter in {adapter} names no base: set base_model_name_or_path in adapter_config.json"
         )
     return base
+
+
+def base_of(adapter: str | Path, model: Model) -> str:
+    """The base that an adapter is loaded on: what it names, or `model.path` where that is not on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    base = adapter_base(adapter)
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base)
+    if base == model.path or Path(base).is_dir() or (is_hub_id and try_to_load_from_cache(base, "config.json")):
+        return base
+    warn_once(
+        "the adapter in %s names the base %s, not here: model.path=%s is taken for it", adapter, base, model.path
+    )
+    return str(model.path)
 
 
 def with_base_of(run: Run, policy: str | Path) -> Run:
@@ -183,7 +200,7 @@ def load_policy(path: str | Path, options: LoadOptions, trainable: bool = False,
     A quantized model lies where this machine trains: its weights cannot be moved. Raises PipelineError where nothing
     can be loaded, or where weights are missing: transformers would draw them at random, with a warning.
     """
-    base = adapter_base(path) if is_adapter(path) else str(path)
+    base = base_of(path, options.model) if is_adapter(path) else str(path)
     loaded = load_whole_model(base, options)
     if base != str(path):
         loaded = load_adapter(loaded, path, base, trainable)
@@ -246,9 +263,11 @@ def load_adapter(base_model: Any, path: str | Path, base: str, trainable: bool) 
         # Else an adapter of another architecture leaves the base as it is.
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
-            return explain_load_errors(
+            policy = explain_load_errors(
                 lambda folder: PeftModel.from_pretrained(base_model, folder, is_trainable=trainable), path
             )
         except UserWarning as warning:
             reason = " ".join(str(warning).split())[:200]
             raise PipelineError(f"the adapter in {path} does not fit its base {base}: {reason}") from warning
+    policy.peft_config["default"].base_model_name_or_path = base  # what it is saved with
+    return policy

@@ -227,7 +227,6 @@ NO_EOS = "the tokenizer has no end token, so no completion could end: set eos_to
 BROKEN = lines(*ROWS[:2], '{"prompt": "a", "chosen": ', *ROWS[3:])
 CUT_GZIP = gzip.compress(json.dumps(ROWS).encode())[:-20]
 NO_PICKLE = file("model/pytorch_model.bin", "hello")
-NO_SUCH_BASE = r"the adapter in .*adapter needs the base \S+, which is no folder here, and .*: give its base by model="
 
 # name: (stage, what is typed, what is laid besides a good model and good pairs, the sentence)
 CASES = {
@@ -392,10 +391,6 @@ CASES = {
     # Policies and references.
     "no such policy": ("dpo", f"{POLICY}nope",
         "policy=nope: must be sft, base or a folder with config.json or adapter_config"),
-    "adapter without base": ("dpo", ADAPTER, adapter(base_model_name_or_path="/no/base"),
-        NO_SUCH_BASE),
-    "adapter on a hub's base": ("dpo", ADAPTER, adapter(base_model_name_or_path="nobody/x"),
-        NO_SUCH_BASE),
     "adapter that names none": ("dpo", ADAPTER, adapter(base_model_name_or_path=None),
         "adapter in .* names no base: set base_model_name_or_path"),
     "adapter on another base": ("dpo", ADAPTER, part("wide"), adapter(base_model_name_or_path="HERE/wide"),

@@ -16,6 +16,7 @@ from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.models import load_options, load_policy
 from dpo_pipeline.sft import run_sft
+from dpo_pipeline.training.merge import merge
 from tests.helpers import SMALL, build
 from tests.test_models import save_base
 
@@ -240,3 +241,30 @@ def test_kl_at_step_0_and_later_is_against_the_biases_of_step_0_too(biased):
         points[mode] = [point["kl"] for point in run_folder.read_json(run.dpo_folder / "reward_kl_tracker.json")]
     assert points["cached"][0] == pytest.approx(0, abs=1e-6)
     assert points["cached"] == pytest.approx(points["frozen"], abs=1e-5)
+
+
+@pytest.mark.parametrize("named", ["/gone/model", "nobody/gone-model"])
+def test_an_adapter_whose_base_is_gone_is_trained_on_the_one_that_is_given(named, small, sft, tmp_path, caplog):
+    folder = tmp_path / "adapter"
+    shutil.copytree(sft["r8"] / "final", folder)
+    config = run_folder.read_json(folder / "adapter_config.json")
+    run_folder.write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": named})
+    run = small("lora=r8", f"policy={folder}", f"variant=gone-{named[:2].strip('/')}", "++dpo.max_steps=2")
+    run_dpo(run)
+    assert f"names the base {named}, not here: model.path={run.model.path} is taken for it" in caplog.text
+    assert named_base(run) == run.model.path
+    assert f"fine-tuned version of `{run.model.path}`" in (run.dpo_folder / "final" / "README.md").read_text()
+
+
+def test_an_adapter_on_a_base_that_was_saved_quantized_is_merged(small, sft, tmp_path):
+    run = small("lora=r8", "quantization=nf4")
+    model = load_policy(run.model.path, load_options(run))
+    model.save_pretrained(tmp_path / "nf4")
+    adapter = tmp_path / "final"
+    shutil.copytree(sft["r8"] / "final", adapter)
+    config = run_folder.read_json(adapter / "adapter_config.json")
+    run_folder.write_json(adapter / "adapter_config.json", config | {"base_model_name_or_path": f"{tmp_path}/nf4"})
+    merge(adapter, tmp_path / "merged", load_options(small("lora=none")))
+    config = run_folder.read_json(tmp_path / "merged" / "config.json")
+    assert "quantization_config" not in config
+    assert torch.isfinite(load_policy(tmp_path / "merged", load_options(small())).lm_head.weight).all()

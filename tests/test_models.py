@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dpo_pipeline.base_model import base_model
 from dpo_pipeline.config import compose
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.dpo import run_dpo
@@ -200,7 +201,9 @@ def test_keys_for_older_libraries_change_nothing_for_this_one(family, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     whole = ROPES[family].get("full_attention", ROPES[family])
     assert config["rope_theta"] == whole["rope_theta"]
-    assert config.get("rope_scaling", {}).get("rope_type") == (None if family in ("qwen3", "phi") else whole["rope_type"])
+    assert config.get("rope_scaling", {}).get("rope_type") == (
+        None if family in ("qwen3", "phi") else whole["rope_type"]
+    )
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.config.rope_parameters == plain.config.rope_parameters
     ids = torch.arange(40)[None]
@@ -224,7 +227,12 @@ def test_what_is_saved_gives_the_same_logits_in_transformers_4_57(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [('{"eos_token_id": [2, 99999]}', [2]), ('{"eos_token_id": 2}', [2]), ('{"eos_token_id": 99999}', None), ("{", None)],
+    [
+        ('{"eos_token_id": [2, 99999]}', [2]),
+        ('{"eos_token_id": 2}', [2]),
+        ('{"eos_token_id": 99999}', None),
+        ("{", None),
+    ],
 )
 def test_end_tokens_of_the_generation_config_are_those_that_the_model_knows(content, expected, tmp_path, caplog):
     save_base(tmp_path, "gpt2")
@@ -236,3 +244,13 @@ def test_end_tokens_of_the_generation_config_are_those_that_the_model_knows(cont
         return
     assert load_generation_config(model, load_config(model)).eos_token_id == expected
     assert ("end tokens [99999] are left out" in caplog.text) == ("99999" in content)
+
+
+def test_the_embedded_base_is_trained_by_one_thread(small):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with base_model(small("name=unseen", "check=true")):
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

@@ -76,7 +76,9 @@ def plan_steps(run: Run, stage: str, args: Any, rows: int) -> None:
     warmup = args.get_warmup_steps(steps)
     log.info("%d steps of %d rows: %.3g epochs, of them %d steps of warm-up", steps, size, steps / epoch, warmup)
     if run.debug:
-        log.warning("debug=true: a run of %d steps on %d rows shows that it works, its numbers mean nothing", steps, rows)
+        log.warning(
+            "debug=true: a run of %d steps on %d rows shows that it works, its numbers mean nothing", steps, rows
+        )
     elif steps < FEW_STEPS:
         more = f"max_steps={FEW_STEPS}" if args.max_steps > 0 else f"num_train_epochs={math.ceil(FEW_STEPS / epoch)}"
         log.warning("only %d steps, which move little: type %s.%s or a smaller batch.global_size", steps, stage, more)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.models import LoadOptions, adapter_base, load_policy
+from dpo_pipeline.models import LoadOptions, base_of, load_policy
 from dpo_pipeline.record import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -78,9 +78,10 @@ def merge_in_memory(adapter: Path, options: LoadOptions) -> tuple[Any, Any]:
 
     policy = load_policy(adapter, options)
     logits = probe_logits(policy)
-    if options.quantization is not None:
+    if "quantization_config" in policy.config.to_dict():  # by the options, or as the base was saved
         del policy
-        base = load_policy(adapter_base(adapter), options).dequantize(dtype=torch.float32)
+        base = load_policy(base_of(adapter, options.model), options).dequantize(dtype=torch.float32)
+        base._weight_conversions = None  # those of 4 bits cannot be reversed: saving then takes the architecture's
         policy = PeftModel.from_pretrained(base, adapter)
     return logits, policy.merge_and_unload(safe_merge=True)
 

@@ -122,7 +122,9 @@ def check_forward(trainer: Any, batch: dict[str, Any], options: LoadOptions) -> 
     TRL takes them from the last hidden state and the weights of the head, past any layer between the two.
     """
     model = trainer.model
-    labels = batch["labels"] if "labels" in batch else batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    labels = (
+        batch["labels"] if "labels" in batch else batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    )
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with inference(model), trainer.accelerator.autocast():
         trl_logprobs = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs

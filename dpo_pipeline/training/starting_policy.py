@@ -10,7 +10,7 @@ from dpo_pipeline.config import instantiate_node
 from dpo_pipeline.distributed import on_main_process
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.locks import file_lock
-from dpo_pipeline.models import adapter_base, empty_model, is_adapter, load_config, load_options, load_policy
+from dpo_pipeline.models import base_of, empty_model, is_adapter, load_config, load_options, load_policy
 from dpo_pipeline.run_folder import run_state
 from dpo_pipeline.schema import Run
 from dpo_pipeline.training.merge import merge
@@ -66,12 +66,7 @@ def resolve_starting_policy(run: Run, stage: str) -> StartingPolicy:
 
 def hand_over_adapter(run: Run, source: Path) -> StartingPolicy:
     """The starting policy of a trained adapter: continued by the same LoRA, else merged into its base."""
-    base = adapter_base(source)
-    if not Path(base).is_dir() and base != run.model.path:
-        raise PipelineError(
-            f"the adapter in {source} needs the base {base}, which is no folder here, and this run's base is "
-            f"{run.model.path}: give its base by model=path model.path=..."
-        )
+    base = base_of(source, run.model)
     check_architecture(run, base)
     if run.policy != "sft" and base != run.model.path:
         log.info("the adapter in %s has the base %s, not this run's base %s", source, base, run.model.path)
@@ -144,7 +139,7 @@ def load_reference(run: Run, start: StartingPolicy) -> Any:
     if path is None:
         return None
     if run.reference.path:
-        check_architecture(run, adapter_base(path) if is_adapter(path) else path)
+        check_architecture(run, base_of(path, run.model) if is_adapter(path) else path)
     loaded = load_policy(path, load_options(run)).requires_grad_(False)
     # TRL puts its loss head on the model itself, which a PEFT wrapper would hide; the adapter's layers are inside.
     return loaded.get_base_model() if is_adapter(path) else loaded

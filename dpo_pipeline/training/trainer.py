@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -196,7 +197,11 @@ def write_final(trainer: Any, policy: Any, tokenizer: Any, final: Path, state: d
     tokenizer.save_pretrained(partial)
     add_older_keys(partial)
     trainer.create_model_card(model_name=final.parent.name)
-    shutil.move(Path(trainer.args.output_dir) / "README.md", partial / "README.md")
+    card = Path(trainer.args.output_dir) / "README.md"
+    # TRL names a base on the hub alone: of a folder its card says None.
+    text = re.sub(r"\[None\]\(\S*\)", lambda _: f"`{policy.config._name_or_path}`", card.read_text("utf-8"))
+    (partial / "README.md").write_text(text, "utf-8")
+    card.unlink()
     for file in partial.glob("*.safetensors"):  # safetensors makes them readable to their owner alone
         file.chmod((partial / "generation_config.json").stat().st_mode)
     partial.rename(final)
