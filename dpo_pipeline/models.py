@@ -148,8 +148,8 @@ def load_config(model: Model, path: str | Path | None = None) -> Any:
 def load_generation_config(model: Model, config: Any) -> Any:
     """The generation config of the base model, made from its `config` where the folder has none.
 
-    Raises PipelineError where it cannot be read: its end tokens would be lost. Those beyond the vocabulary, of which no
-    model can sample one, are left out with a warning.
+    Raises PipelineError where it cannot be read: its end tokens would be lost. Those beyond the vocabulary, which no
+    model samples, are left out with a warning.
     """
     from transformers import GenerationConfig
 

@@ -461,7 +461,7 @@ def test_log_probs_that_are_no_numbers_are_told_as_such(cause, built):
         ("batch.global_size=64", 48, (-1, 0, 0), r"only 1 steps.* dpo\.num_train_epochs=20 "),
         ("dpo.max_steps=2", 6400, (2, 0.1, 1), r"only 2 steps.* dpo\.max_steps=20 "),
         ("dpo.warmup_steps=70", 6400, (-1, 70, 70), r"warm-up takes 70 of 100 steps: type dpo\.warmup_steps=0\.1"),
-        ("debug=true", 90, (-1, 0.1, 5), r"debug=true: a run of 45 steps on 90 rows .* mean nothing"),
+        ("debug=true", 90, (-1, 0.1, 5), r"debug=true: 45 steps on 90 rows .* mean nothing"),
         ("debug=true dpo.num_train_epochs=2", 100, (50, 0.1, 5), "mean nothing"),
     ],
 )

@@ -189,7 +189,7 @@ def test_a_signal_stops_both_ranks_at_one_step_and_the_command_goes_on(stage, se
 def test_two_ranks_have_the_gradients_and_losses_of_one(kind, stage, how, typed, small, sft, tmp_path):
     tail = re.sub(r"\W", "-", how)
     key = "sft_variant" if stage == "sft" else "variant"
-    short = (*how.split(), f"++{stage}.max_steps=4")
+    short = (*how.split(), f"++{stage}.max_steps=2", "evaluation.pairs=4", "evaluation.prompts=1")
     run = small(*short, f"{key}=short-{tail}")
     STAGES[stage](run)
     folder = run.sft_folder if stage == "sft" else run.dpo_folder

@@ -30,9 +30,9 @@ OWNERS = {
 }
 # Fields that act in what is done here in TRL's place: it loads no model, prepares no rows and cuts nothing.
 NO_EFFECT = {
-    "model_init_kwargs", "trust_remote_code", "chat_template_path", "dataset_text_field", "dataset_num_proc", "eos_token",
-    "pad_token", "truncation_mode", "shuffle_dataset", "packing", "packing_strategy", "padding_free", "eval_packing",
-    "completion_only_loss", "assistant_only_loss", "disable_dropout", "precompute_ref_batch_size",
+    "model_init_kwargs", "trust_remote_code", "chat_template_path", "dataset_text_field", "dataset_num_proc",
+    "eos_token", "pad_token", "truncation_mode", "shuffle_dataset", "packing", "packing_strategy", "eval_packing",
+    "padding_free", "completion_only_loss", "assistant_only_loss", "disable_dropout", "precompute_ref_batch_size",
     "resume_from_checkpoint", "do_train", "do_eval", "do_predict",
 }  # fmt: skip
 # The validation metrics that dpo_best may name beside the judge's reward, and whether more of one is better.
@@ -163,7 +163,7 @@ def check_best(run: Run) -> None:
 
 
 def check_fields(stage: str, fields: dict[str, Any], pipeline_fields: dict[str, Any], config_class: Any) -> None:
-    """Raise PipelineError for a field that TRL lacks, that another key decides, or that cannot act with its value."""
+    """Raise PipelineError for a field that TRL lacks, that another key decides, or that cannot act."""
     config_fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
     for name, value in fields.items():
         if name in pipeline_fields:
@@ -175,8 +175,7 @@ def check_fields(stage: str, fields: dict[str, Any], pipeline_fields: dict[str, 
             )
         if name in NO_EFFECT:
             raise PipelineError(
-                f"{stage}.{name} has no effect here: rows come as token ids, cut by length=, and models by model=: take "
-                "it out"
+                f"{stage}.{name} has no effect here, rows come as token ids of a given length: take it out"
             )
         if type(config_fields[name].default) in (int, float) and not isinstance(value, int | float):
             raise PipelineError(f"{stage}.{name}={value} is no number")

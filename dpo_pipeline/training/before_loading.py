@@ -63,10 +63,7 @@ def check_learning_rate(run: Run, stage: str) -> None:
 
 
 def plan_steps(run: Run, stage: str, args: Any, rows: int) -> None:
-    """Log steps, epochs and warm-up, and warn where they are unusual; at most 50 steps where `debug` is set.
-
-    A single step trains without warm-up, in which its learning rate would be 0.
-    """
+    """Log steps, epochs and warm-up, and warn where they are unusual; at most 50 steps where `debug` is set."""
     size, epoch = run.batch.global_size, math.ceil(rows / run.batch.global_size)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(epoch * args.num_train_epochs)
     if run.debug and steps > DEBUG_STEPS:
@@ -76,9 +73,7 @@ def plan_steps(run: Run, stage: str, args: Any, rows: int) -> None:
     warmup = args.get_warmup_steps(steps)
     log.info("%d steps of %d rows: %.3g epochs, of them %d steps of warm-up", steps, size, steps / epoch, warmup)
     if run.debug:
-        log.warning(
-            "debug=true: a run of %d steps on %d rows shows that it works, its numbers mean nothing", steps, rows
-        )
+        log.warning("debug=true: %d steps on %d rows show that it works, its numbers mean nothing", steps, rows)
     elif steps < FEW_STEPS:
         more = f"max_steps={FEW_STEPS}" if args.max_steps > 0 else f"num_train_epochs={math.ceil(FEW_STEPS / epoch)}"
         log.warning("only %d steps, which move little: type %s.%s or a smaller batch.global_size", steps, stage, more)
@@ -90,17 +85,13 @@ def check_adapter_alone(policy: Any) -> None:
     """Raise PipelineError where weights outside of the adapter are trained: a reference without it would hold them."""
     if outside := weights_outside_adapter(policy):
         raise PipelineError(
-            f"reference=adapter switches the adapter off, and weights outside of it stay trained, such as {outside[0]}: "
+            f"reference=adapter leaves trained weights outside of the adapter switched on, such as {outside[0]}: "
             "type reference=cached, or lora.bias=none"
         )
 
 
 def check_disk_space(run: Run, stage: str, folder: Path, start: StartingPolicy, empty: Any) -> tuple[int, int]:
-    """Bytes that a run will still write, and bytes that are free; raises PipelineError where they do not suffice.
-
-    It counts `final/`, a merged model, and the checkpoints kept plus one: trained weights in float32, and AdamW's two
-    numbers for each, of one byte in 8 bits. `empty` has the policy's shapes.
-    """
+    """Bytes that a run will still write, and bytes that are free; raises PipelineError where they do not suffice."""
     sizes = [(p.numel(), p.requires_grad) for p in empty.parameters()]
     trained = sum(size for size, is_trained in sizes if is_trained)
     fields = getattr(run, stage)

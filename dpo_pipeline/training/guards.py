@@ -39,8 +39,8 @@ class NumericalGuard(TrainerCallback):
         remedy = (
             f"beta={beta:g} saturates the loss, or overflows: type beta=0.1"
             if beta > MAX_BETA
-            else f"the learning rate {args.learning_rate:g} is too high, or the model overflows in this precision: lower it "
-            "tenfold, or type precision=bf16 or fp32"
+            else f"the learning rate {args.learning_rate:g} is too high, or the model overflows in this precision: "
+            "lower it tenfold, or type precision=bf16 or fp32"
         )
         if not math.isfinite(logs.get("loss", 0.0)):
             raise PipelineError(f"the loss is {logs['loss']} by step {step}: {remedy}")

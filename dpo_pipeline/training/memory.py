@@ -105,10 +105,7 @@ def row_lengths(table: Any) -> np.ndarray:
 
 
 def state_bytes(trainer: Any) -> int:
-    """Bytes that the optimizer adds: AdamW's two numbers for each trainable one, and DDP's copy of the gradients.
-
-    Paged state makes way for the rest, and other optimizers differ too much: both count as 0.
-    """
+    """Bytes that the optimizer adds: AdamW's two numbers for each trainable one, and DDP's copy of the gradients."""
     name, total = trainer.args.optim.value, 0
     bits = re.search(r"(\d)bit", name)
     for weight in (p for p in trainer.model.parameters() if p.requires_grad):

@@ -65,10 +65,7 @@ def check_rows(data: Prepared) -> None:
 
 
 def check_completions(pairs: Iterable[tuple[list[int], list[int]]], data: Prepared) -> None:
-    """Raise PipelineError unless each completion has one end token, its last, and no row has BOS twice.
-
-    With `length.completion=cut` a completion may have no end token.
-    """
+    """Raise PipelineError unless each completion has one end token, its last, and no row has BOS twice."""
     eos_ids, bos, may_be_cut = data.eos_ids, data.tokenizer.bos_token_id, data.limits.completion == "cut"
     for row, (prompt, completion) in enumerate(pairs):
         ends = sum(token in eos_ids for token in completion)
@@ -117,10 +114,7 @@ def check_trainable(trainer: Any) -> None:
 
 
 def check_forward(trainer: Any, batch: dict[str, Any], options: LoadOptions) -> None:
-    """Raise PipelineError where log-probs are no numbers, or TRL's are not those of the model's own logits.
-
-    TRL takes them from the last hidden state and the weights of the head, past any layer between the two.
-    """
+    """Raise PipelineError where log-probs are no numbers, or TRL's are not those of the model's own logits."""
     model = trainer.model
     labels = (
         batch["labels"] if "labels" in batch else batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
@@ -166,10 +160,7 @@ def probe_logprobs(trainer: Any, prompts: list[list[int]], completions: list[lis
 
 
 def check_start(trainer: Any, fingerprint: dict[str, Any], is_exact: bool, source: Any) -> None:
-    """Raise PipelineError where the starting policy is not what SFT ended with, by the `fingerprint` that SFT left.
-
-    Unless `is_exact`, weights were rounded to another precision or quantization; a large effect of that is a warning.
-    """
+    """Raise PipelineError where the starting policy is not what SFT ended with, by the `fingerprint` that SFT left."""
     before, after = np.array(fingerprint["before"]), np.array(fingerprint["after"])
     logprobs = np.array(probe_logprobs(trainer, fingerprint["prompts"], fingerprint["answers"]))
     sft_change, from_sft, from_base = (
@@ -218,11 +209,7 @@ def tolerance(trainer: Any, batch: dict[str, Any], roundings: int) -> Any:
 
 
 def check_reference(trainer: Any, batch: dict[str, Any], source: Any, reference_path: str | None) -> None:
-    """Raise PipelineError unless every reward of the batch is 0 and a sigmoid loss is ln 2: policy = reference.
-
-    Both sides see one batch, so that they are equal but for roundings. Another reference, of `reference_path`, is
-    only logged.
-    """
+    """Raise PipelineError unless every reward of the batch is 0 and a sigmoid loss is ln 2: policy = reference."""
     with trial_step(trainer):
         reference_sums = reference_logps(trainer, batch)
         rewards, limit = policy_logps(trainer, batch) - reference_sums, tolerance(trainer, batch, 4)

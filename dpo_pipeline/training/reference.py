@@ -73,7 +73,7 @@ def run_reference_pass(trainer: Any, train: Any, validation: Any) -> bool:
 
 
 def rows_to_read(trainer: Any, rows: int) -> np.ndarray:
-    """The numbers of the training rows that training reads, ascending; not all where `max_steps` is less than an epoch."""
+    """The numbers of the rows that training reads, ascending; not all where `max_steps` is less than an epoch."""
     args = trainer.args
     count = args.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size * processes()
     if not 0 < count < rows:
