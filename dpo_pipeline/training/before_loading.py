@@ -37,8 +37,12 @@ def check_before_loading(run: Run, data: Prepared, start: StartingPolicy, args: 
         check_same_tokenizer(data.tokenizer, run.model, start.source)
     plan_steps(run, stage, args, len(rows))
     empty = empty_model(run.model, data.config, new_adapter(run, ""))  # of the size of any starting policy
-    if stage == "dpo" and run.reference.mode == "adapter":
-        check_adapter_alone(empty)
+    outside = weights_outside_adapter(empty)
+    if stage == "dpo" and run.reference.mode == "adapter" and outside:
+        raise PipelineError(
+            f"reference=adapter leaves trained weights outside of the adapter switched on, such as {outside[0]}: "
+            "type reference=cached, or lora.bias=none"
+        )
     needed, free = check_disk_space(run, stage, record.folder, start, empty)
     if run.check:
         unit = "completions" if stage == "sft" else "pairs"
@@ -79,15 +83,6 @@ def plan_steps(run: Run, stage: str, args: Any, rows: int) -> None:
         log.warning("only %d steps, which move little: type %s.%s or a smaller batch.global_size", steps, stage, more)
     if warmup > steps / 2:
         log.warning("warm-up takes %d of %d steps: type %s.warmup_steps=0.1", warmup, steps, stage)
-
-
-def check_adapter_alone(policy: Any) -> None:
-    """Raise PipelineError where weights outside of the adapter are trained: a reference without it would hold them."""
-    if outside := weights_outside_adapter(policy):
-        raise PipelineError(
-            f"reference=adapter leaves trained weights outside of the adapter switched on, such as {outside[0]}: "
-            "type reference=cached, or lora.bias=none"
-        )
 
 
 def check_disk_space(run: Run, stage: str, folder: Path, start: StartingPolicy, empty: Any) -> tuple[int, int]:

@@ -107,15 +107,10 @@ def adapter_differences(run: Run, base: str | Path, lora: Any, adapter: Path) ->
     saved = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     differences = []
     for key in SAME_ADAPTER:
-        old, new = sorted_names(saved.get(key)), sorted_names(expected[key])
+        old, new = (sorted(v) if isinstance(v, set | list) else v for v in (saved.get(key), expected[key]))
         if (old or None) != (new or None):
             differences.append(f"{key} {old}, not {new}")
     return differences
-
-
-def sorted_names(value: Any) -> Any:
-    """A set or list of names as a sorted list, any other value as it is."""
-    return sorted(value) if isinstance(value, set | list) else value
 
 
 def load_start(run: Run, start: StartingPolicy) -> Any:
