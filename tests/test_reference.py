@@ -186,7 +186,8 @@ def test_one_pass_serves_every_beta_loss_and_seed_and_changes_no_byte(small, tmp
     finals, counts = [], []
     for i, typed in enumerate(("beta=0.1", "beta=0.1", "beta=0.3 loss=ipo", "beta=0.3 seed=1 loss=ipo", "seed=1")):
         run = small(
-            f"root={tmp_path}", "name=once", "++sft.max_steps=4", "++dpo.max_steps=2", f"variant=v{i}", *typed.split()
+            *(f"root={tmp_path}", "name=once", "++sft.max_steps=4", f"variant=v{i}", *typed.split()),
+            *("batch.global_size=128", "batch.micro_size=16"),  # two steps on all rows
         )
         run_dpo(run)
         finals.append((run.dpo_folder / "final" / "model.safetensors").read_bytes())
