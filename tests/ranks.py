@@ -37,11 +37,11 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true"} | {
 
 
 def a_rank() -> None:
-    """The stage named by STAGE; leaves what this rank saw in the folder SEEN.
+    """The commands of COMMANDS, each a stage with its overrides; leaves what this rank saw of each in the folder SEEN.
 
     With SIGNAL, say `launcher SIGINT`, that signal comes at step 7, to `rank` 1 alone or to the `launcher`.
     """
-    rank, seen = int(os.environ["RANK"]), {"tokenized": 0}
+    rank, seen = int(os.environ["RANK"]), {}
     sent, _, name = os.environ.get("SIGNAL", "").partition(" ")
     os.umask(0 if rank else 0o022)  # who made a file shows
     if os.environ.get("ACCELERATE_USE_FSDP"):
@@ -50,7 +50,7 @@ def a_rank() -> None:
     step_end, save = callbacks.Metrics.on_step_end, SFTTrainer._save_optimizer_and_scheduler
 
     def counted(*args):
-        seen["tokenized"] += 1
+        seen["tokenized"] = seen.get("tokenized", 0) + 1
         return tokenize(*args)
 
     def cached(made, *args):
@@ -89,10 +89,15 @@ def a_rank() -> None:
     callbacks.Metrics.on_step_end = signalled
     if sent and rank == 0:
         SFTTrainer._save_optimizer_and_scheduler = trainer.PairTrainer._save_optimizer_and_scheduler = slow
-    try:
-        main(told)
-    finally:
-        (Path(os.environ["SEEN"]) / f"{rank}.json").write_text(json.dumps(seen))
+    everything = []
+    for command in json.loads(os.environ["COMMANDS"]):
+        os.environ["STAGE"], *sys.argv[1:] = command
+        try:
+            main(told)
+        finally:
+            everything.append(dict(seen))
+            seen.clear()
+            (Path(os.environ["SEEN"]) / f"{rank}.json").write_text(json.dumps(everything))
 
 
 def fsdp_on_cpu() -> None:
@@ -123,10 +128,17 @@ def launched(*call: str, **variables: str) -> subprocess.CompletedProcess:
 
 def two_ranks(seen: Path, stage: str, *overrides: str, **variables: str) -> tuple[subprocess.CompletedProcess, list]:
     """A stage in two ranks of four rows at once, and what each rank saw."""
-    done = launched(
-        *TWO, "-m", "tests.ranks", *overrides, "batch.micro_size=4", STAGE=stage, SEEN=str(seen), **variables
-    )
-    return done, [json.loads((seen / f"{rank}.json").read_text()) for rank in (0, 1)]
+    done, (ranks,) = commands_in_two_ranks(seen, [(stage, *overrides)], **variables)
+    return done, ranks
+
+
+def commands_in_two_ranks(
+    seen: Path, commands: list[tuple[str, ...]], **variables: str
+) -> tuple[subprocess.CompletedProcess, list[list]]:
+    """Several commands, one after the other in the same two ranks; and for each of them, what each rank saw."""
+    calls = json.dumps([(*command, "batch.micro_size=4") for command in commands])
+    done = launched(*TWO, "-m", "tests.ranks", COMMANDS=calls, SEEN=str(seen), **variables)
+    return done, list(zip(*(json.loads((seen / f"{rank}.json").read_text()) for rank in (0, 1)), strict=True))
 
 
 if __name__ == "__main__":

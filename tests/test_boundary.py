@@ -7,6 +7,7 @@ import random
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -109,4 +110,6 @@ def boundary(tmp_path_factory):
     """A working folder with a file of somebody's in it, and the keys to type."""
     folder = tmp_path_factory.mktemp("boundary")
     (folder / "somebodys").write_text("file")
-    return type("Boundary", (), {"folder": folder, "keys": [key for key in known_keys() if key not in ("check", "root")]})
+    return type(
+        "Boundary", (), {"folder": folder, "keys": [key for key in known_keys() if key not in ("check", "root")]}
+    )

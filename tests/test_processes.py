@@ -24,7 +24,7 @@ from dpo_pipeline.record import read_json, read_metrics
 from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training import reference
 from tests.helpers import SMALL
-from tests.ranks import FSDP2, LAUNCH, ROOT, STAGES, TWO, launched, two_ranks
+from tests.ranks import FSDP2, LAUNCH, ROOT, STAGES, TWO, commands_in_two_ranks, launched, two_ranks
 
 
 @pytest.fixture(scope="module")
@@ -174,37 +174,42 @@ def test_a_signal_stops_both_ranks_at_one_step_and_the_command_goes_on(stage, se
     check_equal(folder, other)
 
 
+HOW = [
+    *(("sft", f"lora={lora}") for lora in ("none", "r8")),
+    *(("dpo", f"lora=none reference={mode}") for mode in ("cached", "frozen")),
+    *(("dpo", f"lora=r8 reference={mode}") for mode in ("cached", "frozen", "adapter")),
+    ("dpo", "lora=r8 sft_variant=full reference=adapter"),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-@pytest.mark.parametrize(
-    ("stage", "how"),
-    [
-        ("sft", "lora=none"),
-        ("sft", "lora=r8"),
-        *(("dpo", f"lora=none reference={mode}") for mode in ("cached", "frozen")),
-        *(("dpo", f"lora=r8 reference={mode}") for mode in ("cached", "frozen", "adapter")),
-        ("dpo", "lora=r8 sft_variant=full reference=adapter"),
-    ],
-)
-def test_two_ranks_have_the_gradients_and_losses_of_one(kind, stage, how, typed, small, sft, tmp_path):
-    tail = re.sub(r"\W", "-", how)
-    key = "sft_variant" if stage == "sft" else "variant"
-    short = (*how.split(), f"++{stage}.max_steps=2", "evaluation.pairs=4", "evaluation.prompts=1")
-    run = small(*short, f"{key}=short-{tail}")
-    STAGES[stage](run)
-    folder = run.sft_folder if stage == "sft" else run.dpo_folder
-    variables = FSDP2 if kind == "fsdp2" else {}
-    done, seen = two_ranks(tmp_path, stage, *typed, *short, f"{key}={kind}-{tail}", **variables)
+def test_two_ranks_have_the_gradients_and_losses_of_one(kind, typed, small, sft, tmp_path):
+    short = ("evaluation.pairs=4", "evaluation.prompts=1")
+    commands, folders = [], []
+    for stage, how in HOW:
+        key, tail = "sft_variant" if stage == "sft" else "variant", re.sub(r"\W", "-", how)
+        overrides = (*how.split(), f"++{stage}.max_steps=2", *short)
+        run = small(*overrides, f"{key}=short-{kind}-{tail}")
+        STAGES[stage](run)
+        folders.append(run.sft_folder if stage == "sft" else run.dpo_folder)
+        commands.append((stage, *typed, *overrides, f"{key}={kind}-{tail}"))
+    done, seen = commands_in_two_ranks(tmp_path, commands, **(FSDP2 if kind == "fsdp2" else {}))
     assert done.returncode == 0
-    other = folder.with_name(f"{kind}-{tail}")
+    for folder, ranks in zip(folders, seen, strict=True):
+        check_gradients(kind, folder, folder.with_name(folder.name.removeprefix("short-")), ranks)
+
+
+def check_gradients(kind: str, folder: Path, other: Path, ranks: list[dict]) -> None:
+    """Two ranks made what one process made, in whole copies (ddp) or in halves (fsdp2)."""
     assert read_json(other / "manifest.json")["sharded"] == ("fsdp" if kind == "fsdp2" else None)
-    for rank in seen:
+    for rank in ranks:
         assert bool(rank["parts"]) == (kind == "fsdp2")
         assert not rank["parts"] or min(rank["parts"]) == max(rank["parts"]) == 0.5
-    assert losses(other) == pytest.approx(losses(folder), abs=5e-6)
+    assert losses(other) == pytest.approx(losses(folder), abs=5e-6), other
     norms = [[row["grad_norm"] for row in read_metrics(each) if "loss" in row] for each in (folder, other)]
-    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
-    assert weights_apart(folder, other) < 1e-4
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4), other
+    assert weights_apart(folder, other) < 1e-4, other
     AutoModelForCausalLM.from_pretrained(other / "final")  # complete, as anybody loads it
 
 
