@@ -110,6 +110,4 @@ def boundary(tmp_path_factory):
     """A working folder with a file of somebody's in it, and the keys to type."""
     folder = tmp_path_factory.mktemp("boundary")
     (folder / "somebodys").write_text("file")
-    return type(
-        "Boundary", (), {"folder": folder, "keys": [key for key in known_keys() if key not in ("check", "root")]}
-    )
+    return SimpleNamespace(folder=folder, keys=[key for key in known_keys() if key not in ("check", "root")])
