@@ -17,7 +17,7 @@ from dpo_pipeline.schema import Model, Reference, Run
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 # Of each data set, from conf/dataset/common/; its other keys are its loader's arguments.
-ROW_KEYS = ("test_rows", "split_seed", "sft_target", "form", "on_bad_row")
+ROW_KEYS = ("test_rows", "split_seed", "sft_target", "form", "on_bad_row", "on_contradiction")
 
 OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)  # for hydra.sweep.dir
 

@@ -101,6 +101,7 @@ class DatasetNode(TypedDict):  # with the arguments of its loader
     sft_target: Literal["chosen", "demonstration"]
     form: Literal["auto", "text", "messages"]
     on_bad_row: Literal["drop", "error"]
+    on_contradiction: Literal["drop", "error"]
     path: NotRequired[Text]
     sets: NotRequired[dict[str, "DatasetNode"]]
 

@@ -7,11 +7,11 @@ policy is ref, and `r/{info.subreddit}` a text with a field in it.
 import re
 from typing import Any
 
-from dpo_pipeline.data.normalize import COMPLETIONS
-from dpo_pipeline.data.sources import Row, check_text, show_value
+from dpo_pipeline.data.files import Row, list_names, show_value
 from dpo_pipeline.errors import PipelineError, nearest
 
-PARTS = ("prompt", "question", "system", "instruction", "input", "text", *COMPLETIONS)
+PROMPTS = ("prompt", "question", "instruction", "text", "dialogue")
+PARTS = (*PROMPTS, "system", "input", "history", "tools", "chosen", "rejected", "demonstration")
 # Instead of chosen and rejected: two completions, a label, and its values where the first and the second is better.
 LABELLED = ("answers", "choice", "choices")
 STEP = re.compile(r"([^.\[\]]+)(?:\[([^=\]]+)=([^\]]*)\])?")  # name, or name[field=value]
@@ -32,19 +32,9 @@ def check_columns(columns: Row) -> Row:
     return {part: path if part in LABELLED else str(path) for part, path in columns.items()}
 
 
-def get_text(row: Row, column: str, origin: str) -> str:
-    """A column of a row; raises PipelineError unless it is there and is text."""
-    return check_text(get_path(row, column, origin), f"{origin}: {column}")
-
-
-def is_template(path: str) -> bool:
-    """Whether it is a text with fields in it."""
-    return bool(FIELD.search(path))
-
-
 def get_path(raw: Any, path: str, label: str) -> Any:
     """The value at a path of a row; None if it, or something above it, is null; PipelineError if there is nothing."""
-    if is_template(path):
+    if FIELD.search(path):
         fields = {name: get_path(raw, name, label) for name in FIELD.findall(path)}
         for name, value in fields.items():
             if not isinstance(value, str | int | float | None):
@@ -60,9 +50,17 @@ def get_path(raw: Any, path: str, label: str) -> Any:
             value = value[int(name) if isinstance(value, list) else name]
         except (KeyError, IndexError, ValueError, TypeError):
             columns = value if isinstance(value, dict) else {}
-            names = ", ".join(columns) or show_value(value)
+            names = list_names(columns) or show_value(value)
             raise PipelineError(f"{label}: there is no {name}, found {names}{nearest(name, columns)}") from None
         if field:
             items = value if isinstance(value, list) else [value]
             value = next((item for item in items if str(get_path(item, field, label)) == field_value), None)
     return value
+
+
+def unused_columns(names: tuple[str, ...], columns: Row) -> tuple[str, ...]:
+    """The columns of a raw row that no part of its form names."""
+    paths = [path for value in columns.values() for path in (value if isinstance(value, list) else [value])]
+    fields = [field for path in map(str, paths) for field in FIELD.findall(path) or [path]]
+    used = {*fields, *(STEP.match(field)[1] for field in fields if STEP.match(field))}
+    return tuple(name for name in names if name not in used)

@@ -4,7 +4,8 @@ import random
 
 from pydantic import PositiveFloat, PositiveInt, validate_call
 
-from dpo_pipeline.data.sources import Row
+from dpo_pipeline.data.files import Row
+from dpo_pipeline.data.report import FILTERED, drop, kept
 from dpo_pipeline.data.splits import read_splits
 from dpo_pipeline.errors import PipelineError
 
@@ -18,7 +19,7 @@ def load(
     chat: bool,
     source: str,
 ) -> dict[str, list[Row]]:
-    """Rows of all sets by split, with the set's name as source; those that are not drawn are `left_out`.
+    """Rows of all sets by split, with the set's name as source; those that are not drawn have a `reason`.
 
     With `weights` the train rows of the sets stand in that proportion, as many as the set that runs out first allows.
     `rows` is the most that is drawn of a set. All test rows of each set are kept, its own or held out by prompt.
@@ -34,17 +35,13 @@ def load(
         missing = ", ".join(sorted(sets.keys() - weights.keys()))
         raise PipelineError(f"dataset.weights names no weight for {missing}: give one for every set, or none")
     parts = {name: read_splits(node, chat, name) for name, node in sets.items()}
-    available = {name: [row for row in train if "left_out" not in row] for name, (train, _) in parts.items()}
+    available = {name: kept(train) for name, (train, _) in parts.items()}
     rows_per_weight = min((len(available[name]) / weight for name, weight in weights.items()), default=0)
     rng = random.Random(seed)
-    splits: dict[str, list[Row]] = {"train": [], "test": []}
-    for name, (train, test) in parts.items():
-        count = round(rows_per_weight * weights[name]) if weights else len(available[name])
-        sample = rng.sample(available[name], min(count, row_limits.get(name, count)))
-        sampled = {id(row) for row in sample}
-        for row in train:
-            if id(row) not in sampled and "left_out" not in row:
-                row["left_out"] = "not drawn"
-        splits["train"] += train
-        splits["test"] += test
-    return splits
+    for name, set_rows in available.items():
+        count = round(rows_per_weight * weights[name]) if weights else len(set_rows)
+        sample = {id(row) for row in rng.sample(set_rows, min(count, row_limits.get(name, count)))}
+        for row in set_rows:
+            if id(row) not in sample:
+                drop(row, "not drawn", FILTERED)
+    return {split: [row for part in parts.values() for row in part[i]] for i, split in enumerate(("train", "test"))}

@@ -1,136 +1,155 @@
 """The one form of a row: a prompt and its completions, as text for a base model or as messages for a chat model.
 
-Data sets hold text, messages (role and content, or ShareGPT's from and value), or a whole dialogue in the place of a
-completion, as messages or as HH-RLHF's text. A row has `prompt` (text, or a list of messages with role and content),
-its completions as text (those of `chosen`, `rejected`, `demonstration` that the set has), `source` and `origin`,
-`problem` if nothing can be learned from it, and `left_out` if an option excludes it.
+A row has `prompt` (text, or a list of messages), the text of its completions (`chosen`, `rejected`, `demonstration`),
+`key` (what tells prompts apart), `source`, `origin` and `reason` (why it is not kept, or None). Where a set has them:
+`problem` (why nothing can be learned from it), `tools` (functions that may be called), `extra` (by completion: the
+further fields of its message, such as `tool_calls`), `unused` (columns that nothing reads).
 """
 
-import hashlib
 import json
 import re
 from typing import Any
 
-from dpo_pipeline.data.sources import Row, check_text, show_value
+from dpo_pipeline.data.files import Row
+from dpo_pipeline.data.messages import (
+    ASK,
+    REPLY,
+    Message,
+    Prompt,
+    meanings,
+    parse_messages,
+    prompt_key,
+    prompt_texts,
+    prompt_to_text,
+    to_messages,
+    trim,
+)
 from dpo_pipeline.errors import PipelineError
 
-Message = dict[str, str]
-Prompt = str | list[Message]
+__all__ = ["ASK", "REPLY", "Message", "Prompt", "prompt_to_text"]  # what the judges read
 
 COMPLETIONS = ("chosen", "rejected", "demonstration")
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "developer": "system", "human": "user"}
-ROLES |= dict.fromkeys(("gpt", "bot", "chatbot", "model"), "assistant")
-ASK, REPLY = "\n\nHuman:", "\n\nAssistant:"
-TURN = re.compile(f"({ASK}|{REPLY})")
+CALLS = ("tools", "tool_calls", "reasoning_content")  # what no base model reads, and not every chat template
+RENDERED = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]")  # by chat templates
 
 
-def normalize_row(origin: str, source: str, chat: bool, prompt: Any, completions: Row) -> Row:
+def normalize_row(
+    origin: str, source: str, chat: bool, prompt: Any, completions: Row, system: Any = None, tools: Any = None
+) -> Row:
     """A row of values in any of the forms, as messages if `chat`, else as text.
 
     `prompt` may be None if every completion is a whole dialogue. A completion of None is left out. Raises
-    PipelineError that names the origin if a value has none of the forms.
+    PipelineError that names the origin if a value has none of the forms, or if two of them claim to be the prompt.
     """
-    row: Row = {"prompt": prompt if prompt is None else parse_messages(prompt, f"{origin}: prompt")}
-    dialogue_prompts: list[Any] = []  # of the completions that are whole dialogues; None: text without a reply
-    for name, completion in completions.items():
-        if completion is None:
+    row: Row = {"source": source, "origin": origin, "reason": None}
+    prompt = None if prompt is None else parse_messages(prompt, f"{origin}: prompt")
+    prompts: list[Any] = []  # of each completion; None: text without a reply
+    for name, value in completions.items():
+        if value is None:
             continue
-        value = parse_messages(completion, f"{origin}: {name}")
-        if isinstance(value, list):
-            opening, row[name] = split_dialogue(value, f"{origin}: {name}")
-            if opening or prompt is None:
-                dialogue_prompts.append(opening)
-            elif isinstance(row["prompt"], str):
-                row["prompt"] = [{"role": "user", "content": row["prompt"]}]
-        elif prompt is None:
-            text, mark, row[name] = value.rpartition(REPLY)
-            dialogue_prompts.append(text + mark if mark else None)
-        else:
-            row[name] = value
-    problem = {}
-    if dialogue_prompts:  # a prompt beside whole dialogues only repeats a part of them
-        row["prompt"] = dialogue_prompts[0] or ""
-        if None in dialogue_prompts:
-            problem = {"problem": "no reply"}
-        elif any(opening != dialogue_prompts[0] for opening in dialogue_prompts):
-            problem = {"problem": "prompt differs"}
+        opening, reply = split_reply(prompt, parse_messages(value, f"{origin}: {name}"), f"{origin}: {name}")
+        prompts.append(opening)
+        row |= {name: reply} if isinstance(reply, str) else read_reply(row, name, reply)
+    if any(isinstance(opening, list) for opening in prompts):
+        prompts = [to_messages(opening) if isinstance(opening, str) else opening for opening in prompts]
+    if None in prompts:
+        row["problem"] = "no reply"
+    elif any(meanings(opening) != meanings(prompts[0]) for opening in prompts):
+        row["problem"] = "prompt differs"
+    row["prompt"] = (prompts[0] or "") if prompts else prompt
     if row["prompt"] is None:
         raise PipelineError(f"{origin} has no prompt, and its completions are no whole dialogues")
+    if system and system.strip():
+        row["prompt"] = add_system(row["prompt"], system, origin)
+    if tools := json.loads(tools) if isinstance(tools, str) and tools.strip() else tools:
+        row["tools"] = tools
     row = as_messages(row) if chat else as_text(row)
-    return {**row, "source": source, "origin": origin, **problem}
+    texts = [*prompt_texts(row["prompt"]), *(row[name] for name in COMPLETIONS if name in row)] if chat else ()
+    if any(RENDERED.search(text) for text in texts):
+        row["problem"] = "text that a chat template has written (give messages)"
+    row["key"] = prompt_key(row["prompt"])
+    return row
 
 
-def parse_messages(value: Any, label: str) -> Prompt:
-    """Text unchanged, messages of any form with role and content; raises PipelineError for anything else."""
+def read_reply(row: Row, name: str, reply: Message) -> Row:
+    """The fields of a row that the message of a completion gives."""
+    extra = {key: value for key, value in reply.items() if key not in ("role", "content", "weight", "train")}
+    fields = {name: reply["content"]} | ({"extra": {**row.get("extra", {}), name: extra}} if extra else {})
+    if reply.get("weight", 1) == 0 or reply.get("train", True) is False:
+        fields["problem"] = "a completion that is marked as not trained on"
+    return fields
+
+
+def split_reply(prompt: Prompt | None, value: Prompt, label: str) -> tuple[Prompt | None, str | Message]:
+    """The whole prompt of a completion, and its reply: text, or the last message.
+
+    A completion of several messages, or of text in HH-RLHF's form, is a whole dialogue, or goes on behind the prompt.
+    """
     if isinstance(value, str):
-        return value
-    messages = [value] if isinstance(value, dict) else value  # ShareGPT has a single message as completion
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise PipelineError(
-            f"{label} is {show_value(value)}, not text or messages with role and content: correct it or take it out"
-        )
-    return [parse_message(message, f"{label}, message {number}") for number, message in enumerate(messages, 1)]
-
-
-def parse_message(message: Row, label: str) -> Message:
-    """A message with role and content, from that form, ShareGPT's, or OpenAI's with content in parts."""
-    role_key, content_key = ("role", "content") if "role" in message else ("from", "value")
-    role, content = message.get(role_key), message.get(content_key)
-    if str(role) not in ROLES:
-        raise PipelineError(f"{label}: its role is {role!r}, none of {', '.join(ROLES)}: correct it")
-    if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
-        content = "".join(check_text(part["text"], f"{label}: a part of its content") for part in content)
-    return {"role": ROLES[role], "content": check_text(content, f"{label}: its content")}
-
-
-def split_dialogue(messages: list[Message], label: str) -> tuple[list[Message], str]:
-    """The messages before the last, and the text of the last, which must be the assistant's."""
-    if not messages or messages[-1]["role"] != "assistant":
+        repeats = isinstance(prompt, str) and prompt.endswith(REPLY) and value.startswith(prompt)
+        if prompt is not None and not repeats:
+            return prompt, value
+        opening, mark, reply = value.rpartition(REPLY)
+        return (opening + mark if mark else None), reply
+    if not value or value[-1]["role"] != "assistant":
         raise PipelineError(f"{label} does not end with a reply of the assistant: correct it or take it out")
-    return messages[:-1], messages[-1]["content"]
+    opening, reply = value[:-1], value[-1]
+    if prompt is None:
+        return opening, reply
+    if isinstance(prompt, str):
+        asked = prompt.strip()
+        if any(message["role"] == "user" and message["content"].strip() == asked for message in opening):
+            return opening, reply
+        prompt = to_messages(prompt)
+    if not opening:
+        return prompt, reply
+    if meanings(prompt) in (meanings(value), meanings(opening[: len(prompt)])):
+        return opening, reply
+    if opening[0]["role"] in ("assistant", "tool") or all(message["role"] == "system" for message in prompt):
+        return prompt + opening, reply
+    raise PipelineError(
+        f"{label} is a whole dialogue that does not begin with the row's prompt: say which of the two is the "
+        "prompt, such as 'dataset.columns={chosen: chosen, rejected: rejected}'"
+    )
+
+
+def add_system(prompt: Prompt, system: str, origin: str) -> list[Message]:
+    """The prompt with this system message first; raises PipelineError where it has another."""
+    messages = to_messages(prompt) if isinstance(prompt, str) else prompt
+    if not messages or messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if messages[0]["content"].strip() != system.strip():
+        raise PipelineError(f"{origin}: its system differs from the system message of its prompt: take one out")
+    return messages
 
 
 def as_messages(row: Row) -> Row:
-    """A row for a chat model: text in HH-RLHF's form becomes its turns, any other text what the user says."""
+    """A row for a chat model: its prompt as messages, its completions without the space that begins a text."""
     if isinstance(row["prompt"], list):
         return row
-    completions = {name: row[name].strip() for name in COMPLETIONS if name in row}
-    prompt = row["prompt"]
-    if not prompt.endswith(REPLY):
-        return {**row, **completions, "prompt": [{"role": "user", "content": prompt.strip()}]}
-    opening, *turns = TURN.split(prompt.removesuffix(REPLY))
-    messages = [{"role": "system", "content": opening.strip()}] if opening.strip() else []
-    for mark, text in zip(turns[::2], turns[1::2], strict=True):
-        role = "user" if mark == ASK else "assistant"
-        if messages and messages[-1]["role"] == role:  # chat templates want the roles to alternate
-            messages[-1]["content"] += f"\n\n{text.strip()}"
-        else:
-            messages.append({"role": role, "content": text.strip()})
-    return {**row, **completions, "prompt": messages}
+    strip = str.strip if row["prompt"].endswith(REPLY) else trim
+    completions = {name: strip(row[name]) for name in COMPLETIONS if name in row}
+    return {**row, **completions, "prompt": to_messages(row["prompt"])}
 
 
 def as_text(row: Row) -> Row:
     """A row for a base model: messages become turns in HH-RLHF's form (arXiv:2204.05862)."""
+    messages = row["prompt"] if isinstance(row["prompt"], list) else []
+    for message in (row, *messages, *row.get("extra", {}).values()):
+        if message.get("role") == "tool" or any(map(message.get, CALLS)):
+            raise PipelineError(f"{row['origin']}: only chat models read tools, calls and reasoning: type model=...")
     if isinstance(row["prompt"], str):
         return row
     heads = {"system": "", "user": f"{ASK} ", "assistant": f"{REPLY} "}
-    prompt = "".join(heads[message["role"]] + message["content"] for message in row["prompt"]) + REPLY
+    prompt = "".join(heads[message["role"]] + message["content"] for message in messages) + REPLY
     return {**row, "prompt": prompt, **{name: f" {row[name]}" for name in COMPLETIONS if name in row}}
 
 
-def prompt_to_text(prompt: Prompt) -> str:
-    """A prompt as a person reads it."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+def completion_message(row: Row, name: str) -> Message:
+    """A completion of a row of messages as the assistant's message, with its further fields."""
+    return {"role": "assistant", "content": row[name], **row.get("extra", {}).get(name, {})}
 
 
-def is_blank(prompt: Prompt) -> bool:
-    """Whether a prompt holds nothing but white space."""
-    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    return not any(text.strip() for text in texts)
-
-
-def prompt_key(row: Row) -> str:
-    """What tells prompts apart: text itself, a hash of messages."""
-    if isinstance(row["prompt"], str):
-        return row["prompt"]
-    return hashlib.sha256(json.dumps(row["prompt"]).encode()).hexdigest()
+def completion_key(row: Row, name: str) -> str:
+    """What tells completions apart: their text, and their calls and reasoning if any."""
+    return json.dumps(meanings([completion_message(row, name)])) if name in row.get("extra", {}) else row[name]

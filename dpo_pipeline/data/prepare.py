@@ -12,17 +12,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import load_from_disk
-from pyarrow import compute
+from pyarrow import compute, parquet
 
 from dpo_pipeline.content_hash import content_hash
 from dpo_pipeline.data import tokens
-from dpo_pipeline.data.lengths import LengthLimits
-from dpo_pipeline.data.normalize import prompt_key
-from dpo_pipeline.data.report import DataReport
-from dpo_pipeline.data.splits import load_splits
-from dpo_pipeline.data.token_table import tokenize
-from dpo_pipeline.data.tokens import eos_ids_of
+from dpo_pipeline.data.files import Row
+from dpo_pipeline.data.normalize import CALLS, completion_key, completion_message
+from dpo_pipeline.data.report import count_rows, find_errors, find_warnings, kept, print_report
+from dpo_pipeline.data.splits import load_splits, test_split_warnings
+from dpo_pipeline.data.token_table import LengthLimits, tokenize
 from dpo_pipeline.distributed import is_main_process, on_main_process, processes
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.locks import file_lock
@@ -31,8 +31,9 @@ from dpo_pipeline.schema import Run
 
 log = logging.getLogger(__name__)
 
-Rows = dict[str, list[dict[str, Any]]]  # by split
 SPLITS = {"sft": ("train", "validation"), "dpo": ("train", "validation", "test")}
+MARKS = ("reason", "kind", "cut", "tokens", "retokenized")  # what tokenizing fills in, beside counts of tokens
+MAX_UNKNOWN = 0.1  # share of unknown tokens above which the tokenizer is that of another language
 
 
 @dataclass
@@ -40,7 +41,8 @@ class Prepared:
     """What a stage works on, the same for training, `check=true`, evaluation and the data page.
 
     `config` is the base model's. `tables` hold token ids by split: `prompt_ids` and `completion_ids` (SFT), or
-    `chosen_ids` and `rejected_ids` (DPO); their column `row` counts in `rows`, which rank 0 alone has.
+    `chosen_ids` and `rejected_ids` (DPO); their column `row` counts in `rows`. Rank 0 alone has `rows` and `all_rows`,
+    the latter with those that are not kept. `report`: `sources` and `examples`, as `count_rows` gives them.
     """
 
     stage: str
@@ -51,8 +53,9 @@ class Prepared:
     limits: LengthLimits
     load_options: LoadOptions
     tables: dict[str, Any] = field(default_factory=dict)
-    rows: Rows = field(default_factory=dict)
-    report: DataReport = field(default_factory=DataReport)
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    all_rows: list[Row] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
 
     @property
     def context(self) -> int:
@@ -68,23 +71,28 @@ def prepare(run: Run, stage: str, splits: tuple[str, ...] | None = None, strict:
     """
     tokenizer, config = load_tokenizer(run.model), load_config(run.model)
     limits = LengthLimits.resolve(run.length, config.get_text_config().max_position_embeddings)
-    eos_ids = eos_ids_of(tokenizer, load_generation_config(run.model, config))
+    eos_ids = tokens.eos_ids_of(tokenizer, load_generation_config(run.model, config))
     data = Prepared(stage, learned_columns(run, stage), config, tokenizer, eos_ids, limits, load_options(run))
+    splits = splits or SPLITS[stage]
 
-    def load_and_tokenize() -> tuple[dict[str, Path], DataReport]:
+    def load_and_tokenize() -> tuple[dict[str, Path], dict[str, Any]]:
         gc.disable()  # rows and ids make no cycles, and collecting takes a seventh of the time
         try:
-            data.rows, data.report = load_rows(run, stage, tokenizer, strict)
-            tokenize_splits(run, data, splits or SPLITS[stage], strict)
+            data.all_rows = load_rows(run, stage, tokenizer, strict)
+            data.rows = {split: kept(data.all_rows, split) for split in SPLITS["dpo"]}
+            data.tables = {split: cached_table(run, data, data.rows[split]) for split in splits}
         finally:
             gc.enable()
+        data.report = count_rows(data.all_rows)
+        if strict:
+            check_report(run, data)
+        check_tokens(run, data)
         tables = data.tables if processes() > 1 else {}
-        folders = {split: table_folder(table) for split, table in tables.items() if len(table)}
+        folders = {name: Path(table.cache_files[0]["filename"]).parent for name, table in tables.items() if len(table)}
         return folders, data.report
 
-    folders, report = on_main_process(load_and_tokenize)
+    folders, data.report = on_main_process(load_and_tokenize)
     if not is_main_process():
-        data.report = report
         data.tables = {split: load_from_disk(folder) for split, folder in folders.items()}
     return data
 
@@ -94,60 +102,83 @@ def learned_columns(run: Run, stage: str) -> tuple[str, ...]:
     return (str(run.sft_target),) if stage == "sft" else ("chosen", "rejected")
 
 
-def load_rows(run: Run, stage: str, tokenizer: Any, strict: bool = True) -> tuple[Rows, DataReport]:
-    """The rows of a stage by split, and the report on all rows that were read.
+def learned_dataset(run: Run, stage: str) -> dict[str, Any]:
+    """The config node of the data set that a stage learns from."""
+    return (run.sft_dataset or run.dataset) if stage == "sft" else run.dataset
+
+
+def load_rows(run: Run, stage: str, tokenizer: Any, strict: bool = True) -> list[Row]:
+    """Every row of a stage, with its split, and why it is not kept.
 
     They are messages where the set's `form` says so or the tokenizer has a chat template, else text.
     """
-    dataset = (run.sft_dataset or run.dataset) if stage == "sft" else run.dataset
+    dataset = learned_dataset(run, stage)
     is_chat = dataset["form"] == "messages" or (dataset["form"] == "auto" and bool(tokenizer.chat_template))
     # SFT on another set leaves out the prompts on which DPO is tested.
     held_out_set = run.dataset if dataset is run.sft_dataset else None
-    return load_splits(dataset, learned_columns(run, stage), is_chat, run.debug, strict, held_out_set)
+    rows = load_splits(dataset, learned_columns(run, stage), is_chat, run.debug, strict, held_out_set)
+    if is_chat:
+        check_template(rows, str(tokenizer.chat_template))
+    return rows
 
 
-def tokenize_splits(run: Run, data: Prepared, splits: tuple[str, ...], strict: bool) -> None:
-    """Fill in the tables of these splits and what the length limits did to their rows, and log the report."""
-    report = data.report
-    for split in splits:
-        table = data.tables[split] = cached_table(run, data, data.rows[split])
-        report.add_table(split, table, data.rows[split])
-    if strict:
-        log_report(report, data.context)
-        for split in ("train", "validation"):
-            if split in splits and not len(data.tables[split]):
-                raise PipelineError(
-                    f"no rows are left for {split}: {report.rows_measured} were longer than length.max, or empty"
-                )
-    check_vocabulary(run.model.path, data)
+def check_template(rows: list[Row], template: str) -> None:
+    """Note each field of messages that a chat template does not write; PipelineError where the meaning is lost."""
+    unwritten: dict[str, bool] = {}
+    for row in rows:
+        messages = [*row["prompt"], *(completion_message(row, name) for name in row.get("extra", ()))]
+        for name in {name for message in messages for name in message} - {"role", "content"} | {"tools"} & set(row):
+            if unwritten.setdefault(name, name not in template):
+                if name in CALLS:
+                    remedy = f"take a model whose template does, or take {name} out of the rows"
+                    raise PipelineError(f"{row['origin']}: the model's chat template does not write {name}: {remedy}")
+                row["unused"] = (*row.get("unused", ()), f"{name} of messages")
 
 
-def cached_table(run: Run, data: Prepared, rows: list[dict[str, Any]]) -> Any:
+def cached_table(run: Run, data: Prepared, rows: list[Row]) -> Any:
     """The token table of these rows, from `<root>/.cache/data` where an earlier run left it, else made and saved."""
 
     def make_table() -> Any:
         table = tokenize(rows, data.columns, data.tokenizer, data.eos_ids, data.limits)
-        if data.stage == "sft":
-            table = table.rename_column(f"{data.columns[0]}_ids", "completion_ids")
-        return table
+        return table.rename_column(f"{data.columns[0]}_ids", "completion_ids") if data.stage == "sft" else table
 
     if run.check:  # which leaves nothing behind
         return make_table()
     folder = Path(run.root) / ".cache" / "data" / table_key(data, rows)
+    names = [*MARKS, *(f"{name}_tokens" for name in ("prompt", *data.columns))]
     with file_lock(folder):
-        table = load_cached_table(folder)
-        return save_table(make_table(), folder) if table is None else table
+        try:
+            table, marks = load_from_disk(folder), parquet.read_table(folder / "rows.parquet").to_pylist()
+        except (OSError, ValueError):  # there is none, or a damaged one
+            return save_table(make_table(), rows, names, folder)
+    for row, marks_of_row in zip(rows, marks, strict=True):
+        row |= marks_of_row
+    return table
 
 
-def table_key(data: Prepared, rows: list[dict[str, Any]]) -> str:
+def save_table(table: Any, rows: list[Row], names: list[str], folder: Path) -> Any:
+    """Save a table and these fields of its rows, whole or not at all; `datasets` cannot read one without rows."""
+    if not len(table):
+        return table
+    partial = folder.with_suffix(".partial")
+    for leftover in (partial, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    table.save_to_disk(partial)
+    parquet.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), partial / "rows.parquet")
+    partial.rename(folder)
+    return load_from_disk(folder)
+
+
+def table_key(data: Prepared, rows: list[Row]) -> str:
     """sha256 of all that a token table depends on: rows, tokenizer, end tokens, limits, and the code."""
     code = [content_hash(Path(tokens.__file__).parent, (".py",)), *map(version, ("tokenizers", "transformers"))]
     limits = dataclasses.astuple(data.limits)
     settings = [tokenizer_hash(data.tokenizer), data.eos_ids, limits, data.stage, data.columns, code]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for row in rows:
-        texts = [row[name] for name in (*data.columns, "source", "origin")]
-        digest.update("\0".join((prompt_key(row), *texts, "")).encode())
+        texts = [completion_key(row, name) for name in data.columns]
+        tools = json.dumps(row["tools"]) if "tools" in row else ""
+        digest.update("\0".join((row["key"], *texts, tools, row["source"], row["origin"], "")).encode())
     return digest.hexdigest()
 
 
@@ -160,53 +191,39 @@ def tokenizer_hash(tokenizer: Any) -> str:
         return content_hash(Path(folder))
 
 
-def load_cached_table(folder: Path) -> Any:
-    """The token table that an earlier run left in `folder`, or None where there is none, or a damaged one."""
-    try:
-        return load_from_disk(folder)
-    except (OSError, ValueError):
-        return None
-
-
-def save_table(table: Any, folder: Path) -> Any:
-    """Save a table whole or not at all, and read it from `folder`; `datasets` cannot read one without rows."""
-    if not len(table):
-        return table
-    partial = folder.with_suffix(".partial")
-    for leftover in (partial, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
-    table.save_to_disk(partial)
-    partial.rename(folder)
-    return load_from_disk(folder)
-
-
-def table_folder(table: Any) -> Path:
-    """The folder that a table was read from."""
-    return Path(table.cache_files[0]["filename"]).parent
-
-
-def log_report(report: DataReport, context: int) -> None:
-    """Log what became of the rows; raises PipelineError where more than half are cut or dropped."""
-    log.info("rows by source\n%s", report.table())
-    for sentence in report.warnings(context):
+def check_report(run: Run, data: Prepared) -> None:
+    """Log what became of the rows; raises PipelineError where too many are cut or dropped, or none are left."""
+    node, sizes = learned_dataset(run, data.stage), (data.limits.max, data.context)
+    log.info("rows by source\n%s", print_report(data.report, data.all_rows))
+    for sentence in [*test_split_warnings(node), *find_warnings(data.all_rows, *sizes)]:
         log.warning("%s", sentence)
-    for sentence in report.errors(context):
+    for sentence in find_errors(data.all_rows, node["on_bad_row"], *sizes):
         raise PipelineError(sentence)
+    for split in ("train", "validation"):
+        if split in data.tables and not len(data.tables[split]):
+            raise PipelineError(f"no rows are left for {split}: all were longer than length.max, or empty: raise it")
 
 
-def check_vocabulary(model: str, data: Prepared) -> None:
-    """Raise PipelineError where rows hold a token that the base model has no embedding for: torch would crash."""
+def check_tokens(run: Run, data: Prepared) -> None:
+    """Raise PipelineError where rows hold a token that the base model lacks (torch would crash), or unknown words."""
+    columns = [table.data.column(name) for table in data.tables.values() for name in ids_columns(table)]
+    ids = [compute.list_flatten(column) for column in columns]
     size = data.config.get_text_config().vocab_size
-    largest = data.tokenizer.pad_token_id
-    for table in data.tables.values():
-        for name in ids_columns(table):
-            largest = max(largest, compute.max(compute.list_flatten(table.data.column(name))).as_py() or 0)
+    largest = max([data.tokenizer.pad_token_id, *(compute.max(each).as_py() or 0 for each in ids)])
     if largest >= size:
         token = data.tokenizer.convert_ids_to_tokens(largest)
         raise PipelineError(
-            f"the rows hold token {largest} ({token!r}), and the base {model} knows {size} tokens: give the tokenizer "
-            "that it was trained with"
+            f"the rows hold token {largest} ({token!r}), and the base {run.model.path} knows {size} tokens: give the "
+            "tokenizer that it was trained with"
         )
+    unknown = data.tokenizer.unk_token_id
+    if unknown is None or unknown in data.eos_ids:
+        return
+    count = sum(compute.sum(compute.equal(each, unknown)).as_py() or 0 for each in ids)
+    if count > MAX_UNKNOWN * sum(map(len, ids)):
+        name = "the embedded model" if run.model.builder else run.model.path
+        share = f"{count / sum(map(len, ids)):.0%} of the tokens of these rows"
+        raise PipelineError(f"{share} are unknown to the tokenizer of {name}: type model=... of their language")
 
 
 def table_fingerprint(table: Any) -> str:

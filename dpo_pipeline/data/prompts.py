@@ -4,9 +4,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.data.columns import get_path, get_text
-from dpo_pipeline.data.normalize import ASK, REPLY, Prompt, is_blank, normalize_row, parse_messages
-from dpo_pipeline.data.sources import Row, read_file
+from dpo_pipeline.data.columns import get_path
+from dpo_pipeline.data.files import Row, check_text, read_file
+from dpo_pipeline.data.messages import ASK, REPLY, Prompt, parse_messages, prompt_texts
+from dpo_pipeline.data.normalize import normalize_row
 from dpo_pipeline.data.tokens import encode_rows
 from dpo_pipeline.errors import PipelineError
 
@@ -31,9 +32,9 @@ def read_prompts(path: str, columns: tuple[str, ...] = ()) -> list[Row]:
 
 def parse_prompt_row(row: Row, columns: tuple[str, ...], origin: str) -> Row:
     """A row's prompt, columns and origin; raises PipelineError if one is missing or is not what it has to be."""
-    fields = {name: get_text(row, name, origin) for name in columns}
+    fields = {name: check_text(get_path(row, name, origin), f"{origin}: {name}") for name in columns}
     prompt = parse_messages(get_path(row, "prompt", origin), f"{origin}: prompt")
-    if is_blank(prompt):
+    if not "".join(prompt_texts(prompt)).strip():
         raise PipelineError(f"{origin}: its prompt is empty: write one, or take the row out")
     if "label" in columns and fields["label"] not in LABELS:
         raise PipelineError(f"{origin}: its label is {fields['label']!r}, neither safe nor unsafe: correct it")

@@ -1,171 +1,151 @@
-"""The report on a data set: what became of every row that was read, by source, and whether that can be right."""
+"""What became of every row that was read, counted by source, and whether that can be right.
 
-import json
+A row that is not kept has a `reason`, which is of one `kind`. Of rows that were tokenized `tokens` is the length, and
+`cut` what was cut off.
+"""
+
 from collections import Counter, defaultdict
-from copy import deepcopy
-from dataclasses import dataclass, field
 from typing import Any
 
-from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.formatting import markdown_table
 
 SPLITS = ("train", "validation", "test")
-# Reasons why rows are left out on purpose; those of BEFORE apply before anything looks for problems.
-BEFORE = ("prompt also in test", "prompt held out for DPO", "not drawn")
-ON_PURPOSE = (*BEFORE, "another completion of its prompt", "no demonstration", "debug=true")
-TOO_LONG = ("too long", "identical after cutting", "no completion token left")
-CUT = ("prompt cut", "completion cut")
-# Problems of single rows. All others raise the question whether this is a preference data set at all.
-SINGLE = ("exact duplicate", "more than one BOS", "completion without its one end token", "prompt without a token")
-
+# Kinds of reasons: left out by an option, before anything looks for problems; teaches nothing, so that one may ask
+# whether this is a preference data set at all; a problem of that row alone; not needed; too long.
+FILTERED, INVALID, SINGLE, SURPLUS, TOO_LONG = "filtered", "invalid", "single", "surplus", "too long"
 EXAMPLES_PER_REASON = 3
 MAX_INVALID = 0.05  # share of rows that teach nothing, above which a run stops
 WARN_TOO_LONG, MAX_TOO_LONG = 0.05, 0.5  # shares of rows cut or dropped for length, to warn of and to stop at
 WARN_RETOKENIZED = 0.05  # share of rows whose completion was tokenized alone, to warn of
 
-
-@dataclass
-class SourceCounts:
-    """Rows of one source: those read, those kept by split, and those dropped, or kept but cut, by reason."""
-
-    read: int = 0
-    kept: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    dropped: Counter[str] = field(default_factory=Counter)
-    cut: Counter[str] = field(default_factory=Counter)
+Rows = list[dict[str, Any]]
 
 
-@dataclass
-class DataReport:
-    """What became of the rows of each source, with the first origins of each reason."""
+def drop(row: dict[str, Any], reason: str, kind: str) -> None:
+    """Mark a row as not kept."""
+    row |= {"reason": reason, "kind": kind}
 
-    on_bad_row: str = "drop"
-    sources: dict[str, SourceCounts] = field(default_factory=lambda: defaultdict(SourceCounts))
-    examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    left_out: set[str] = field(default_factory=set)  # reasons of the data set's own options
-    notes: list[str] = field(default_factory=list)
-    rows_measured: int = 0  # rows whose length was looked at
-    retokenized: int = 0  # rows whose completions had to be tokenized without their prompt
-    p99_length: int = 0  # the length.max that would keep 99% of the rows whole, in tokens
 
-    def drop(self, row: dict[str, Any], reason: str) -> None:
-        """Count a row that is not kept; raises PipelineError if it is invalid and the config says so."""
-        if self.on_bad_row == "error" and self.is_invalid(reason):
-            raise PipelineError(
-                f"{row['origin']}: {reason}: correct the row or take it out, or drop such rows by "
-                "dataset.on_bad_row=drop"
-            )
-        self.sources[row["source"]].dropped[reason] += 1
-        self.add_example(row, reason)
+def filtered(reason: str) -> dict[str, str]:
+    """The marks of a row that an option of its data set leaves out."""
+    return {"reason": reason, "kind": FILTERED}
 
-    def mark_cut(self, row: dict[str, Any], reason: str) -> None:
-        """Count a row that is kept, but not as it was."""
-        self.sources[row["source"]].cut[reason] += 1
-        self.add_example(row, reason)
 
-    def add_example(self, row: dict[str, Any], reason: str) -> None:
-        """Keep the origin of a row, if it is one of the first with this reason."""
-        if len(self.examples[reason]) < EXAMPLES_PER_REASON:
-            self.examples[reason].append(row["origin"])
+def kept(rows: Rows, split: str | None = None) -> Rows:
+    """The rows that are kept, of all splits or of one."""
+    return [row for row in rows if not row["reason"] and split in (None, row.get("split"))]
 
-    def is_invalid(self, reason: str) -> bool:
-        """Whether rows teach nothing for this reason; not if they are left out on purpose, too long or cut."""
-        return reason not in (*ON_PURPOSE, *self.left_out, *TOO_LONG, *CUT)
 
-    def keep(self, split: str, rows: list[dict[str, Any]]) -> None:
-        """Set the rows of a split that are kept."""
-        counts = Counter(row["source"] for row in rows)
-        for source in self.sources:
-            self.sources[source].kept[split] = counts[source]
+def count_rows(rows: Rows) -> dict[str, Any]:
+    """The data report: `sources`, as design and README show them, and `examples`, the first origins of each reason."""
+    sources: dict[str, Any] = {}
+    examples: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        empty = {"read": 0, "kept": dict.fromkeys(SPLITS, 0), "dropped": Counter(), "cut": Counter()}
+        counts = sources.get(row["source"]) or sources.setdefault(row["source"], {**empty, "unused_columns": []})
+        counts["read"] += 1
+        counts["unused_columns"] += [name for name in row.get("unused", ()) if name not in counts["unused_columns"]]
+        if row["reason"]:
+            counts["dropped"][row["reason"]] += 1
+        else:
+            counts["kept"][row["split"]] += 1
+            counts["cut"].update([row["cut"]] if row.get("cut") else [])
+        for reason in filter(None, (row["reason"], row.get("cut"))):
+            if len(examples[reason]) < EXAMPLES_PER_REASON:
+                examples[reason].append(row["origin"])
+    return {"sources": sources, "examples": dict(examples)}
 
-    def add_table(self, split: str, table: Any, rows: list[dict[str, Any]]) -> None:
-        """Count what became of the rows of a split when `tokenize` made the table of them."""
-        facts = json.loads(table.info.description)
-        for number, reason in facts["dropped"]:
-            self.drop(rows[number], reason)
-        for number, reason in facts["cut"]:
-            self.mark_cut(rows[number], reason)
-        self.rows_measured += facts["rows_measured"]
-        self.retokenized += facts["retokenized"]
-        self.p99_length = max(self.p99_length, facts["p99_length"])
-        self.keep(split, [rows[number] for number in table["row"]])
 
-    def as_json(self) -> dict[str, Any]:
-        """`{"sources": {name: {"read", "kept": {split: n}, "dropped": {reason: n}, "cut": {reason: n}}}}`."""
-        return {"sources": {source: deepcopy(vars(counts)) for source, counts in self.sources.items()}}
+def source_lines(sources: dict[str, Any]) -> list[list[str]]:
+    """A table with a line for each source, below its header."""
+    lines = [["source", "read", *SPLITS, "dropped", "cut and kept", "not used"]]
+    for source, counts in sources.items():
+        numbers = [f"{number:,}" for number in (counts["read"], *counts["kept"].values())]
+        reasons = ["; ".join(f"{n:,} {reason}" for reason, n in counts[key].items()) for key in ("dropped", "cut")]
+        lines.append([source, *numbers, *reasons, ", ".join(counts["unused_columns"])])
+    return lines
 
-    def table(self) -> str:
-        """The report as Markdown, a line for each source, and the first row of each problem."""
-        lines = [["source", "read", *SPLITS, "dropped", "cut"]]
-        for source, counts in self.sources.items():
-            numbers = [f"{number:,}" for number in (counts.read, *counts.kept.values())]
-            dropped, cut = (
-                ", ".join(f"{n:,} {reason}" for reason, n in reasons.items())
-                for reasons in (counts.dropped, counts.cut)
-            )
-            lines.append([source, *numbers, dropped, cut])
-        first_rows = [f"{reason}: {rows[0]}" for reason, rows in self.examples.items() if self.is_invalid(reason)]
-        return "\n".join([markdown_table(lines), *first_rows])
 
-    def list_reasons(self, reasons: dict[str, int]) -> str:
-        """Each reason with its number of rows, and where the first one is."""
-        return "; ".join(f"{n} {reason} ({self.examples[reason][0]})" for reason, n in reasons.items())
+def print_report(report: dict[str, Any], rows: Rows) -> str:
+    """The report as Markdown, and the first row of each problem."""
+    invalid = {row["reason"] for row in rows if row.get("kind") in (INVALID, SINGLE)}
+    first_rows = [f"{reason}: {origins[0]}" for reason, origins in report["examples"].items() if reason in invalid]
+    return "\n".join([markdown_table(source_lines(report["sources"])), *first_rows])
 
-    def invalid_sources(self) -> list[str]:
-        """A sentence for each source of whose rows more than 5% teach nothing."""
-        sentences = []
-        for source, counts in self.sources.items():
-            invalid = {
-                reason: n for reason, n in counts.dropped.items() if self.is_invalid(reason) and reason not in SINGLE
-            }
-            checked = counts.read - sum(counts.dropped[reason] for reason in {*BEFORE, *self.left_out})
-            if sum(invalid.values()) > MAX_INVALID * checked:
-                sentences.append(
-                    f"{sum(invalid.values())} of {checked} rows of {source} teach nothing, more than "
-                    f"{MAX_INVALID:.0%}: {self.list_reasons(invalid)}: check that dataset= fits the form of this file "
-                    "and that chosen and rejected are the columns meant, or take them out"
-                )
-        return sentences
 
-    def count_too_long(self) -> tuple[int, int]:
-        """How many rows the length limits have dropped, and how many cut."""
-        dropped = sum(counts.dropped[reason] for counts in self.sources.values() for reason in TOO_LONG)
-        return dropped, sum(counts.cut.total() for counts in self.sources.values())
+def list_reasons(rows: Rows) -> list[str]:
+    """Each reason of rows that are not kept, with its number of rows and where the first one is."""
+    origins = defaultdict(list)
+    for row in rows:
+        if row["reason"]:
+            origins[row["reason"]].append(row["origin"])
+    return [f"{len(each)} {reason} ({each[0]})" for reason, each in origins.items()]
 
-    def errors(self, context: int) -> list[str]:
-        """What ends a run: a sentence for each source that teaches too little, and one if too much is too long."""
-        sentences = self.invalid_sources()
-        if sum(self.count_too_long()) > MAX_TOO_LONG * self.rows_measured:
-            sentences.append(self.length_message(context))
-        return sentences
 
-    def warnings(self, context: int) -> list[str]:
-        """What a run warns of: a sentence each."""
-        sentences = list(self.notes)
-        for source, counts in self.sources.items():
-            for reason in sorted(self.left_out - {*ON_PURPOSE}):
-                if (count := counts.dropped[reason]) > counts.read / 2:
-                    example = self.examples[reason][0]
-                    sentences.append(
-                        f"{count} of {counts.read} rows of {source} are left out: {reason} (such as {example})"
-                    )
-        if WARN_TOO_LONG * self.rows_measured < sum(self.count_too_long()) <= MAX_TOO_LONG * self.rows_measured:
-            sentences.append(self.length_message(context))
-        if self.retokenized > WARN_RETOKENIZED * self.rows_measured:
+def invalid_sentences(rows: Rows, on_bad_row: str = "drop") -> list[str]:
+    """What ends a run: a sentence for each source of whose rows more than 5% teach nothing, or for the first row."""
+    sentences, checked = [], defaultdict(list)
+    for row in rows:
+        if on_bad_row == "error" and row.get("kind") in (INVALID, SINGLE):
+            remedy = "correct the row or take it out, or drop such rows by dataset.on_bad_row=drop"
+            return [f"{row['origin']}: {row['reason']}: {remedy}"]
+        if row.get("kind") != FILTERED:
+            checked[row["source"]].append(row)
+    for source, source_rows in checked.items():
+        invalid = [row for row in source_rows if row.get("kind") == INVALID]
+        if len(invalid) > MAX_INVALID * len(source_rows):
+            remedy = "take them out, or check that dataset= fits and that chosen and rejected are the columns meant"
+            if any(row["reason"] == "contradiction" for row in invalid):
+                remedy += "; dataset.on_contradiction=drop leaves out pairs labelled both ways"
             sentences.append(
-                f"{self.retokenized} of {self.rows_measured} rows: the prompt's tokens change when a completion "
-                "follows, so the completion was tokenized alone: end the prompts where a token ends (a line break, "
-                "or no trailing space)"
+                f"{len(invalid)} of {len(source_rows)} rows of {source} teach nothing, more than {MAX_INVALID:.0%}: "
+                f"{'; '.join(list_reasons(invalid))}: {remedy}"
             )
-        return sentences
+    return sentences
 
-    def length_message(self, context: int) -> str:
-        """What the length limits do, and the limit that would keep 99% of the rows whole."""
-        dropped, cut = self.count_too_long()
-        share = (dropped + cut) / self.rows_measured
-        message = (
-            f"{share:.0%} of {self.rows_measured} rows are too long: {dropped} dropped, {cut} cut: "
-            f"`length.max={self.p99_length}` would keep 99% of them whole"
+
+def length_sentence(rows: Rows, limit: int, context: int) -> tuple[float, str]:
+    """The share of rows that are dropped or cut for their length, and a sentence with the limit that keeps 99%."""
+    lengths = sorted(row["tokens"] for row in rows if row.get("tokens"))
+    dropped = sum(row.get("kind") == TOO_LONG for row in rows)
+    cut = sum(bool(row.get("cut")) for row in kept(rows))
+    if not lengths:
+        return 0.0, ""
+    share, p99 = (dropped + cut) / len(lengths), lengths[-(-99 * len(lengths) // 100) - 1]
+    message = f"{share:.0%} of {len(lengths)} rows are too long: {dropped} dropped, {cut} cut"
+    if p99 <= context:
+        message += f": `length.max={p99}` would keep 99% of them whole"
+    elif limit < context:
+        message += f": `length.max={context}`, all that the model reads, keeps more, and a longer context all"
+    else:
+        message += f": the model reads {context} tokens, and 99% of the rows need {p99}: take one of longer context"
+    return share, message
+
+
+def find_errors(rows: Rows, on_bad_row: str, limit: int, context: int) -> list[str]:
+    """What ends a run, a sentence each: too many rows that teach nothing, or that are too long."""
+    share, sentence = length_sentence(rows, limit, context)
+    return invalid_sentences(rows, on_bad_row) + ([sentence] if share > MAX_TOO_LONG else [])
+
+
+def find_warnings(rows: Rows, limit: int, context: int) -> list[str]:
+    """What a run warns of, a sentence each."""
+    sentences, reasons = [], defaultdict(list)
+    read = Counter(row["source"] for row in rows)
+    for row in rows:
+        if row.get("kind") == FILTERED and row["reason"] != "not drawn":
+            reasons[row["source"], row["reason"]].append(row["origin"])
+    for (source, reason), origins in reasons.items():
+        if len(origins) > read[source] / 2:
+            count = f"{len(origins)} of {read[source]} rows of {source}"
+            sentences.append(f"{count} are left out: {reason} (such as {origins[0]})")
+    share, sentence = length_sentence(rows, limit, context)
+    if WARN_TOO_LONG < share <= MAX_TOO_LONG:
+        sentences.append(sentence)
+    measured = sum(bool(row.get("tokens")) for row in rows)
+    if (retokenized := sum(bool(row.get("retokenized")) for row in kept(rows))) > WARN_RETOKENIZED * measured:
+        sentences.append(
+            f"{retokenized} of {measured} rows: the prompt's tokens change when a completion follows, so the "
+            "completion was tokenized alone: end the prompts where a token ends (a line break, or no trailing space)"
         )
-        if self.p99_length > context:
-            message += f", and the model reads {context}: `length.max={context}`, or one of longer context, keeps most"
-        return message
+    return sentences

@@ -11,8 +11,8 @@ from typing import Annotated
 
 from pydantic import Field, validate_call
 
+from dpo_pipeline.data.files import Row
 from dpo_pipeline.data.normalize import normalize_row
-from dpo_pipeline.data.sources import Row
 
 TITLES = "silent broken golden last hidden lonely crimson distant little burning frozen secret wild quiet".split()
 NOUNS = """river garden station winter letter mountain harbor city road shadow mirror island bridge train forest
@@ -126,5 +126,5 @@ def load(
         if split == "train" and rng.random() > 1 / (1 + math.exp(-slope * (reward(chosen) - reward(rejected)))):
             chosen, rejected = rejected, chosen
         completions = {"chosen": f" {chosen}", "rejected": f" {rejected}", "demonstration": f" {review(rng)}"}
-        splits[split].append(normalize_row(f"{split} row {len(splits[split])}", source, chat, prompt, completions))
+        splits[split].append(normalize_row(f"{split} row {len(splits[split]) + 1}", source, chat, prompt, completions))
     return splits

@@ -1,26 +1,25 @@
-"""Reads the rows of a data set, from a local file or folder or from the hub, each with its origin.
+"""Reads the rows of a data set by split: from a local file or folder, or from the hub."""
 
-Text stays text: the readers of `datasets` and pandas take dates and words such as None for values of other types.
-"""
-
-import csv
-import gzip
-import json
-import zlib
+import logging
+import re
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.errors import PipelineError, explain_disk
+from dpo_pipeline.data.files import FORM, OTHER_ENDINGS, ROWS_AT_A_TIME, Row, Rows, number_rows, read_file, unreadable
+from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.formatting import one_line
 
-Row = dict[str, Any]
-Rows = Iterator[tuple[str, Row]]  # each with its origin, such as `pairs.jsonl, line 3`
+log = logging.getLogger(__name__)
 
-FILE_ENDINGS = (".json", ".jsonl", ".gz", ".csv", ".parquet")  # a path with one of these can only mean a file
-FORM = "give one JSON object for each row: one on each line, or all in one list"
-ROWS_AT_A_TIME = 1000
+FILE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", *(f"{end}.gz" for end in (".json", ".jsonl", ".csv")))
+METADATA = ("config.json", "dataset_info.json", "dataset_infos.json")
+SAVED = ("dataset_dict.json", "state.json")  # what Dataset.save_to_disk leaves in a folder
+SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")  # as the hub names files: train_prefs-00000-of-00001.parquet
+TRAIN, VALIDATION, TEST = ("train", "training"), ("validation", "valid", "val", "dev"), ("test", "testing", "eval")
+SPLIT_OF_WORD = {word: words[0] for words in (TRAIN, VALIDATION, TEST) for word in words}
 
 
 def read_source(
@@ -35,152 +34,82 @@ def read_source(
     local = Path(path).expanduser()
     if local.is_file():
         return {"train": read_file(local, path)}
-    looks_local = local.is_absolute() or path.startswith((".", "~")) or local.suffix in FILE_ENDINGS
-    if not local.is_dir() and (looks_local or path.count("/") > 1):
-        raise PipelineError(f"there is no file or folder {path} (from {Path.cwd()}): check the path")
+    looks_local = local.is_absolute() or path.startswith((".", "~")) or path.endswith((*FILE_ENDINGS, ".gz"))
+    folder = local / (data_dir or "")
+    if not folder.is_dir() and (local.is_dir() or looks_local or path.count("/") > 1):
+        raise PipelineError(f"there is no file or folder {folder} (from {Path.cwd()}): check the path")
     if (local / "config.json").is_file():
         raise PipelineError(f"{path} is a model, not a data set: type model.path={path} and dataset.path=...")
     label = f"{path}, folder {data_dir}" if data_dir else path
-    dataset = load_dataset_splits(path, data_dir, revision, label)
+    parts = read_folder(folder, label) if local.is_dir() else read_hub(path, data_dir, revision, label)
     if splits is None:
-        splits = {"test": "test"} if "test" in dataset else {}
-    split_names = {"train": "train", **splits}
-    for name in split_names.values():
-        if name not in dataset:
-            names = ", ".join(dataset)
-            raise PipelineError(f"{label} has no split {name}, only {names}: type 'dataset.splits={{train: NAME}}'")
-    return {split: read_dataset_rows(dataset[name], f"{label}, {name} row") for split, name in split_names.items()}
+        splits = {"test": "test"} if "test" in parts else {}
+        if unread := ", ".join(parts.keys() - {"train", "test"}):
+            log.warning("%s: %s is not read; 'dataset.splits={train: NAME, test: NAME}' chooses splits", label, unread)
+    names = {"train": "train", **splits}
+    for name in names.values():
+        if name not in parts:
+            present = ", ".join(parts)
+            raise PipelineError(f"{label} has no split {name}, only {present}: type 'dataset.splits={{train: NAME}}'")
+    return {split: parts[name] for split, name in names.items()}
 
 
-def load_dataset_splits(path: str, data_dir: str | None, revision: str | None, label: str) -> dict[str, Any]:
-    """The splits of a folder or hub id as `datasets` reads them; raises PipelineError if it cannot."""
+def read_folder(folder: Path, label: str) -> dict[str, Rows]:
+    """The rows of all data files in a folder and those below it, by split, as the names of both say."""
+    if any((folder / name).is_file() for name in SAVED):
+        from datasets import DatasetDict, load_from_disk
+
+        saved = load_from_disk(str(folder))
+        return read_dataset(saved if isinstance(saved, DatasetDict) else {"train": saved}, label)
+    files, unread = defaultdict(list), []
+    for file in sorted(folder.rglob("*")):
+        parts = file.relative_to(folder).parts
+        if not file.is_file() or file.name in METADATA or any(part.startswith(".") for part in parts):
+            continue
+        if file.name.endswith(FILE_ENDINGS):
+            files[split_of(parts)].append(file)
+        elif file.name.endswith(OTHER_ENDINGS):
+            unread.append("/".join(parts))
+    if unread:
+        log.warning("%s: %s cannot be read, save it as .jsonl or .csv", label, one_line(", ".join(unread)))
+    if not files:
+        raise unreadable(label, "it holds no .json, .jsonl, .csv or .parquet file", FORM)
+    return {
+        split: chain.from_iterable(read_file(file, str(file)) for file in split_files)
+        for split, split_files in files.items()
+    }
+
+
+def split_of(parts: tuple[str, ...]) -> str:
+    """The split that the name of a file says, or that of a folder around it; `train` where none does."""
+    if match := SHARD.match(parts[-1]):
+        return match[1]
+    words = [word for part in reversed(parts) for word in re.split("[^a-z]+", part.lower())]
+    return next((SPLIT_OF_WORD[word] for word in words if word in SPLIT_OF_WORD), "train")
+
+
+def read_hub(path: str, data_dir: str | None, revision: str | None, label: str) -> dict[str, Rows]:
+    """The rows of a set of the hub by split."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-    local = Path(path).expanduser()
-    name = str(local) if local.is_dir() else path
     try:
         # Not verified: the card of a set of millions of rows has no sizes of the one folder that is read.
-        return load_dataset(name, data_dir=data_dir, revision=revision, verification_mode="no_checks")
+        parts = load_dataset(path, data_dir=data_dir, revision=revision, verification_mode="no_checks")
     except (DatasetNotFoundError, ConnectionError) as error:
         raise PipelineError(
             f"the data set {path} is neither a local path nor on the hub ({one_line(str(error))}): check the name and "
             "the network, run `hf auth login` for a gated one, or give a local copy by dataset.path=..."
         ) from error
-    except (DatasetsError, OSError, EOFError, ValueError, RuntimeError, StopIteration) as error:
-        if sentence := explain_disk(error):
-            raise PipelineError(sentence) from error
-        for file in sorted((local / (data_dir or "")).glob("*.json*")):
-            for _ in read_file(file, str(file)):  # names the line, which `datasets` does not
-                pass
-        hint = "; without dataset.subsets or data_dir the files in the folder itself are read" if data_dir else ""
-        raise unreadable(label, error.__cause__ or error, f"{FORM}, in a .jsonl file{hint}") from error
+    except (DatasetsError, ValueError, RuntimeError) as error:
+        raise unreadable(label, error.__cause__ or error, "give a local copy of its files") from error
+    return read_dataset(parts, label)
 
 
-def read_dataset_rows(split: Any, label: str) -> Rows:
-    """The rows of a `datasets.Dataset` as Python's own values."""
-    for start in range(0, len(split), ROWS_AT_A_TIME):
-        part = split.select(range(start, min(start + ROWS_AT_A_TIME, len(split))))
-        for number, row in enumerate(part.to_list(), start):
-            yield f"{label} {number}", row
+def read_dataset(parts: dict[str, Any], label: str) -> dict[str, Rows]:
+    """The rows of each `datasets.Dataset` as Python's own values."""
 
+    def iterate(rows: Any) -> Iterator[Row]:
+        return chain.from_iterable(batch.to_pylist() for batch in rows.with_format("arrow").iter(ROWS_AT_A_TIME))
 
-def read_file(file: Path, path: str) -> Rows:
-    """The rows of a file with their origins, in which it is called `path`; PipelineError names a broken line."""
-    name, is_empty = file.name.removesuffix(".gz"), True
-    if name.endswith(".parquet"):
-        rows = read_parquet_rows(file, path)
-    else:
-        rows = (read_csv_rows if name.endswith(".csv") else read_json_rows)(read_lines(file, path), path)
-    for origin, row in rows:
-        if not isinstance(row, dict):
-            raise PipelineError(f"{origin} holds {show_value(row)}, not an object: {FORM}")
-        is_empty = False
-        yield origin, row
-    if is_empty:
-        raise PipelineError(f"{path} is empty: {FORM}")
-
-
-def read_lines(file: Path, path: str) -> Iterator[str]:
-    """The lines of a text file. They end at \\n alone: text may hold other line breaks, such as U+2028."""
-    number = 0
-    try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise unreadable(path, f"line {number} is not UTF-8", "save it as UTF-8") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise unreadable(path, error, "it is cut short or no gzip file: fetch it again, or take .gz off") from error
-
-
-def read_json_rows(lines: Iterator[str], path: str) -> Rows:
-    """The objects of JSON text: one on each line, or all in one list."""
-    for number, line in enumerate(lines, 1):
-        if line.lstrip().startswith("["):
-            whole_list = parse_json(line + "".join(lines), path, number)
-            yield from ((f"{path}, row {index}", row) for index, row in enumerate(whole_list, 1))
-        elif line.strip():
-            yield f"{path}, line {number}", parse_json(line.rstrip("\r\n"), path, number)
-
-
-def parse_json(text: str, path: str, first_line: int) -> Any:
-    """The value of JSON text that begins at the file's line `first_line`."""
-    try:
-        value = json.loads(text)
-        if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()  # fails for half of a surrogate pair
-        return value
-    except json.JSONDecodeError as error:
-        line, reason = first_line + error.lineno - 1, f"{error.msg}, at character {error.colno}"
-    except (ValueError, RecursionError) as error:
-        line, reason = first_line, str(error)
-    raise unreadable(path, f"line {line} is no JSON ({reason})", FORM)
-
-
-def read_csv_rows(lines: Iterator[str], path: str) -> Rows:
-    """The rows of comma-separated values below a line of column names."""
-    csv.field_size_limit(2**31 - 1)  # in characters; the default is 131,072
-    # Strict: a quote that is never closed would take all lines behind it into one field.
-    reader = csv.DictReader(lines, strict=True)
-    try:
-        names = reader.fieldnames or []
-        if len(set(names)) < len(names):
-            raise PipelineError(f"{path}: two of its columns have one name ({', '.join(names)}): rename one")
-        for row in reader:
-            if None in row or None in row.values():  # more fields than names, or fewer
-                raise csv.Error(f"not {len(names)} fields, as there are column names")
-            yield f"{path}, line {reader.line_num}", row
-    except csv.Error as error:
-        remedy = "put a field that holds a comma, a quote or a line break between double quotes"
-        raise unreadable(path, f"line {reader.line_num} is no CSV: {error}", remedy) from error
-
-
-def read_parquet_rows(file: Path, path: str) -> Rows:
-    """The rows of a Parquet file."""
-    from pyarrow import ArrowInvalid, parquet
-
-    try:
-        batches = parquet.ParquetFile(file).iter_batches(ROWS_AT_A_TIME)
-        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
-    except (ArrowInvalid, OSError) as error:
-        raise unreadable(path, error, "fetch it again") from error
-
-
-def check_text(value: Any, label: str) -> str:
-    """The value, if it is text; raises PipelineError otherwise."""
-    if not isinstance(value, str):
-        raise PipelineError(f"{label} is {show_value(value)}, not text: correct it or take it out")
-    return value
-
-
-def show_value(value: Any) -> str:
-    """A value as JSON writes it, cut to a few words."""
-    return one_line(json.dumps(value, default=str), 60)
-
-
-def unreadable(path: str, reason: str | BaseException, remedy: str) -> PipelineError:
-    """The error for a file or folder whose rows cannot be read."""
-    sentence = one_line(str(reason)) or type(reason).__name__
-    return PipelineError(f"{path} cannot be read as a data set: {sentence}: {remedy}")
+    return {name: number_rows(iterate(rows), f"{label}, {name} row") for name, rows in parts.items()}

@@ -1,16 +1,16 @@
-"""Train, validation and test of a data set: what each stage may read."""
+"""Train, validation and test of a data set: what each stage may read, and which rows teach nothing."""
 
 import random
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from dpo_pipeline.config import ROW_KEYS, instantiate_node
-from dpo_pipeline.data.invalid_rows import drop_invalid, filter_rows
-from dpo_pipeline.data.normalize import prompt_key
-from dpo_pipeline.data.report import DataReport
-from dpo_pipeline.data.sources import Row
+from dpo_pipeline.data.files import Row, list_names
+from dpo_pipeline.data.messages import prompt_texts
+from dpo_pipeline.data.normalize import COMPLETIONS, completion_key
+from dpo_pipeline.data.report import FILTERED, INVALID, SINGLE, SURPLUS, drop, invalid_sentences, kept, list_reasons
 from dpo_pipeline.errors import PipelineError
 
 DEBUG_ROWS = 100
@@ -25,61 +25,68 @@ def load_splits(
     debug: bool = False,
     strict: bool = True,
     exclude_prompts_of: dict[str, Any] | None = None,
-) -> tuple[dict[str, list[Row]], DataReport]:
-    """Rows `train`, `validation` and `test` of the data set of a config node, and the report on all rows read.
+) -> list[Row]:
+    """Every row of the data set of a config node, with its `split`, and the `reason` of those that are not kept.
 
-    Every stage splits all rows the same way; only then are rows dropped and counted: those that teach nothing in
-    `completions`, the columns that the stage learns from. One completion alone is learned once for each prompt, as in
-    the DPO authors' code. `chat`: prompts are messages, not text. `debug` keeps 100 rows of a split.
-    `exclude_prompts_of`: another data set, on whose validation and test prompts nothing is trained. Raises
-    PipelineError if no rows are left and, if `strict`, if more than 5% teach nothing.
+    Every stage splits all rows the same way; only then are rows dropped that teach nothing in `completions`, the
+    columns that the stage learns from. One completion alone is learned once for each prompt, as in the DPO authors'
+    code. `chat`: prompts are messages, not text. `debug` keeps 100 rows of a split. `exclude_prompts_of`: another data
+    set, on whose validation and test prompts nothing is trained. Raises PipelineError if no rows are left and, if
+    `strict`, if more than 5% teach nothing.
     """
-    report = DataReport(node["on_bad_row"])
-    splits = make_splits(node, completions, chat, report)
-    report.notes = test_split_warnings(node)
-    test_count = len(splits["test"])
+    splits = make_splits(node, completions, chat)
+    test_count = len(kept(splits["test"]))
     if exclude_prompts_of is not None:
-        pairs = make_splits(exclude_prompts_of, (), chat, DataReport())
-        prompts = {prompt_key(row) for split in ("validation", "test") for row in pairs[split]}
+        pairs = make_splits(exclude_prompts_of, (), chat)
+        prompts = {row["key"] for split in ("validation", "test") for row in kept(pairs[split])}
         for split in ("train", "validation"):
-            splits[split] = drop_prompts(splits[split], prompts, "prompt held out for DPO", report)
-    splits = {split: drop_invalid(rows, completions, report) for split, rows in splits.items()}
-    if strict and (sentences := report.invalid_sources()):
+            drop_prompts(splits[split], prompts, "prompt held out for DPO")
+    for split, split_rows in splits.items():
+        drop_invalid(split_rows, completions, SINGLE if node["on_contradiction"] == "drop" else INVALID)
+        for row in split_rows:
+            row["split"] = split
+    rows = [row for split_rows in splits.values() for row in split_rows]
+    if strict and (sentences := invalid_sentences(rows, node["on_bad_row"])):
         raise PipelineError(sentences[0])
     for split in ("train", "validation"):
-        if not splits[split]:
-            dropped = sum((counts.dropped for counts in report.sources.values()), Counter())
-            reasons = f"{test_count} are held out as test" + (f"; {report.list_reasons(dropped)}" if dropped else "")
+        if not kept(splits[split]):
+            reasons = "; ".join([f"{test_count} are held out as test", *list_reasons(rows)])
             raise PipelineError(f"no rows are left for {split}: {reasons}: lower dataset.test_rows or give more")
     rng = random.Random(node["split_seed"])
-    for split, rows in splits.items():
-        if debug:
-            splits[split] = draw_debug_rows(rows, rng, report)
-        report.keep(split, splits[split])
-    return splits, report
+    for split_rows in splits.values() if debug else ():  # drawn: the first of a set in several files are of one file
+        remaining = kept(split_rows)
+        sample = {id(row) for row in rng.sample(remaining, min(DEBUG_ROWS, len(remaining)))}
+        for row in remaining:
+            if id(row) not in sample:
+                drop(row, "debug=true", SURPLUS)
+    return rows
 
 
-def make_splits(
-    node: dict[str, Any], completions: tuple[str, ...], chat: bool, report: DataReport
-) -> dict[str, list[Row]]:
-    """All rows of a data set by split, no prompt in two of them; `report` counts those read, left out, and in test.
+def make_splits(node: dict[str, Any], completions: tuple[str, ...], chat: bool) -> dict[str, list[Row]]:
+    """All rows of a data set by split, no prompt in two of them.
 
-    Test is the set's own, else `test_rows` held out by prompt; validation is 5% of the rest, at most 500 rows, by
-    prompt too; both are drawn with `split_seed`. Raises PipelineError if no row has one of the `completions`.
+    Test is the set's own, else held out by prompt; validation is 5% of the rest, at most 500 rows, by prompt too;
+    both are drawn with `split_seed`. Raises PipelineError if no row has one of the `completions`.
     """
     train, test = read_splits(node, chat, source_of(node))
-    for row in [*train, *test]:
-        report.sources[row["source"]].read += 1
-        if "left_out" in row:
-            report.left_out.add(row["left_out"])
-    train, test = (filter_rows(rows, report, lambda row: row.get("left_out")) for rows in (train, test))
-    for split, rows in (("train", train), ("test", test)):
-        check_columns_exist(rows, completions, split)
-    rng = random.Random(node["split_seed"])
-    rng.shuffle(test)  # so that its first rows stand for all, even if the file is sorted
-    train = drop_prompts(train, {prompt_key(row) for row in test}, "prompt also in test", report)
-    train, validation = hold_out(train, min(500, max(1, len(train) // 20)), rng)
+    for split, split_rows in (("train", train), ("test", test)):
+        check_columns_exist(kept(split_rows), completions, split)
+    rng, drawn = random.Random(node["split_seed"]), kept(test)
+    rng.shuffle(drawn)  # so that its first rows stand for all, even if the file is sorted
+    test = drawn + [row for row in test if row["reason"]]
+    drop_prompts(train, {row["key"] for row in drawn}, "prompt also in test")
+    train, validation = hold_out(train, min(500, max(1, len(kept(train)) // 20)), rng)
     return {"train": train, "validation": validation, "test": test}
+
+
+def read_splits(node: dict[str, Any], chat: bool, source: str) -> tuple[list[Row], list[Row]]:
+    """All rows of a data set as train and test: its own, else `test_rows` or a tenth of train, held out by prompt."""
+    options = {key: value for key, value in node.items() if key not in ROW_KEYS}
+    splits = instantiate_node(options, chat=chat, source=source)
+    if "test" in splits:
+        return splits["train"], splits["test"]
+    test_rows = min(node["test_rows"], max(1, len(kept(splits["train"])) // 10))
+    return hold_out(splits["train"], test_rows, random.Random(node["split_seed"]))
 
 
 def check_columns_exist(rows: list[Row], completions: tuple[str, ...], split: str) -> None:
@@ -89,11 +96,70 @@ def check_columns_exist(rows: list[Row], completions: tuple[str, ...], split: st
             remedy = "use this set for SFT alone (dataset@sft_dataset=OPTION)"
             if len(completions) == 1:
                 remedy = f"set sft_target={'demonstration' if name == 'chosen' else 'chosen'}"
-            columns = ", ".join(key for key in rows[0] if key not in ("source", "origin", "problem"))
+            present = [column for column in COMPLETIONS if column in rows[0]]
+            columns = list_names([*present, *rows[0].get("unused", ())])
             raise PipelineError(
                 f"this data set has no column {name!r} in {split} (found {columns}): name it by dataset.columns, or "
                 f"{remedy}"
             )
+
+
+def hold_out(rows: list[Row], size: int, rng: random.Random) -> tuple[list[Row], list[Row]]:
+    """The rows left, and `size` or more held out, as far as there are: all rows of a prompt go together."""
+    rows_of = defaultdict(list)
+    for row in kept(rows):
+        rows_of[row["key"]].append(row)
+    prompts = list(rows_of)
+    rng.shuffle(prompts)
+    held_out: list[Row] = []
+    for prompt in prompts:
+        if len(held_out) >= size:
+            break
+        held_out += rows_of[prompt]
+    numbers = {id(row) for row in held_out}
+    return [row for row in rows if id(row) not in numbers], held_out
+
+
+def drop_prompts(rows: list[Row], prompts: set[str], reason: str) -> None:
+    """Drop the rows that have one of these prompts."""
+    for row in kept(rows):
+        if row["key"] in prompts:
+            drop(row, reason, FILTERED)
+
+
+def drop_invalid(rows: list[Row], completions: tuple[str, ...], contradiction: str) -> None:
+    """Drop what teaches nothing, all but the first of equal rows, and pairs labelled both ways, of that kind."""
+    for row in kept(rows):
+        if problem := row_problem(row, completions):
+            drop(row, problem, SURPLUS if problem == "no demonstration" else INVALID)
+    pairs = [row for row in kept(rows) if "chosen" in row and "rejected" in row]
+    labels = {(row["key"], completion_key(row, "chosen"), completion_key(row, "rejected")) for row in pairs}
+    last_of_prompt = {row["key"]: row for row in pairs}  # SFT learns the completion of a prompt's last pair
+    seen: set[tuple[str, ...]] = set()
+    for row in kept(rows):
+        prompt, texts = row["key"], [completion_key(row, name) for name in completions]
+        if len(texts) > 1 and (prompt, completion_key(row, "rejected"), completion_key(row, "chosen")) in labels:
+            drop(row, "contradiction", contradiction)
+        elif len(texts) == 1 and last_of_prompt.get(prompt, row) is not row:
+            drop(row, "another completion of its prompt", SURPLUS)
+        elif (prompt, *texts) in seen:
+            drop(row, "exact duplicate", SINGLE)
+        else:
+            seen.add((prompt, *texts))
+
+
+def row_problem(row: Row, completions: tuple[str, ...]) -> str | None:
+    """Why a row by itself teaches nothing."""
+    if "problem" in row:
+        return row["problem"]
+    if not "".join(prompt_texts(row["prompt"])).strip():
+        return "empty prompt"
+    if missing := [name for name in completions if name not in row]:
+        return f"no {missing[0]}"
+    texts = [completion_key(row, name) for name in completions]
+    if not all(text.strip() for text in texts):
+        return "empty completion"
+    return "identical completions" if len(texts) > 1 and texts[0] == texts[1] else None
 
 
 def test_split_warnings(node: dict[str, Any]) -> list[str]:
@@ -116,42 +182,3 @@ def test_split_warnings(node: dict[str, Any]) -> list[str]:
 def source_of(node: dict[str, Any]) -> str:
     """What the rows of a data set are called: the last part of its path, or its loader."""
     return Path(node["path"]).name if "path" in node else node["_target_"].split(".")[-2]
-
-
-def read_splits(node: dict[str, Any], chat: bool, source: str) -> tuple[list[Row], list[Row]]:
-    """All rows of a data set as train and test; test is its own, else `test_rows` of train held out by prompt."""
-    options = {key: value for key, value in node.items() if key not in ROW_KEYS}
-    splits = instantiate_node(options, chat=chat, source=source)
-    if "test" in splits:
-        return splits["train"], splits["test"]
-    available = [row for row in splits["train"] if "left_out" not in row]
-    left_out = [row for row in splits["train"] if "left_out" in row]
-    train, test = hold_out(available, node["test_rows"], random.Random(node["split_seed"]))
-    return train + left_out, test
-
-
-def drop_prompts(rows: list[Row], prompts: set[str], reason: str, report: DataReport) -> list[Row]:
-    """The rows without those that have one of these prompts."""
-    return filter_rows(rows, report, lambda row: reason if prompt_key(row) in prompts else None)
-
-
-def draw_debug_rows(rows: list[Row], rng: random.Random, report: DataReport) -> list[Row]:
-    """100 rows, drawn: the first ones of a set in several files would be of one file."""
-    sample = {id(row) for row in rng.sample(rows, min(DEBUG_ROWS, len(rows)))}
-    return filter_rows(rows, report, lambda row: None if id(row) in sample else "debug=true")
-
-
-def hold_out(rows: list[Row], size: int, rng: random.Random) -> tuple[list[Row], list[Row]]:
-    """The rows left, and `size` or more held out, as far as there are: all rows of a prompt go together."""
-    numbers_of = defaultdict(list)
-    for number, row in enumerate(rows):
-        numbers_of[prompt_key(row)].append(number)
-    prompts = list(numbers_of)
-    rng.shuffle(prompts)
-    held_out: list[int] = []
-    for prompt in prompts:
-        if len(held_out) >= size:
-            break
-        held_out += numbers_of[prompt]
-    remaining = sorted(set(range(len(rows))) - set(held_out))
-    return [rows[number] for number in remaining], [rows[number] for number in held_out]

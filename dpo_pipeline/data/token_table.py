@@ -1,12 +1,63 @@
 """Rows of token ids within the length limits, as a table: what training and measuring read."""
 
-import json
-from itertools import islice
+from dataclasses import dataclass
 from typing import Any
 
-from dpo_pipeline.data.lengths import LengthLimits
-from dpo_pipeline.data.sources import Row
+from dpo_pipeline.data.files import Row
+from dpo_pipeline.data.report import INVALID, SINGLE, TOO_LONG, drop
 from dpo_pipeline.data.tokens import BATCH, EncodedRow, encode_rows
+from dpo_pipeline.errors import PipelineError
+
+
+@dataclass(frozen=True)
+class LengthLimits:
+    """Limits in tokens: `max` of a prompt with its longer completion, `max_prompt` of a prompt if the row exceeds it.
+
+    `prompt`: left | drop, cut it to `max_prompt`, or drop the row. `completion`: drop | keep_eos | cut, drop the row,
+    or cut its completions, with or without the end token.
+    """
+
+    max: int
+    max_prompt: int
+    prompt: str = "left"
+    completion: str = "drop"
+
+    @classmethod
+    def resolve(cls, length: Any, context: int) -> "LengthLimits":
+        """The limits of a config's `length`, or their defaults; raises PipelineError beyond the model's `context`."""
+        longest = length.max or min(512, context)
+        if longest > context:
+            raise PipelineError(f"length.max={longest} exceeds the model's context of {context} tokens: lower it")
+        max_prompt = length.max_prompt or longest // 2
+        if max_prompt >= longest:
+            raise PipelineError(
+                f"length.max_prompt={max_prompt} leaves no room for a completion in length.max={longest}: lower it"
+            )
+        return cls(longest, max_prompt, length.prompt, length.completion)
+
+    def fit(self, prompt: list[int], completions: list[list[int]], bos: int, end: int) -> tuple[Any, Any, str, str]:
+        """Prompt and completions within the limits, what was cut, and the reason to drop them; both may be empty.
+
+        As in the DPO authors' code a prompt is cut from its left; its first `bos` tokens stay.
+        """
+        longest = max(map(len, completions))
+        if len(prompt) + longest <= self.max:
+            return prompt, completions, "", ""
+        cut = ""
+        if len(prompt) > self.max_prompt:
+            if self.prompt == "drop":
+                return prompt, completions, "", "too long"
+            rest = prompt[bos + len(prompt) - self.max_prompt :]
+            # In a dialogue whose every message opens with BOS, the rest may already begin with one.
+            prompt, cut = (prompt[:bos] if rest[:1] != prompt[:1] else []) + rest, "prompt cut"
+        room = self.max - len(prompt)
+        if longest <= room:
+            return prompt, completions, cut, ""
+        if self.completion == "drop":
+            return prompt, completions, "", "too long"
+        last = [end] if self.completion == "keep_eos" else []
+        completions = [ids if len(ids) <= room else ids[: room - len(last)] + last for ids in completions]
+        return prompt, completions, "completion cut", ""
 
 
 def tokenize(
@@ -16,51 +67,45 @@ def tokenize(
 
     The prompt's ids are those of the prompt alone, as sampling sees it; a completion's are what prompt and completion
     tokenized together have after them, ended by exactly one end token (`length.completion=cut` aside). `row` is the
-    place in `rows`. The description of the table is JSON: what `DataReport.add_table` counts.
+    place in `rows`, whose `reason`, `cut`, token counts and `retokenized` are filled in.
     """
-    import numpy as np
     import pyarrow as pa
-    from datasets import Dataset, DatasetInfo
+    from datasets import Dataset
     from tqdm.auto import tqdm
 
-    names = [f"{name}_ids" for name in ("prompt", *columns)]
-    schema = pa.schema([(name, pa.list_(pa.int32())) for name in names] + [("row", pa.int32())])
-    tables, lengths, dropped, cuts, retokenized = [schema.empty_table()], [], [], [], 0
-    encoded_rows = enumerate(encode_rows(rows, columns, tokenizer, eos_ids))
-    bar = tqdm(total=len(rows), desc="tokenizing", leave=False, disable=len(rows) < 10 * BATCH)
-    while batch := list(islice(encoded_rows, BATCH)):
-        fitted = []
-        for number, row in batch:
-            if not row.problem:
-                lengths.append(len(row.prompt) + max(map(len, row.completions)))
-            prompt, completions, cut, problem = fit_row(row, limits, tokenizer.bos_token_id, eos_ids)
-            if problem:
-                dropped.append((number, problem))
-                continue
-            if cut:
-                cuts.append((number, cut))
-            retokenized += row.retokenized
-            fitted.append((prompt, *completions, number))
-        values = zip(*fitted, strict=True) if fitted else [[]] * len(schema)
-        tables.append(pa.table(dict(zip(schema.names, values, strict=True)), schema))
-        bar.update(len(batch))
-    bar.close()
-    p99_length = int(np.quantile(lengths, 0.99, method="inverted_cdf")) if lengths else 0
-    facts = {"dropped": dropped, "cut": cuts, "retokenized": retokenized}
-    facts |= {"rows_measured": len(lengths), "p99_length": p99_length}
-    return Dataset(pa.concat_tables(tables), info=DatasetInfo(description=json.dumps(facts)))
+    names = ("prompt", *columns)
+    schema = pa.schema([(f"{name}_ids", pa.list_(pa.int32())) for name in names] + [("row", pa.int32())])
+    batches, fitted = [], []
+    encoded_rows = encode_rows(rows, columns, tokenizer, eos_ids)
+    bar = tqdm(encoded_rows, total=len(rows), desc="tokenizing", leave=False, disable=len(rows) < 10 * BATCH)
+    for number, encoded in enumerate(bar):
+        if ids := fit_row(rows[number], names, encoded, limits, tokenizer.bos_token_id, eos_ids):
+            fitted.append((*ids, number))
+        if len(fitted) == BATCH or (fitted and number == len(rows) - 1):
+            batches.append(pa.table(dict(zip(schema.names, zip(*fitted, strict=True), strict=True)), schema))
+            fitted = []
+    return Dataset(pa.concat_tables([schema.empty_table(), *batches]))
 
 
 def fit_row(
-    row: EncodedRow, limits: LengthLimits, bos_id: int | None, eos_ids: list[int]
-) -> tuple[list[int], list[list[int]], str, str]:
-    """Prompt and completions within the limits, what was cut, and the reason to drop the row; both may be empty."""
-    if row.problem:
-        return row.prompt, row.completions, "", row.problem
-    bos_count = int(row.prompt[0] == bos_id)
-    prompt, completions, cut, problem = limits.fit(row.prompt, row.completions, bos_count, eos_ids[0])
-    if not problem and any(not ids or ids[0] in eos_ids for ids in completions):
-        problem = "no completion token left" if cut else "empty completion"
-    elif not problem and len(completions) > 1 and completions[0] == completions[1]:
-        problem = "identical after cutting" if cut else "identical completions"
-    return prompt, completions, cut, problem
+    row: Row, names: tuple[str, ...], encoded: EncodedRow, limits: LengthLimits, bos_id: int | None, eos_ids: list[int]
+) -> list[list[int]]:
+    """The ids of prompt and completions within the limits, or none where the row is dropped; marks the row."""
+    if encoded.problem:
+        drop(row, encoded.problem, SINGLE)
+        return []
+    counts = [len(ids) for ids in (encoded.prompt, *encoded.completions)]
+    row |= {f"{name}_tokens": count for name, count in zip(names, counts, strict=True)}
+    row |= {"tokens": counts[0] + max(counts[1:]), "retokenized": encoded.retokenized}
+    bos_count = int(encoded.prompt[0] == bos_id)
+    prompt, completions, cut, problem = limits.fit(encoded.prompt, encoded.completions, bos_count, eos_ids[0])
+    if problem:
+        drop(row, problem, TOO_LONG)
+    elif any(not ids or ids[0] in eos_ids for ids in completions):
+        drop(row, *(("no completion token left", TOO_LONG) if cut else ("empty completion", INVALID)))
+    elif len(completions) > 1 and completions[0] == completions[1]:
+        drop(row, *(("identical after cutting", TOO_LONG) if cut else ("identical completions", INVALID)))
+    else:
+        row["cut"] = cut or None
+        return [prompt, *completions]
+    return []

@@ -1,20 +1,15 @@
 """Rows of text or messages become token ids, once: what training, sampling and measuring all read."""
 
 import os
-import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from itertools import islice, zip_longest
 from typing import Any, NamedTuple
 
-from dpo_pipeline.data.normalize import Message
-from dpo_pipeline.data.sources import Row
+from dpo_pipeline.data.files import Row
+from dpo_pipeline.data.messages import Message
+from dpo_pipeline.data.normalize import completion_message
 from dpo_pipeline.errors import PipelineError
 
 BATCH = 1000
-# A token that spans a line break, as vocabularies write it: as it is, or as byte-level BPE does.
-SPANS_LINES = re.compile(r"[\n\u010a][^\s\u0120\u0109\u010d\u010a\u2581]")
 
 Ids = list[int]
 
@@ -47,10 +42,8 @@ def eos_ids_of(tokenizer: Any, generation_config: Any) -> Ids:
 
 def encode_rows(rows: list[Row], columns: tuple[str, ...], tokenizer: Any, eos_ids: Ids) -> Iterator[EncodedRow]:
     """The ids of each row's prompt and completions; raises PipelineError for messages without a chat template."""
-    if not rows:
-        return
-    is_text = isinstance(rows[0]["prompt"], str)
-    if not is_text and not tokenizer.chat_template:
+    is_text = bool(rows) and isinstance(rows[0]["prompt"], str)
+    if rows and not is_text and not tokenizer.chat_template:
         raise PipelineError(
             "the rows are messages but the tokenizer has no chat template: take an instruction-tuned model, or set "
             "dataset.form=text"
@@ -58,18 +51,21 @@ def encode_rows(rows: list[Row], columns: tuple[str, ...], tokenizer: Any, eos_i
     opening = opening_ids(tokenizer) if is_text else []
     eos_tokens = tokenizer.convert_ids_to_tokens(eos_ids)
     bos_id = None if tokenizer.bos_token_id in eos_ids else tokenizer.bos_token_id
-    by_line = not any(SPANS_LINES.search(token) for token in tokenizer.get_vocab())
-    encode = partial(encode_batch, columns=columns, tokenizer=tokenizer, by_line=by_line)
-    batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
-    with ThreadPoolExecutor(1) as executor:  # the next batch is tokenized while this one is checked
-        future = executor.submit(encode, batches[0])
-        for batch, next_batch in zip_longest(batches, batches[1:]):
-            encoded = future.result()
-            if next_batch:
-                future = executor.submit(encode, next_batch)
-            for row, (prompt, completions, retokenized) in zip(batch, encoded, strict=True):
-                ids = opening + prompt, [append_eos_once(completion, eos_ids) for completion in completions]
-                yield EncodedRow(*ids, retokenized, token_problem(row, columns, *ids, eos_tokens, bos_id))
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        prompts, completions = render_rows(batch, columns, tokenizer)
+        texts = [prompt + (text or "") for prompt, row in zip(prompts, completions, strict=True) for text in row]
+        ids = iter(tokenize_texts([*prompts, *texts], tokenizer))
+        prompt_ids = [next(ids) for _ in batch]
+        for row, prompt, row_texts in zip(batch, prompt_ids, completions, strict=True):
+            joined = [next(ids) for _ in columns]
+            retokenized = None in row_texts or any(each[: len(prompt)] != prompt for each in joined)
+            if retokenized:
+                row_ids = tokenize_texts([row[name] for name in columns], tokenizer)
+            else:
+                row_ids = [each[len(prompt) :] for each in joined]
+            encoded = opening + prompt, [append_eos_once(each, eos_ids) for each in row_ids]
+            yield EncodedRow(*encoded, retokenized, token_problem(row, columns, *encoded, eos_tokens, bos_id))
 
 
 def token_problem(
@@ -88,53 +84,6 @@ def token_problem(
         if any(token in text for token in eos_tokens):
             return "completion without its one end token"
     return ""
-
-
-def encode_batch(
-    rows: list[Row], columns: tuple[str, ...], tokenizer: Any, by_line: bool
-) -> list[tuple[Ids, list[Ids], bool]]:
-    """Prompt, completions and `retokenized` of a few rows, without the tokens that open and end them."""
-    prompts, completions = render_rows(rows, columns, tokenizer)
-    prompt_ids = tokenize_texts(prompts, tokenizer)
-    contexts = shorten_contexts(prompts, prompt_ids, tokenizer) if by_line else zip(prompts, prompt_ids, strict=True)
-    contexts = list(contexts)
-    texts = [context + (text or "") for (context, _), row in zip(contexts, completions, strict=True) for text in row]
-    joined_ids = iter(tokenize_texts(texts, tokenizer))
-    encoded = []
-    for row, ids, (_, context), row_texts in zip(rows, prompt_ids, contexts, completions, strict=True):
-        joined = list(islice(joined_ids, len(columns)))
-        retokenized = None in row_texts or any(text_ids[: len(context)] != context for text_ids in joined)
-        if retokenized:
-            row_ids = tokenize_texts([row[name] for name in columns], tokenizer)
-        else:
-            row_ids = [text_ids[len(context) :] for text_ids in joined]
-        encoded.append((ids, row_ids, retokenized))
-    return encoded
-
-
-def shorten_contexts(prompts: list[str], prompt_ids: list[Ids], tokenizer: Any) -> list[tuple[str, Ids]]:
-    """For each prompt its last line and the ids of that, or all of the prompt where its ids do not end with them.
-
-    If no token spans a line break, a completion has the same ids behind the last line as behind the whole prompt, at
-    a third of the work.
-    """
-    lines = [last_line(prompt) for prompt in prompts]
-    distinct = list(dict.fromkeys(["\n", *lines]))  # few in dialogues: `Assistant:`
-    ids_of = dict(zip(distinct, tokenize_texts(distinct, tokenizer), strict=True))
-    line_break = ids_of["\n"]
-    contexts = []
-    for prompt, ids, line in zip(prompts, prompt_ids, lines, strict=True):
-        end = ids_of[line]
-        if end[: len(line_break)] == line_break:
-            end = end[len(line_break) :]
-        contexts.append((line, ids_of[line]) if end and ids[-len(end) :] == end else (prompt, ids))
-    return contexts
-
-
-def last_line(prompt: str) -> str:
-    """A prompt's last line that holds anything, with the line break before it; the whole if it has only one."""
-    start = prompt.rfind("\n", 0, len(prompt.rstrip("\n")))
-    return prompt[start:] if start > 0 and not prompt[start + 1].isspace() else prompt
 
 
 def opening_ids(tokenizer: Any) -> Ids:
@@ -169,20 +118,21 @@ def render_rows(rows: list[Row], columns: tuple[str, ...], tokenizer: Any) -> tu
         return [row["prompt"] for row in rows], [[row[name] for name in columns] for row in rows]
     prompts, completions = [], []
     for row in rows:
-        prompt = render_chat(row["prompt"], tokenizer, ask=True)
-        replies = [{"role": "assistant", "content": row[name]} for name in columns]
-        dialogues = [render_chat([*row["prompt"], reply], tokenizer, ask=False) for reply in replies]
+        messages, tools = row["prompt"], row.get("tools")
+        prompt = render_chat(messages, tokenizer, ask=True, tools=tools)
+        replies = [[*messages, completion_message(row, name)] for name in columns]
+        dialogues = [render_chat(dialogue, tokenizer, ask=False, tools=tools) for dialogue in replies]
         prompts.append(prompt)
         completions.append([text.removeprefix(prompt) if text.startswith(prompt) else None for text in dialogues])
     return prompts, completions
 
 
-def render_chat(messages: list[Message], tokenizer: Any, ask: bool) -> str:
+def render_chat(messages: list[Message], tokenizer: Any, ask: bool, tools: Any = None) -> str:
     """Messages as the tokenizer's chat template writes them; raises PipelineError if the template refuses them."""
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise PipelineError(

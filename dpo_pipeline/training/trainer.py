@@ -135,8 +135,7 @@ def manifest_facts(trainer: Any, data: Prepared, start: StartingPolicy) -> dict[
     tables, options = {split: data.tables[split] for split in ("train", "validation")}, data.load_options
     return {
         "rows": {split: len(table) for split, table in tables.items()},
-        **data.report.as_json(),
-        "examples": dict(data.report.examples),
+        **data.report,
         "data_fingerprint": {split: table_fingerprint(table) for split, table in tables.items()},
         "starting_policy": str(start.source),
         "parameters": sum(size for size, _ in sizes),

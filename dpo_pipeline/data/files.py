@@ -1,0 +1,155 @@
+"""Reads the rows of one file, each with its origin, and says what is wrong where it cannot be read.
+
+Text stays text: the readers of `datasets` and pandas take dates and words such as None for values of other types.
+"""
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.formatting import one_line
+
+Row = dict[str, Any]
+Rows = Iterator[tuple[str, Row]]  # each with its origin, such as `pairs.jsonl, line 3`
+
+OTHER_ENDINGS = (".tsv", ".xlsx", ".xls", ".ods", ".zst", ".xz", ".bz2", ".zip", ".txt", ".arrow", ".parquet.gz")
+FORM = "give one JSON object for each row: one on each line, or all in one list"
+ROWS_AT_A_TIME = 1000
+
+
+def read_file(file: Path, path: str) -> Rows:
+    """The rows of a file with their origins, in which it is called `path`; PipelineError names a broken line."""
+    name, is_empty = file.name.removesuffix(".gz"), True
+    if file.name.endswith(OTHER_ENDINGS):
+        raise unreadable(path, f"{file.suffix} files are not supported", "save it as .jsonl, .csv or .parquet")
+    if name.endswith(".parquet"):
+        rows = read_parquet_rows(file, path)
+    else:
+        rows = (read_csv_rows if name.endswith(".csv") else read_json_rows)(read_lines(file, path), path)
+    for origin, row in rows:
+        if is_dialogue(row):
+            row = {"messages": row}
+        if not isinstance(row, dict):
+            raise PipelineError(f"{origin} holds {show_value(row)}, not an object: {FORM}")
+        is_empty = False
+        yield origin, row
+    if is_empty:
+        raise PipelineError(f"{path} is empty: {FORM}")
+
+
+def read_lines(file: Path, path: str) -> Iterator[str]:
+    """The lines of a text file. They end at \\n alone: text may hold other line breaks, such as U+2028."""
+    number = 0
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise unreadable(path, f"line {number} is not UTF-8", "save it as UTF-8") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise unreadable(path, error, "it is cut short or no gzip file: fetch it again, or take .gz off") from error
+
+
+def read_json_rows(lines: Iterator[str], path: str) -> Rows:
+    """The values of JSON text: one on each line, or all in one list."""
+    for number, line in enumerate(lines, 1):
+        if line.lstrip().startswith("[") and not holds_dialogue(line):
+            yield from number_rows(parse_json(line + "".join(lines), path, number), f"{path}, row")
+        elif line.strip():
+            yield f"{path}, line {number}", parse_json(line.rstrip("\r\n"), path, number)
+
+
+def holds_dialogue(line: str) -> bool:
+    """Whether a line is one whole list of messages."""
+    with suppress(ValueError, RecursionError):
+        return is_dialogue(json.loads(line))
+    return False
+
+
+def is_dialogue(value: Any) -> bool:
+    """Whether a value is a list of messages, each with a role."""
+    return isinstance(value, list) and bool(value) and all(is_message(message) for message in value)
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value is an object with a role, or ShareGPT's with `from` and `value`."""
+    return isinstance(value, dict) and ("role" in value or {"from", "value"} <= value.keys())
+
+
+def parse_json(text: str, path: str, first_line: int) -> Any:
+    """The value of JSON text that begins at the file's line `first_line`."""
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # fails for half of a surrogate pair
+        return value
+    except json.JSONDecodeError as error:
+        line, reason = first_line + error.lineno - 1, f"{error.msg}, at character {error.colno}"
+    except (ValueError, RecursionError) as error:
+        line, reason = first_line, str(error)
+    raise unreadable(path, f"line {line} is no JSON ({reason})", FORM)
+
+
+def read_csv_rows(lines: Iterator[str], path: str) -> Rows:
+    """The rows of comma-separated values below a line of column names."""
+    csv.field_size_limit(2**31 - 1)  # in characters; the default is 131,072
+    # Strict: a quote that is never closed would take all lines behind it into one field.
+    reader = csv.DictReader(lines, strict=True)
+    try:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise PipelineError(f"{path}: two of its columns have one name ({list_names(names)}): rename one")
+        for row in reader:
+            if None in row or None in row.values():  # more fields than names, or fewer
+                raise csv.Error(f"not {len(names)} fields, as there are column names")
+            yield f"{path}, line {reader.line_num}", row
+    except csv.Error as error:
+        remedy = "put a field that holds a comma, a quote or a line break between double quotes"
+        raise unreadable(path, f"line {reader.line_num} is no CSV: {error}", remedy) from error
+
+
+def read_parquet_rows(file: Path, path: str) -> Rows:
+    """The rows of a Parquet file."""
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        batches = parquet.ParquetFile(file).iter_batches(ROWS_AT_A_TIME)
+        yield from number_rows(chain.from_iterable(batch.to_pylist() for batch in batches), f"{path}, row")
+    except (ArrowInvalid, OSError) as error:
+        raise unreadable(path, error, "fetch it again") from error
+
+
+def number_rows(rows: Iterable[Row], label: str) -> Rows:
+    """Rows with their number, from 1, as origin."""
+    return ((f"{label} {number}", row) for number, row in enumerate(rows, 1))
+
+
+def check_text(value: Any, label: str) -> str:
+    """The value, if it is text; raises PipelineError otherwise."""
+    if not isinstance(value, str):
+        raise PipelineError(f"{label} is {show_value(value)}, not text: correct it or take it out")
+    return value
+
+
+def show_value(value: Any) -> str:
+    """A value as JSON writes it, cut to a few words."""
+    return one_line(json.dumps(value, default=str), 60)
+
+
+def list_names(names: Any) -> str:
+    """At most ten names of columns."""
+    names = [one_line(str(name), 40) for name in names]
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def unreadable(path: str, reason: str | BaseException, remedy: str) -> PipelineError:
+    """The error for a file or folder whose rows cannot be read."""
+    sentence = one_line(str(reason)) or type(reason).__name__
+    return PipelineError(f"{path} cannot be read as a data set: {sentence}: {remedy}")

@@ -1,0 +1,217 @@
+"""Any file, folder or set of the hub: by `columns`, which say where the parts of a row are, or by a common form."""
+
+import re
+from collections import Counter, defaultdict
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveInt, validate_call
+
+from dpo_pipeline.data.columns import FIELD, LABELLED, PARTS, PROMPTS, check_columns, get_path, unused_columns
+from dpo_pipeline.data.files import Row, check_text, list_names, show_value
+from dpo_pipeline.data.messages import REPLY, decode, parse_messages
+from dpo_pipeline.data.normalize import COMPLETIONS, normalize_row
+from dpo_pipeline.data.report import filtered
+from dpo_pipeline.data.sources import read_source
+from dpo_pipeline.errors import PipelineError
+
+PAIR = {"chosen": "chosen", "rejected": "rejected"}
+FORMS: tuple[dict[str, str], ...] = (  # a row has the first form all of whose columns it has
+    {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"},  # OpenAI's
+    {"dialogue": "messages", "rejected": "rejected_messages"},  # ms-swift's
+    {"dialogue": "messages", "rejected": "rejected_response"},
+    {"instruction": "instruction", "demonstration": "output"},  # Alpaca's
+    {"instruction": "instruction", **PAIR},
+    {"question": "question", **PAIR},
+    {"question": "conversations", **PAIR},  # ShareGPT's
+    {"system": "system", "question": "prompt", **PAIR},
+    {"prompt": "prompt", **PAIR},
+    {"prompt": "messages", **PAIR},  # axolotl's
+    PAIR,  # two whole dialogues
+    {"prompt": "prompt", "demonstration": "messages"},
+    {"demonstration": "messages"},
+    {"demonstration": "conversations"},
+    {"prompt": "prompt", "demonstration": "completion"},
+    {"text": "text"},
+)
+OPTIONAL = {"input": "instruction", "history": "instruction"}  # columns that some rows have beside another
+CLAIMS = ("prompt", "question", "instruction", "input")  # columns that can only be the prompt
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+
+
+@validate_call
+def load(
+    path: str,
+    test_path: str | None,
+    data_dir: str | None,
+    subsets: list[str] | None,
+    revision: str | None,
+    splits: dict[Literal["train", "test"], str] | None,
+    rows: NonNegativeInt,
+    columns: Row | None,
+    at_least: dict[str, float] | None,
+    per_prompt: NonNegativeInt,
+    prompt_words: PositiveInt,
+    chat: bool,
+    source: str,
+) -> dict[str, list[Row]]:
+    """Rows of each split; conf/dataset/json.yaml says what the options mean.
+
+    A row that an option excludes has a `reason`, one from which nothing can be learned a `problem`. Raises
+    PipelineError if a row lacks a column, holds a value of another type, or more than a form has a place for.
+    """
+    columns, local = check_columns(columns or {}), Path(path).expanduser()
+    if subsets and local.exists() and not any((local / subset).is_dir() for subset in subsets):
+        subsets = None  # a copy without the folders of the published set
+    loaded: dict[str, list[Row]] = defaultdict(list)
+    for subset in subsets or [None]:
+        sources = read_source(path, subset or data_dir, revision, splits)
+        if test_path:
+            test_sources = read_source(test_path)
+            sources["test"] = test_sources["test" if "test" in test_sources else "train"]
+        for split, raw_rows in sources.items():
+            for origin, raw in islice(raw_rows, rows or None):
+                row_source = f"{source}/{subset}" if subset else source
+                row = build_row(origin, raw, columns, at_least or {}, prompt_words, chat, row_source)
+                loaded[split].append(row)
+    for split_rows in loaded.values():
+        if per_prompt:
+            limit_pairs(split_rows, per_prompt)
+        share_demonstrations(split_rows)
+    return dict(loaded)
+
+
+def build_row(origin: str, raw: Row, columns: Row, at_least: Row, prompt_words: int, chat: bool, source: str) -> Row:
+    """The row that the columns make of a raw one."""
+    names = tuple(name for name, value in raw.items() if value is not None)
+    if media := [name for name in MEDIA if raw.get(name)]:
+        raise PipelineError(f"{origin} has {', '.join(media)}: no text model learns from a vision set, take another")
+    columns = columns or detect_form(origin, raw, names)
+    parts, fault = read_parts(origin, raw, columns)
+    prompt, system, history = parts["prompt"], parts["system"], parts["history"] or []
+    if parts["dialogue"] is not None:
+        messages = parse_messages(parts["dialogue"], f"{origin}: messages")
+        prompt, parts["chosen"] = messages[:-1], messages[-1:]
+    elif parts["question"] is not None:
+        question = decode(parts["question"])
+        prompt = question if isinstance(question, list) else [{"role": "user", "content": question}]
+    elif parts["instruction"] is not None:
+        prompt = render_alpaca(parts["instruction"], parts["input"] or "", chat or bool(history or system))
+    elif parts["text"] is not None:
+        first_words = re.match(rf"\s*\S+(?:\s+\S+){{{prompt_words - 1}}}", parts["text"])
+        prompt = first_words[0] if first_words else parts["text"]
+        parts["demonstration"] = parts["text"].removeprefix(prompt)
+    if history:
+        roles = ("user", "assistant")
+        turns = [{"role": role, "content": text} for turn in history for role, text in zip(roles, turn, strict=True)]
+        prompt = [*turns, {"role": "user", "content": prompt}]
+    completions = {name: parts[name] for name in COMPLETIONS}
+    row = normalize_row(origin, source, chat, prompt, completions, system, parts["tools"])
+    row |= {**fault, "unused": unused_columns(names, {**columns, "at_least": [*at_least]})}
+    exclude_low_values(row, raw, at_least)
+    return row
+
+
+def detect_form(origin: str, raw: Row, names: tuple[str, ...]) -> dict[str, str]:
+    """The columns of a row in one of the common forms; raises PipelineError where there is none, or too many."""
+    form = find_form(names)
+    # Chosen and rejected alone may also be completions whose prompt has another name.
+    if form is None or (form is PAIR and isinstance(decode(raw["chosen"]), str) and REPLY not in raw["chosen"]):
+        raise PipelineError(
+            f"{origin} has the columns {list_names(names)}, which are no form known here: say what they hold, such as "
+            "'dataset.columns={prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}'"
+        )
+    if "rejected" not in form and str(raw.get("label")).lower() in ("true", "false"):
+        raise PipelineError(f"{origin}: its label says good or bad of one completion: unpaired data, DPO needs pairs")
+    form = {**{name: name for name in (*COMPLETIONS, "system", "tools") if name in names}, **form}
+    form |= {name: name for name, part in OPTIONAL.items() if part in form and name in names}
+    if form.get("prompt") == "input.messages" and "tools" in raw["input"]:
+        form["tools"] = "input.tools"
+    used = {path.split(".")[0] for path in form.values()}
+    if claims := [name for name in CLAIMS if name in names and name not in used and str(raw[name]).strip()]:
+        raise PipelineError(
+            f"{origin}: {', '.join([*claims, *used])}: two columns claim to be the prompt, say which is it, such as "
+            "'dataset.columns={prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}'"
+        )
+    return form
+
+
+@lru_cache
+def find_form(names: tuple[str, ...]) -> dict[str, str] | None:
+    """The first form all of whose columns are among the names."""
+    return next((form for form in FORMS if {path.split(".")[0] for path in form.values()} <= set(names)), None)
+
+
+def read_parts(origin: str, raw: Row, columns: Row) -> tuple[Row, Row]:
+    """The parts that the columns name, and the `problem` or `reason` of the row, if any."""
+    parts, fault = dict.fromkeys(PARTS), {}
+    if "choice" in columns:
+        label = str(get_path(raw, columns["choice"], f"{origin}: columns.choice={columns['choice']}"))
+        labels = [str(value) for value in columns["choices"]]
+        if label not in labels:
+            fault = filtered(f"a tie ({columns['choice']} is neither {labels[0]} nor {labels[1]})")
+        chosen, rejected = columns["answers"] if label == labels[0] else reversed(columns["answers"])
+        columns = {**columns, "chosen": str(chosen), "rejected": str(rejected)}
+    for name, path in columns.items():
+        if name in LABELLED:
+            continue
+        value = get_path(raw, path, f"{origin}: columns.{name}={path}")
+        if value is None and FIELD.search(path):
+            # A template fits rows of one kind: that of TL;DR has no place for a news article.
+            fault, value = filtered(f"no {name}"), ""
+        elif value is None and name in (*PROMPTS, "chosen", "rejected"):
+            raise PipelineError(f"{origin}: {name} is null, not text or messages: correct it or take it out")
+        elif name in PROMPTS and isinstance(value, str) and not value.strip():
+            fault = {"problem": "empty prompt"}  # seen here, because a frame is put around it
+        elif name in ("system", "instruction", "input", "text") and value is not None:
+            check_text(value, f"{origin}: {name}")
+        parts[name] = value
+    return parts, fault
+
+
+def exclude_low_values(row: Row, raw: Row, minimums: dict[str, float]) -> None:
+    """Leave the row out if one of these columns is below its minimum."""
+    for path, minimum in minimums.items():
+        value = get_path(raw, path, f"{row['origin']}: at_least.{path}")
+        try:
+            is_low = float(value) < minimum
+        except (TypeError, ValueError):
+            raise PipelineError(f"{row['origin']}: {path} is {show_value(value)}, not a number") from None
+        if is_low:
+            row |= filtered(f"{path} below {minimum:g}")
+
+
+def limit_pairs(rows: list[Row], per_prompt: int) -> None:
+    """Leave out the rows beyond the first `per_prompt` of a prompt."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        if "problem" not in row and not row["reason"]:
+            counts[row["key"]] += 1
+            if counts[row["key"]] > per_prompt:
+                row |= filtered(f"beyond {per_prompt} pairs of its prompt")
+
+
+def share_demonstrations(rows: list[Row]) -> None:
+    """Give a prompt's demonstration to those of its pairs that lack it."""
+    demonstrations = {row["key"]: row["demonstration"] for row in rows if "demonstration" in row}
+    for row in rows if demonstrations else ():
+        if "demonstration" not in row and row["key"] in demonstrations:
+            row["demonstration"] = demonstrations[row["key"]]
+
+
+def render_alpaca(instruction: str, input_text: str, chat: bool) -> str:
+    """The prompt of an instruction, with its input if any: in the Alpaca form, but for a chat model as it is.
+
+    Source: github.com/tatsu-lab/stanford_alpaca.
+    """
+    if chat:
+        return f"{instruction}\n\n{input_text}" if input_text else instruction
+    context, block = "", ""
+    if input_text:
+        context, block = ", paired with an input that provides further context", f"\n\n### Input:\n{input_text}"
+    return (
+        f"Below is an instruction that describes a task{context}. Write a response that appropriately completes the "
+        f"request.\n\n### Instruction:\n{instruction}{block}\n\n### Response:\n"
+    )

@@ -1,0 +1,107 @@
+"""Messages: read from the forms that data sets have, compared, and turned into text and back."""
+
+import ast
+import hashlib
+import json
+import re
+from contextlib import suppress
+from typing import Any
+
+from dpo_pipeline.data.files import Row, check_text, is_dialogue, is_message, show_value
+from dpo_pipeline.errors import PipelineError
+
+Message = dict[str, Any]
+Prompt = str | list[Message]
+
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "developer": "system", "human": "user"}
+ROLES |= dict.fromkeys(("gpt", "bot", "chatbot", "model"), "assistant")
+ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
+MEANING = ("role", "content", "tool_calls", "reasoning_content")  # the fields that tell messages apart
+ASK, REPLY = "\n\nHuman:", "\n\nAssistant:"
+TURN = re.compile(f"({ASK}|{REPLY})")
+
+
+def parse_messages(value: Any, label: str) -> Prompt:
+    """Text unchanged, messages of any form with role and content; raises PipelineError for anything else."""
+    value = decode(value)
+    if isinstance(value, str):
+        if re.match(r"\[\{'(role|content|from|value)'", value):
+            raise PipelineError(f"{label} is {show_value(value)}, messages that cannot be read: save them as JSON")
+        return value
+    messages = [value] if isinstance(value, dict) else value  # ShareGPT has a single message as completion
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise PipelineError(
+            f"{label} is {show_value(value)}, not text or messages with role and content: correct it or take it out"
+        )
+    return [parse_message(message, f"{label}, message {number}") for number, message in enumerate(messages, 1)]
+
+
+def decode(value: Any) -> Any:
+    """The messages that a text holds as JSON or as Python writes them; any other value as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        for parse in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                messages = parse(value.strip())
+                if is_dialogue(messages) or is_message(messages):
+                    return messages
+    return value
+
+
+def parse_message(message: Row, label: str) -> Message:
+    """A message with role, content and its other fields, from that form, ShareGPT's, or OpenAI's with parts."""
+    role_key, content_key = ("role", "content") if "role" in message else ("from", "value")
+    role, content = message.get(role_key), message.get(content_key)
+    fields = {key: value for key, value in message.items() if key not in (role_key, content_key) and value is not None}
+    if str(role) not in ROLES:
+        raise PipelineError(f"{label}: its role is {role!r}, none of {', '.join(ROLES)}: correct it")
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        if any(part.get("type", "text") != "text" for part in content):
+            raise PipelineError(f"{label} holds images or sound, which no text model reads: take such rows out")
+        content = "".join(check_text(part.get("text"), f"{label}: a part of its content") for part in content)
+    if content is None and fields.get("tool_calls"):
+        content = ""
+    return {"role": ROLES[role], "content": check_text(content, f"{label}: its content"), **fields}
+
+
+def to_messages(text: str) -> list[Message]:
+    """Text as messages: HH-RLHF's form becomes its turns, any other text what the user says."""
+    if not text.endswith(REPLY):
+        return [{"role": "user", "content": trim(text)}]
+    if text.startswith(ASK.lstrip()):
+        text = f"\n\n{text}"  # whose first line break was stripped
+    opening, *turns = TURN.split(text.removesuffix(REPLY))
+    messages = [{"role": "system", "content": opening.strip()}] if opening.strip() else []
+    for mark, turn in zip(turns[::2], turns[1::2], strict=True):
+        role = "user" if mark == ASK else "assistant"
+        if messages and messages[-1]["role"] == role:  # chat templates want the roles to alternate
+            messages[-1]["content"] += f"\n\n{turn.strip()}"
+        else:
+            messages.append({"role": role, "content": turn.strip()})
+    return messages
+
+
+def trim(text: str) -> str:
+    """Text without the blank lines and the one space that may begin it, and without its end; indentation stays."""
+    return re.sub(r"\A(?:\s*\n)?(?: (?!\s))?", "", text).rstrip()
+
+
+def meanings(prompt: Prompt | None) -> Any:
+    """What a prompt says, without the ids or times that its messages may have."""
+    if not isinstance(prompt, list):
+        return prompt
+    return [{field: message[field] for field in MEANING if message.get(field)} for message in prompt]
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """What tells prompts apart: text itself, a hash of messages."""
+    return prompt if isinstance(prompt, str) else hashlib.sha256(json.dumps(meanings(prompt)).encode()).hexdigest()
+
+
+def prompt_texts(prompt: Prompt) -> list[str]:
+    """The text, or that of each message."""
+    return [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+
+
+def prompt_to_text(prompt: Prompt) -> str:
+    """A prompt as a person reads it."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
