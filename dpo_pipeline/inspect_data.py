@@ -1,10 +1,12 @@
 """See what is wrong with the data before GPU hours are burnt: `python -m dpo_pipeline.inspect_data key=value ...`."""
 
 import dataclasses
+import json
 import math
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     from dpo_pipeline.data.prepare import Prepared
 
 EXAMPLES = {"A short row": 0.1, "A row of median length": 0.5, "The longest row": 1.0}  # at these length quantiles
+ROLE_TEXT = re.compile(r"\n\n(Human|Assistant|User):|### (Instruction|Response)|<\|\w+\|>|\[/?INST\]|<start_of_turn>")
+LIST_TEXT = re.compile(r"\s*\[.*\]\s*$|\s*\{.*\}\s*$", re.DOTALL)
+COMPLETIONS = ("chosen", "rejected", "demonstration")
+LEAST_REPEAT = 20  # characters of a prompt from which on a completion that begins with it repeats it
 
 
 def run_inspect(run: Run) -> Path:
@@ -33,56 +39,60 @@ def run_inspect(run: Run) -> Path:
     with run_logging(None), base_model(run, trained=False) as run:
         page = inspect_stage(run, prepare(run, "dpo", strict=False), run.home / "report")
         if run.sft_dataset:
-            sft = prepare(run, "sft", SPLITS["dpo"], strict=False)
-            inspect_stage(run, sft, run.home / "report" / "sft")
+            inspect_stage(run, prepare(run, "sft", SPLITS["dpo"], strict=False), run.home / "report" / "sft")
     return page
 
 
 def inspect_stage(run: Run, data: "Prepared", folder: Path) -> Path:
     """Print what the rows of a stage look like and write it into `folder`; the page."""
-    from dpo_pipeline.data import length_stats
+    import pandas as pd
+
     from dpo_pipeline.evaluation import data_page
 
-    sizes = length_stats.measure_sizes(uncut_rows(data), len(data.columns))
-    if not len(sizes.row):
-        reasons = "; ".join(f"{reason} ({origins[0]})" for reason, origins in data.report.examples.items())
+    rows = pd.DataFrame(data.all_rows)
+    if "tokens" not in rows or not (is_measured := rows["tokens"].notna() & (rows["split"] == "train")).any():
+        reasons = "; ".join(f"{reason} ({origins[0]})" for reason, origins in data.report["examples"].items())
         raise PipelineError(f"no row is left to look at: {reasons}: correct the rows, or give the model's tokenizer")
-    summary = summarize_rows(run, data, sizes)
-    table, examples = data.tables["train"], []
-    quantiles = length_stats.rows_at_quantiles(sizes, table["row"], EXAMPLES.values())
-    for title, (number, tokens) in zip(EXAMPLES, quantiles, strict=False):
-        row = table[number]
-        columns = ["completion_ids"] if len(data.columns) == 1 else [f"{name}_ids" for name in data.columns]
-        ids = dict(zip(("prompt", *data.columns), (row[name] for name in ("prompt_ids", *columns)), strict=True))
-        text = data.rows["train"][row["row"]]
-        examples.append(data_page.example(title, text, ids, tokens, data.tokenizer))
-    data_page.write_data_page(folder, summary, sizes, examples)
+    sizes = rows.loc[is_measured, [*(f"{name}_tokens" for name in ("prompt", *data.columns)), "tokens"]].astype(int)
+    sizes.columns = ["prompt", *data.columns, "total"]
+    table = data.tables["train"]
+    is_pair = len(data.columns) == 2
+    ids = zip(table["chosen_ids"], table["rejected_ids"], strict=True) if is_pair else ()
+    overlaps = pd.Series([overlap(*pair) for pair in ids], dtype=float)
+    summary = summarize_rows(run, data, sizes, overlaps)
+    examples, order = [], sorted(range(len(table)), key=lambda i: data.rows["train"][table[i]["row"]]["tokens"])
+    for title, quantile in EXAMPLES.items() if order else ():
+        ids_of_row = table[order[int(quantile * (len(order) - 1))]]
+        row = data.rows["train"][ids_of_row["row"]]
+        examples.append(data_page.example(title, row, ids_of_row, data.columns, data.tokenizer))
+    data_page.write_data_page(folder, summary, sizes, overlaps, examples)
+    for name in ("prompt", *COMPLETIONS):  # messages as JSON, since Parquet wants one type
+        if name in rows:
+            rows[name] = [value if isinstance(value, str | float) else json.dumps(value) for value in rows[name]]
+    rows.drop(columns=["key", "extra", "tools", "unused"], errors="ignore").to_parquet(folder / "rows.parquet")
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print(data_page.page_text(summary, examples, colour), f"\n{folder / 'data.html'}", sep="\n")
     return folder / "data.html"
 
 
-def summarize_rows(run: Run, data: "Prepared", sizes: Any) -> dict[str, Any]:
+def summarize_rows(run: Run, data: "Prepared", sizes: Any, overlaps: Any) -> dict[str, Any]:
     """What the page says of the rows in numbers: counts, lengths, limits, biases, repeats, leakage and warnings."""
     from dpo_pipeline.data import length_stats
-    from dpo_pipeline.evaluation import data_page
+    from dpo_pipeline.data.prepare import list_errors, list_warnings
+    from dpo_pipeline.evaluation.data_page import data_warnings
 
-    report, limits, context, names = data.report, data.limits, data.context, data.columns
+    limits, context, max_prompt, batch = data.limits, data.context, run.length.max_prompt, run.batch.global_size
     rows = {split: [data.rows[split][i] for i in table["row"]] for split, table in data.tables.items()}
-    max_prompt, batch, is_pair = run.length.max_prompt, run.batch.global_size, len(names) == 2
-    alternatives = [
-        dataclasses.replace(limits, max=limit, max_prompt=max_prompt or limit // 2)
-        for limit in length_stats.candidate_limits(sizes, limits.max, (max_prompt or 0) + 1, context)
-    ]
-    lengths = {"prompt": sizes.prompt, **dict(zip(names, sizes.completions, strict=True)), "together": sizes.total}
+    candidates = length_stats.candidate_limits(sizes, limits.max, (max_prompt or 0) + 1, context)
+    alternatives = [dataclasses.replace(limits, max=n, max_prompt=max_prompt or n // 2) for n in candidates]
+    leaked = {split: leaked_prompts(rows["train"], rows[split]) for split in ("validation", "test")}
     summary = {
         "tokenizer": "the embedded model" if run.model.builder else run.model.path,
-        **report.as_json(),
-        "examples": dict(report.examples),
+        **data.report,
         "rows": {split: len(kept_rows) for split, kept_rows in rows.items()},
-        "lengths": {name: length_stats.summarize(values) for name, values in lengths.items()},
-        "longer_chosen": length_stats.longer_chosen(sizes) if is_pair else None,
-        "overlap": length_stats.summarize(sizes.overlap) if is_pair else None,
+        "lengths": {name: length_stats.summarize(values) for name, values in sizes.items()},
+        "longer_chosen": length_stats.longer_chosen(sizes) if len(data.columns) == 2 else None,
+        "overlap": length_stats.summarize(overlaps) if len(overlaps) else None,
         "length": {**run.length.model_dump(), "max": limits.max, "context": context},
         "limits": [length_stats.apply_limits(sizes, each) for each in alternatives],
         "epoch": {
@@ -90,26 +100,58 @@ def summarize_rows(run: Run, data: "Prepared", sizes: Any) -> dict[str, Any]:
             "steps": math.ceil(len(rows["train"]) / batch),
             "batch": batch,
         },
-        "repeats": length_stats.count_repeats(rows["train"], names),
-        "leaked": {split: length_stats.leaked_prompts(rows["train"], rows[split]) for split in ("validation", "test")},
+        "repeats": count_repeats(rows["train"], data.columns),
+        "leaked": leaked,
+        "odd": odd_completions(rows["train"], data.columns),
     }
-    errors = [f"training would stop: {sentence}" for sentence in report.errors(context)]
-    summary["warnings"] = [*errors, *report.warnings(context), *data_page.data_warnings(summary)]
-    return summary
+    errors = [f"training would stop: {sentence}" for sentence in list_errors(run, data)]
+    return summary | {"warnings": [*errors, *list_warnings(run, data), *data_warnings(summary)]}
 
 
-def uncut_rows(data: "Prepared") -> Iterator[tuple[int, list[int], list[list[int]]]]:
-    """The number of each valid train row, the token ids of its prompt and of its completions, before any cut."""
-    from tqdm.auto import tqdm
+def overlap(first: list[int], second: list[int]) -> float:
+    """The share of their tokens that two completions have in common in any order, without the end token of each.
 
-    from dpo_pipeline.data.tokens import BATCH, encode_rows
+    Dice's coefficient of two bags of tokens: 0 if they share none, 1 if one is the other in some order.
+    """
+    first, second = first[:-1], second[:-1]
+    return 2 * (Counter(first) & Counter(second)).total() / max(1, len(first) + len(second))
 
-    rows = data.rows["train"]
-    encoded = encode_rows(rows, data.columns, data.tokenizer, data.eos_ids)
-    bar = tqdm(encoded, total=len(rows), desc="measuring", leave=False, disable=len(rows) < 10 * BATCH)
-    for number, (prompt, ids, _, problem) in enumerate(bar):
-        if not problem:
-            yield number, prompt, ids
+
+def count_repeats(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> dict[str, int]:
+    """How many prompts differ among rows, and how many rows equal another one but for case and spaces."""
+    texts = {tuple(plain_text(row[name]) for name in ("prompt", *columns)) for row in rows}
+    return {"prompts": len({prompt for prompt, *_ in texts}), "alike": len(rows) - len(texts)}
+
+
+def leaked_prompts(train: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> list[str]:
+    """The origins of the held-out rows whose prompt is one of train's but for case and spaces."""
+    prompts = {plain_text(row["prompt"]) for row in train}
+    return [row["origin"] for row in held_out if plain_text(row["prompt"]) in prompts]
+
+
+def plain_text(prompt: Any) -> str:
+    """A text, or messages as text, in lower case and with single spaces."""
+    from dpo_pipeline.data.messages import prompt_to_text
+
+    return " ".join(prompt_to_text(prompt).casefold().split())
+
+
+def odd_completions(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> dict[str, list[str]]:
+    """The origins of rows with a completion that is probably no text as meant, by what is odd about it."""
+    odd: dict[str, list[str]] = {"hold role or template text": [], "are a list or an object": []}
+    odd |= {"begin with their prompt": [], "follow a prompt without a space": []}
+    for row in rows:
+        prompt, texts = row["prompt"], [row[name] for name in columns]
+        question = (prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt else "").strip()
+        tests = (
+            any(ROLE_TEXT.search(text) for text in texts),
+            any(LIST_TEXT.match(text) for text in texts),
+            len(question) >= LEAST_REPEAT and any(text.strip().startswith(question) for text in texts),
+            isinstance(prompt, str) and prompt[-1:].isalnum() and any(text[:1].isalnum() for text in texts),
+        )
+        for origins, is_odd in zip(odd.values(), tests, strict=True):
+            origins += [row["origin"]] * is_odd
+    return odd
 
 
 if __name__ == "__main__":

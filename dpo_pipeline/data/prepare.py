@@ -193,15 +193,26 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 def check_report(run: Run, data: Prepared) -> None:
     """Log what became of the rows; raises PipelineError where too many are cut or dropped, or none are left."""
-    node, sizes = learned_dataset(run, data.stage), (data.limits.max, data.context)
     log.info("rows by source\n%s", print_report(data.report, data.all_rows))
-    for sentence in [*test_split_warnings(node), *find_warnings(data.all_rows, *sizes)]:
+    for sentence in list_warnings(run, data):
         log.warning("%s", sentence)
-    for sentence in find_errors(data.all_rows, node["on_bad_row"], *sizes):
+    for sentence in list_errors(run, data):
         raise PipelineError(sentence)
     for split in ("train", "validation"):
         if split in data.tables and not len(data.tables[split]):
             raise PipelineError(f"no rows are left for {split}: all were longer than length.max, or empty: raise it")
+
+
+def list_warnings(run: Run, data: Prepared) -> list[str]:
+    """What a run on this data warns of, a sentence each."""
+    node = learned_dataset(run, data.stage)
+    return [*test_split_warnings(node), *find_warnings(data.all_rows, data.limits.max, data.context)]
+
+
+def list_errors(run: Run, data: Prepared) -> list[str]:
+    """What would end a run on this data, a sentence each."""
+    on_bad_row = learned_dataset(run, data.stage)["on_bad_row"]
+    return find_errors(data.all_rows, on_bad_row, data.limits.max, data.context)
 
 
 def check_tokens(run: Run, data: Prepared) -> None:

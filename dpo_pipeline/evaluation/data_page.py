@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.data.length_stats import Sizes
+from dpo_pipeline.data.report import source_lines
 from dpo_pipeline.evaluation.data_plots import INK, draw_histograms
 from dpo_pipeline.formatting import markdown_table, render_template
 
@@ -15,6 +15,7 @@ MIN_PAIRS = 2000  # with fewer, reward models stay near chance (Gao et al., arXi
 MAX_LENGTH_BIAS = 0.6  # share of pairs in which length alone tells the chosen completion; ours, 0.5 tells nothing
 MAX_OVERLAP = 0.8  # of the tokens of two completions; ours, after arXiv:2402.13228: DPO fails where they differ little
 MIN_STEPS = 50  # of an epoch; ours: a tenth of them warm up
+MAX_DUPLICATES, MAX_ODD = 0.1, 0.02  # shares of rows to warn from; ours
 CHARACTER_TOKENS = 4  # a character of UTF-8 has at most four bytes, so at most so many tokens
 # Backgrounds of neighbouring tokens, of 256 colours, under white text: they read on light and dark terminals.
 SHADES = {"prompt": (238, 242), "chosen": (22, 29), "rejected": (52, 94), "demonstration": (22, 29)}
@@ -30,10 +31,10 @@ class Section:
     pictures: dict[str, str] = field(default_factory=dict)
 
 
-def write_data_page(folder: Path, summary: dict[str, Any], sizes: Sizes, examples: list[dict[str, Any]]) -> None:
+def write_data_page(folder: Path, summary: dict[str, Any], sizes: Any, overlaps: Any, examples: list[Any]) -> None:
     """Write data.json, data.md, data.html and the PNGs into `folder`; `examples` are made by `example`."""
     folder.mkdir(parents=True, exist_ok=True)
-    draw_histograms(folder, summary, sizes)
+    draw_histograms(folder, summary, sizes, overlaps)
     page = render_template(
         Path(__file__).parent / "data.html.jinja",
         **{"title": page_title(summary), "overview": overview(summary), "warnings": summary["warnings"]},
@@ -65,7 +66,7 @@ def data_warnings(summary: dict[str, Any]) -> list[str]:
             "`++dpo.ld_alpha=0.5` halves the weight of the tokens that the longer completion has more "
             "(arXiv:2409.06411); read each win rate beside the completion length"
         )
-    if bias and overlap["median"] > MAX_OVERLAP:
+    if overlap and overlap["median"] > MAX_OVERLAP:
         sentences.append(
             f"half of the pairs share at least {overlap['median']:.0%} of their tokens: DPO can then make both "
             "completions less likely (arXiv:2402.13228). `loss=sigmoid_sft` keeps the chosen one likely"
@@ -75,6 +76,16 @@ def data_warnings(summary: dict[str, Any]) -> list[str]:
             f"{contradictions:,} rows were labelled both ways, and dropped: other labels may be noisy too. "
             "`loss=cdpo` assumes that a tenth of them are wrong (dpo.label_smoothing)"
         )
+    if (copies := dropped_rows(summary, "exact duplicate")) > MAX_DUPLICATES * read_rows(summary):
+        sentences.append(
+            f"{copies:,} rows are exact duplicates of another, and dropped: is the file meant to repeat them?"
+        )
+    for name, origins in summary["odd"].items():
+        if len(origins) > MAX_ODD * rows["train"]:
+            sentences.append(
+                f"the completions of {len(origins):,} train rows {name}, such as {origins[0]}: look at them, and "
+                "correct the file if that is not meant"
+            )
     for split, origins in summary["leaked"].items():
         if origins:
             sentences.append(
@@ -87,6 +98,11 @@ def data_warnings(summary: dict[str, Any]) -> list[str]:
 def dropped_rows(summary: dict[str, Any], reason: str) -> int:
     """How many rows of all sources were dropped for a reason."""
     return sum(source["dropped"].get(reason, 0) for source in summary["sources"].values())
+
+
+def read_rows(summary: dict[str, Any]) -> int:
+    """How many rows of all sources were read."""
+    return sum(source["read"] for source in summary["sources"].values())
 
 
 def page_title(summary: dict[str, Any]) -> str:
@@ -106,7 +122,8 @@ def overview(summary: dict[str, Any]) -> str:
 
 def sections(summary: dict[str, Any]) -> list[Section]:
     """The parts of the page, in their order."""
-    parts = [source_section(summary)]
+    text = "Of each source, read = train + validation + test + dropped."
+    parts = [Section("Every row", text, source_lines(summary["sources"]))]
     if summary["examples"]:
         lines = [["reason", "its first row"], *([reason, rows[0]] for reason, rows in summary["examples"].items())]
         parts.append(Section("Where to look", "", lines))
@@ -118,23 +135,13 @@ def sections(summary: dict[str, Any]) -> list[Section]:
         low, high = f"{bias['low']:.1%}", f"{bias['high']:.1%}"
         text = (
             f"The longer completion is chosen in {bias['value']:.1%} of pairs [{low}, {high}] (ties count half): the "
-            "accuracy of a judge of length alone. Half of the pairs share at least "
-            f"{summary['overlap']['median']:.0%} of their completions' tokens."
+            "accuracy of a judge of length alone."
         )
+        if summary["overlap"]:
+            text += f" Half of the kept pairs share at least {summary['overlap']['median']:.0%} of their tokens."
         pictures = {"data_difference.png": "Tokens of chosen minus rejected", "data_overlap.png": "Shared tokens"}
         parts.append(Section("The two completions", text, [], pictures))
     return [*parts, limit_section(summary), repeat_section(summary)]
-
-
-def source_section(summary: dict[str, Any]) -> Section:
-    """What became of every row that was read."""
-    splits = list(summary["rows"])
-    lines = [["source", "read", *splits, "dropped", "cut and kept"]]
-    for name, source in summary["sources"].items():
-        counts = [source["read"], *(source["kept"][split] for split in splits)]
-        reasons = ["; ".join(f"{n:,} {reason}" for reason, n in source[key].items()) for key in ("dropped", "cut")]
-        lines.append([name, *(f"{count:,}" for count in counts), *reasons])
-    return Section("Every row", "Of each source, read = train + validation + test + dropped.", lines)
 
 
 def limit_section(summary: dict[str, Any]) -> Section:
@@ -193,17 +200,19 @@ def page_text(
 
 
 def example(
-    title: str, row: dict[str, Any], ids: dict[str, list[int]], token_count: int, tokenizer: Any
+    title: str, row: dict[str, Any], ids_of_row: dict[str, list[int]], columns: tuple[str, ...], tokenizer: Any
 ) -> dict[str, Any]:
-    """A row as it is trained on, token by token; before any cut it had `token_count` tokens, all parts together."""
+    """A row as it is trained on, token by token, and how many tokens were cut."""
     special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
-    parts = []
-    for name, part_ids in ids.items():
-        prefix = [] if name == "prompt" else ids["prompt"][-CHARACTER_TOKENS:]
-        texts = token_texts([*prefix, *part_ids], tokenizer)[len(prefix) :]
-        tokens = [(show_invisible(text), i in special) for text, i in zip(texts, part_ids, strict=True)]
+    parts, cut = [], 0
+    for name in ("prompt", *columns):
+        ids = ids_of_row.get(f"{name}_ids") or ids_of_row["completion_ids"]
+        prefix = [] if name == "prompt" else ids_of_row["prompt_ids"][-CHARACTER_TOKENS:]
+        texts = token_texts([*prefix, *ids], tokenizer)[len(prefix) :]
+        tokens = [(show_invisible(text), i in special) for text, i in zip(texts, ids, strict=True)]
         parts.append({"name": name, "use": "only read" if name == "prompt" else "trained on", "tokens": tokens})
-    return {"title": title, "origin": row["origin"], "cut": token_count - sum(map(len, ids.values())), "parts": parts}
+        cut += row[f"{name}_tokens"] - len(ids)
+    return {"title": title, "origin": row["origin"], "cut": cut, "parts": parts}
 
 
 def token_texts(ids: list[int], tokenizer: Any) -> list[str]:
