@@ -576,12 +576,12 @@ def wrapped(error):
 )
 @pytest.mark.parametrize("where", ["stage", "loader"])
 def test_a_bug_is_one_line_and_its_traceback_lies_in_a_file(bug, where, here, monkeypatch, capfd):
-    from dpo_pipeline.data import json_file
+    from dpo_pipeline.data import formats
 
     of_the_past = PermissionError(errno.EACCES, "tried before", "/y")
     bug.__context__ = of_the_past  # what a library tried before is not what failed
     monkeypatch.setattr(
-        *((base_model, "base_model") if where == "stage" else (json_file, "read_source")), raising(bug)
+        *((base_model, "base_model") if where == "stage" else (formats, "read_source")), raising(bug)
     )
     assert end_of("sft", GIVEN, monkeypatch) == 2
     printed = capfd.readouterr().err

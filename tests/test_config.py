@@ -189,7 +189,7 @@ REFUSED = [
     (["model=path"], "model.path has no value: type model.path="),
     (["dataset=json"], "dataset.path has no value: type dataset.path="),
     (["~dataset.form"], r"dataset.form has no value: .*common/rows@_here_"),
-    (["+dataset.pth=x", "dataset=json", "dataset.path=x"], "dataset.pth .*json_file.load: did you mean path"),
+    (["+dataset.pth=x", "dataset=json", "dataset.path=x"], "dataset.pth .*formats.load: did you mean path"),
     (["dataset.rows=abc"], "dataset.rows=abc: .*number"),
     (["sft_best=first"], "sft_best=first: .*'perplexity' or 'last'"),
     (["sft_target=rejected"], "sft_target=rejected: .*'chosen' or 'demonstration'"),

@@ -8,13 +8,12 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_pipeline.config import compose, instantiate_node
+from dpo_pipeline.config import ROW_KEYS, compose, instantiate_node
 from dpo_pipeline.content_hash import content_hash
-from dpo_pipeline.data import hh_rlhf, prepare, tokens
-from dpo_pipeline.data.lengths import LengthLimits
-from dpo_pipeline.data.report import DataReport
-from dpo_pipeline.data.splits import hold_out, load_splits
-from dpo_pipeline.data.token_table import tokenize
+from dpo_pipeline.data import prepare, tokens
+from dpo_pipeline.data.report import SPLITS, count_rows, find_errors, find_warnings, kept
+from dpo_pipeline.data.splits import find_test_names, hold_out, load_splits
+from dpo_pipeline.data.token_table import LengthLimits, tokenize
 from dpo_pipeline.data.tokens import encode_rows, eos_ids_of
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.schema import Length
@@ -49,21 +48,30 @@ def write(path, rows) -> str:
 
 def rows_of(*rows: dict) -> list[dict]:
     """Rows as a loader gives them, numbered."""
-    return [{"source": "s", "origin": f"row {i}", **row} for i, row in enumerate(rows)]
+    return [
+        {"source": "s", "origin": f"row {i}", "split": "train", "reason": None, **row} for i, row in enumerate(rows)
+    ]
 
 
-def report_of(table, rows: list[dict]) -> DataReport:
-    """The report on rows of one source of which the table was made."""
-    report = DataReport()
-    report.sources["s"].read = len(rows)
-    report.add_table("train", table, rows)
-    return report
+def counts_of(rows: list[dict], source: str = "s") -> dict:
+    """What became of the rows of one source."""
+    return count_rows(rows)["sources"][source]
 
 
-def splits_of(path, *overrides: str, completions: tuple[str, ...] = PAIR, **kwargs):
+def splits_of(path, *overrides: str, completions: tuple[str, ...] = PAIR, **kwargs) -> list[dict]:
     """What `dataset=json` makes of a file."""
     node = compose(["dataset=json", f"dataset.path={path}", "dataset.test_rows=2", *overrides]).dataset
     return load_splits(node, completions, False, **kwargs)
+
+
+def by_split(rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows that are kept, by split."""
+    return {split: kept(rows, split) for split in SPLITS}
+
+
+def prompts_of(rows: list[dict]) -> list[set[str]]:
+    """The prompts of each split."""
+    return [{row["prompt"] for row in part} for part in by_split(rows).values()]
 
 
 def pairs(count: int, prompts: int | None = None) -> list[dict]:
@@ -96,7 +104,7 @@ def test_a_completion_that_holds_the_end_token_before_its_end_is_dropped():
     )
     table = tokenize(rows, PAIR, word_tokenizer(), [2], WIDE)
     assert table["row"] == [1]
-    assert report_of(table, rows).sources["s"].dropped == {"completion without its one end token": 1}
+    assert counts_of(rows)["dropped"] == {"completion without its one end token": 1}
     assert table[0]["chosen_ids"].count(2) == 1
 
 
@@ -115,8 +123,8 @@ def test_a_completion_that_merges_into_its_prompt_is_tokenized_alone_and_told():
     table = tokenize(rows, PAIR, tokenizer, [0], WIDE)
     assert tokenizer.convert_ids_to_tokens(table[0]["prompt_ids"]) == ["x", "a"]
     assert tokenizer.convert_ids_to_tokens(table[0]["chosen_ids"]) == ["b", "</s>"]
-    assert report_of(table, rows).retokenized == 1
-    assert "1 of 1 rows: the prompt's tokens change" in report_of(table, rows).warnings(512)[0]
+    assert rows[0]["retokenized"]
+    assert "1 of 1 rows: the prompt's tokens change" in find_warnings(rows, 512, 512)[0]
 
 
 TALK = "\n\nHuman: a, b?\n  then\tc\n\nAssistant: it's d.\n\nHuman: and é 1234?\n\nAssistant:"
@@ -132,14 +140,9 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace", "unigram", "over lines", "words"])
-def test_ids_are_those_of_the_whole_text_tokenized_at_once(kind, monkeypatch):
+def test_ids_are_those_of_the_whole_text_tokenized_at_once(kind):
     """However much of a prompt is tokenized with its completions: what comes out is what a plain loop makes."""
     tokenizer = trained(kind)
-    behind = []
-    ids_of = tokens.tokenize_texts
-    monkeypatch.setattr(
-        tokens, "tokenize_texts", lambda texts, tokenizer: behind.append(texts) or ids_of(texts, tokenizer)
-    )
     opening = tokenizer("a")["input_ids"][: 1 if tokenizer.bos_token else 0]
     rows, seen = rows_of(*TEXTS), []
     for row, (prompt, completions, merged, _) in zip(rows, encode_rows(rows, PAIR, tokenizer, [0]), strict=True):
@@ -153,8 +156,6 @@ def test_ids_are_those_of_the_whole_text_tokenized_at_once(kind, monkeypatch):
             expected = [ids[len(plain) :] for ids in whole]
         assert completions == [[*ids, 0] for ids in expected]
         seen.append(merged)
-    longest = max(len(text) for texts in behind for text in texts)
-    assert (longest < len(TALK + TEXTS[0]["chosen"])) == (kind in ("byte-level", "metaspace", "words"))
 
 
 def trained(kind: str) -> PreTrainedTokenizerFast:
@@ -205,13 +206,12 @@ def test_a_prompt_is_cut_from_the_left_only_where_the_pair_is_too_long_and_keeps
     table = tokenize(rows, PAIR, tokenizer, [end], LengthLimits(12, 5))
     assert [len(ids) for ids in table["prompt_ids"]] == [9, 5]
     assert tokenizer.decode(table[1]["prompt_ids"]) == "<s> hidden lonely crimson distant"
-    report = report_of(table, rows)
-    assert report.sources["s"].cut == {"prompt cut": 1}
-    assert report.sources["s"].dropped == {"too long": 1}
-    assert report.examples == {"prompt cut": ["row 1"], "too long": ["row 2"]}
-    assert report.p99_length == 13
-    report = report_of(tokenize(rows, PAIR, tokenizer, [end], LengthLimits(12, 5, prompt="drop")), rows)
-    assert report.sources["s"].dropped == {"too long": 2}
+    assert counts_of(rows)["cut"] == {"prompt cut": 1}
+    assert counts_of(rows)["dropped"] == {"too long": 1}
+    assert count_rows(rows)["examples"] == {"prompt cut": ["row 1"], "too long": ["row 2"]}
+    assert [row["tokens"] for row in rows] == [12, 13, 13]
+    tokenize(rows, PAIR, tokenizer, [end], LengthLimits(12, 5, prompt="drop"))
+    assert counts_of(rows)["dropped"] == {"too long": 2}
 
 
 def test_a_completion_too_long_is_dropped_or_cut_with_or_without_its_end():
@@ -222,45 +222,48 @@ def test_a_completion_too_long_is_dropped_or_cut_with_or_without_its_end():
         {"prompt": "the " * 6, "chosen": " i it", "rejected": " it i"},  # 7 + 3 of 8: one is left
     )
     known = tokenizer.convert_tokens_to_ids(["i", "it"])
-    kept = tokenize(rows, PAIR, tokenizer, [2], LengthLimits(8, 7, completion="keep_eos"))
-    assert kept["row"] == [0]
-    assert (kept[0]["chosen_ids"], kept[0]["rejected_ids"]) == ([known[0]] * 4 + [2], [known[1], 2])
-    assert report_of(kept, rows).sources["s"].dropped == {"identical after cutting": 1, "no completion token left": 1}
-    assert report_of(kept, rows).sources["s"].cut == {"completion cut": 1}
+    table = tokenize(rows, PAIR, tokenizer, [2], LengthLimits(8, 7, completion="keep_eos"))
+    assert table["row"] == [0]
+    assert (table[0]["chosen_ids"], table[0]["rejected_ids"]) == ([known[0]] * 4 + [2], [known[1], 2])
+    assert counts_of(rows)["dropped"] == {"identical after cutting": 1, "no completion token left": 1}
+    assert counts_of(rows)["cut"] == {"completion cut": 1}
+    rows = [{**row, "reason": None} for row in rows]
     cut = tokenize(rows, PAIR, tokenizer, [2], LengthLimits(8, 7, completion="cut"))
     assert cut["row"] == [0, 2]
     assert (cut[0]["chosen_ids"], cut[1]["rejected_ids"]) == ([known[0]] * 5, [known[1]])
-    assert report_of(cut, rows).sources["s"].dropped == {"identical after cutting": 1}
+    assert counts_of(rows)["dropped"] == {"identical after cutting": 1}
 
 
 def test_what_is_too_long_is_warned_of_above_5_percent_and_ends_a_run_above_half():
-    def report(long: int) -> DataReport:
+    def rows(long: int) -> list[dict]:
         rows = rows_of(*({"prompt": "x", "chosen": " i" * (9 if i < long else 2)} for i in range(100)))
-        return report_of(tokenize(rows, ("chosen",), word_tokenizer(), [2], LengthLimits(6, 3)), rows)
+        tokenize(rows, ("chosen",), word_tokenizer(), [2], LengthLimits(6, 3))
+        return rows
 
-    assert (report(5).warnings(64), report(5).errors(64)) == ([], [])
-    assert report(6).warnings(64) == [
+    assert (find_warnings(rows(5), 6, 64), find_errors(rows(5), "drop", 6, 64)) == ([], [])
+    assert find_warnings(rows(6), 6, 64) == [
         "6% of 100 rows are too long: 6 dropped, 0 cut: `length.max=12` would keep 99% of them whole"
     ]
-    assert not report(50).errors(64)
-    (error,) = report(51).errors(8)
-    assert re.search("51 dropped, 0 cut: `length.max=12` .* the model reads 8: `length.max=8`", error)
-    assert not report(51).warnings(64)
+    assert not find_errors(rows(50), "drop", 6, 64)
+    (error,) = find_errors(rows(51), "drop", 6, 8)
+    assert re.search("51 dropped, 0 cut: `length.max=8`, all that the model reads", error)
+    assert not find_warnings(rows(51), 6, 64)
+    assert "length.max" not in find_errors(rows(51), "drop", 8, 8)[0]  # which is its value
 
 
 def test_a_prompt_without_a_token_or_with_two_bos_is_dropped():
     rows = rows_of({"prompt": "", "chosen": "a", "rejected": "b"}, {"prompt": "x", "chosen": "a", "rejected": "b"})
     table = tokenize(rows, PAIR, characters(eos_token="</s>"), [0], WIDE)
     assert table["row"] == [1]
-    assert report_of(table, rows).sources["s"].dropped == {"prompt without a token": 1}
+    assert counts_of(rows)["dropped"] == {"prompt without a token": 1}
     rows = rows_of({"prompt": "<s> the film", "chosen": " it"}, {"prompt": "the film", "chosen": " <s> it"})
     table = tokenize(rows, ("chosen",), word_tokenizer(), [2], WIDE)
-    assert report_of(table, rows).sources["s"].dropped == {"more than one BOS": 2}
+    assert counts_of(rows)["dropped"] == {"more than one BOS": 2}
 
 
 def test_a_split_that_keeps_no_row_is_an_error(tmp_path):
     path = write(tmp_path / "a.jsonl", pairs(2))
-    with pytest.raises(PipelineError, match="no rows are left for train: 2 are held out as test: lower"):
+    with pytest.raises(PipelineError, match="no rows are left for train: 1 are held out as test: lower"):
         splits_of(path)
 
 
@@ -309,8 +312,7 @@ def test_end_tokens_are_the_tokenizers_and_the_generation_configs():
 
 def loaded(option: str, *overrides: str, chat: bool = False) -> dict:
     node = compose([f"dataset={option}", *overrides]).dataset
-    keys = ("test_rows", "split_seed", "sft_target", "form", "on_bad_row")
-    return instantiate_node({k: v for k, v in node.items() if k not in keys}, chat=chat, source="s")
+    return instantiate_node({k: v for k, v in node.items() if k not in ROW_KEYS}, chat=chat, source="s")
 
 
 def test_hh_splits_at_the_last_reply_and_finds_prompts_that_differ(tmp_path):
@@ -319,8 +321,8 @@ def test_hh_splits_at_the_last_reply_and_finds_prompts_that_differ(tmp_path):
     write(tmp_path / "train.jsonl.gz", [*rows, {"chosen": "just text", "rejected": "other"}])
     write(tmp_path / "test.jsonl", rows[:1])
     first, second, third = loaded("hh_rlhf", f"dataset.path={tmp_path}", "dataset.subsets=null")["train"]
-    origin = f"{tmp_path}, train row 0"
-    assert first == {"prompt": talk, "chosen": " yes", "rejected": " no", "source": "s", "origin": origin}
+    assert (first["prompt"], first["chosen"], first["rejected"]) == (talk, " yes", " no")
+    assert first["origin"] == f"{tmp_path}/train.jsonl.gz, line 1"
     assert (second["problem"], third["problem"]) == ("prompt differs", "no reply")
     messages = loaded("hh_rlhf", f"dataset.path={tmp_path}", "dataset.subsets=null", chat=True)["test"][0]
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
@@ -335,9 +337,18 @@ def test_hh_subsets_are_folders_of_the_set_and_sources(tmp_path):
             tmp_path / subset / "train.jsonl.gz",
             [{"chosen": f"{talk} {i}", "rejected": f"{talk} no"} for i in range(rows)],
         )
-    both = hh_rlhf.load(str(tmp_path), ["harmless-base", "helpful-base"], False, "hh")["train"]
-    assert [row["source"] for row in both] == ["hh/harmless-base"] * 2 + ["hh/helpful-base"] * 3
-    assert len(hh_rlhf.load(str(tmp_path), ["harmless-base"], False, "hh")["train"]) == 2
+    both = loaded("hh_rlhf", f"dataset.path={tmp_path}")["train"]
+    assert [row["source"] for row in both] == ["s/helpful-base"] * 3 + ["s/harmless-base"] * 2
+    assert len(loaded("hh_rlhf", f"dataset.path={tmp_path}", "dataset.subsets=[harmless-base]")["train"]) == 2
+
+
+def test_a_copy_of_hh_without_its_folders_is_read_as_it_is(tmp_path):
+    path = write(tmp_path / "mine.jsonl", [{"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"}])
+    for place in (path, tmp_path):
+        assert [row["source"] for row in loaded("hh_rlhf", f"dataset.path={place}")["train"]] == ["s"]
+    (tmp_path / "harmless-base").mkdir()
+    with pytest.raises(PipelineError, match="no file or folder .*helpful-base"):  # one of two is missing
+        loaded("hh_rlhf", f"dataset.path={tmp_path}")
 
 
 def test_instructions_take_the_alpaca_form_with_and_without_input(tmp_path):
@@ -371,25 +382,32 @@ def test_a_file_that_holds_no_pairs_is_one_sentence(content, sentence, tmp_path)
 
 def test_splits_share_no_prompt_and_hold_out_by_prompt(tmp_path):
     path = write(tmp_path / "pairs.jsonl", pairs(200, prompts=70))
-    splits, _ = splits_of(path, "dataset.test_rows=30")
-    prompts = [{row["prompt"] for row in splits[name]} for name in ("train", "validation", "test")]
+    rows = splits_of(path, "dataset.test_rows=12")
+    prompts, sizes = prompts_of(rows), [len(part) for part in by_split(rows).values()]
     assert sum(map(len, prompts)) == len(set.union(*prompts)) == 70
-    assert 30 <= len(splits["test"]) <= 32
-    assert 8 <= len(splits["validation"]) <= 11
-    assert sum(map(len, splits.values())) == 200
-    assert splits_of(path, "dataset.test_rows=30")[0] == splits
-    other = splits_of(path, "dataset.test_rows=30", "dataset.split_seed=1")[0]["test"]
-    assert {row["prompt"] for row in other} != prompts[2]
+    assert 12 <= sizes[2] <= 14
+    assert 9 <= sizes[1] <= 12
+    assert sum(sizes) == 200
+    assert splits_of(path, "dataset.test_rows=12") == rows
+    other = splits_of(path, "dataset.test_rows=12", "dataset.split_seed=1")
+    assert prompts_of(other)[2] != prompts[2]
+
+
+@pytest.mark.parametrize(("test_rows", "held_out"), [(500, 20), (20, 20), (7, 7), (0, 0)])
+def test_at_most_a_tenth_of_a_set_without_a_test_split_is_held_out(test_rows, held_out, tmp_path):
+    rows = splits_of(write(tmp_path / "pairs.jsonl", pairs(200)), f"dataset.test_rows={test_rows}")
+    assert len(kept(rows, "test")) == held_out
 
 
 def test_hold_out_of_more_than_there_is_takes_all():
     import random
 
-    assert hold_out(pairs(3), 9, random.Random(0))[0] == []
+    rows = [{"key": row["prompt"], "reason": None} for row in pairs(3)]
+    assert hold_out(rows, 9, random.Random(0))[0] == []
 
 
-def adds_up(report: DataReport) -> bool:
-    parts = report.as_json()["sources"].values()
+def adds_up(rows: list[dict]) -> bool:
+    parts = count_rows(rows)["sources"].values()
     return all(part["read"] == sum(part["kept"].values()) + sum(part["dropped"].values()) for part in parts)
 
 
@@ -405,26 +423,26 @@ BAD = [
 
 def test_rows_that_teach_nothing_are_dropped_and_counted(tmp_path):
     path = write(tmp_path / "pairs.jsonl", [*BAD, *pairs(94)])
-    splits, report = splits_of(path)
-    assert sum(map(len, splits.values())) == 95
-    assert report.sources["pairs.jsonl"].dropped == {
+    rows = splits_of(path)
+    assert len(kept(rows)) == 95
+    assert counts_of(rows, "pairs.jsonl")["dropped"] == {
         "identical completions": 1, "empty completion": 1, "contradiction": 2, "exact duplicate": 1
     }  # fmt: skip
-    assert report.examples["empty completion"] == [f"{path}, line 2"]
-    assert report.sources["pairs.jsonl"].read == 100
-    assert adds_up(report)
+    assert count_rows(rows)["examples"]["empty completion"] == [f"{path}, line 2"]
+    assert counts_of(rows, "pairs.jsonl")["read"] == 100
+    assert adds_up(rows)
 
 
 def test_more_than_5_percent_that_teach_nothing_end_a_run(tmp_path):
     path = write(tmp_path / "pairs.jsonl", [*BAD, *pairs(70)])
     with pytest.raises(PipelineError, match=r"4 of 76 rows of pairs.jsonl teach nothing, more than 5%: .*line 2\)"):
         splits_of(path)
-    _, report = splits_of(path, strict=False)
-    assert adds_up(report)
+    rows = splits_of(path, strict=False)
+    assert adds_up(rows)
     # Two alike cost one row and damn no set.
     twice = write(tmp_path / "twice.jsonl", pairs(40) * 2)
-    _, report = splits_of(twice)
-    assert report.sources["twice.jsonl"].dropped == {"exact duplicate": 40}
+    rows = splits_of(twice)
+    assert counts_of(rows, "twice.jsonl")["dropped"] == {"exact duplicate": 40}
 
 
 @pytest.mark.parametrize("i", range(4))
@@ -438,67 +456,65 @@ def test_a_bad_row_ends_the_run_where_it_is_to(i, tmp_path):
 def test_sft_learns_one_completion_of_each_prompt_the_last_sound_one(tmp_path):
     rows = [{"prompt": "a", "chosen": f" {text}", "rejected": " x"} for text in ("one", "two", "three", " ")]
     path = write(tmp_path / "pairs.jsonl", [*rows, *pairs(90)])
-    splits, report = splits_of(path, completions=("chosen",))
-    assert [row["chosen"] for part in splits.values() for row in part if row["prompt"] == "a"] == [" three"]
-    assert report.sources["pairs.jsonl"].dropped == {"empty completion": 1, "another completion of its prompt": 2}
+    rows = splits_of(path, completions=("chosen",))
+    assert [row["chosen"] for row in kept(rows) if row["prompt"] == "a"] == [" three"]
+    assert counts_of(rows, "pairs.jsonl")["dropped"] == {"empty completion": 1, "another completion of its prompt": 2}
 
 
 def test_sft_and_dpo_hold_out_the_same_prompts_whatever_each_drops(tmp_path):
     rows = [{**row, "chosen": row["rejected"]} if i % 25 == 0 else row for i, row in enumerate(pairs(100))]
     path = write(tmp_path / "a.jsonl", rows)
-    sft, dpo = (splits_of(path, "dataset.test_rows=20", completions=names)[0] for names in (("chosen",), PAIR))
-    assert sum(map(len, sft.values())) == 100
-    assert sum(map(len, dpo.values())) == 96
-    for split in ("train", "validation", "test"):
-        assert {row["prompt"] for row in dpo[split]} <= {row["prompt"] for row in sft[split]}
+    sft, dpo = (splits_of(path, "dataset.test_rows=20", completions=names) for names in (("chosen",), PAIR))
+    assert len(kept(sft)) == 100
+    assert len(kept(dpo)) == 96
+    assert all(map(set.issubset, prompts_of(dpo), prompts_of(sft)))
 
 
 def test_a_prompt_of_the_sets_own_test_split_is_not_trained_on(tmp_path):
     train, test = write(tmp_path / "a.jsonl", pairs(50)), write(tmp_path / "b.jsonl", pairs(7))
-    splits, report = splits_of(train, f"dataset.test_path={test}")
-    assert len(splits["train"]) + len(splits["validation"]) == 43
-    assert not {row["prompt"] for row in splits["train"]} & {row["prompt"] for row in splits["test"]}
-    assert report.sources["a.jsonl"].dropped == {"prompt also in test": 7}
-    assert adds_up(report)
+    rows = splits_of(train, f"dataset.test_path={test}")
+    assert len(kept(rows, "train")) + len(kept(rows, "validation")) == 43
+    assert len(set.union(*prompts_of(rows))) == sum(map(len, prompts_of(rows)))
+    assert counts_of(rows, "a.jsonl")["dropped"] == {"prompt also in test": 7}
+    assert adds_up(rows)
 
 
 def test_a_file_named_as_a_test_split_is_told(tmp_path):
     for name, count in (("latest.jsonl", 0), ("test.jsonl.gz", 1), ("hh_test-00.jsonl", 1), ("contest.jsonl", 0)):
-        _, report = splits_of(write(tmp_path / name, pairs(50)))
-        assert len(report.notes) == count, name
-    assert "contest" not in str(report.warnings(512))
+        node = compose(["dataset=json", f"dataset.path={write(tmp_path / name, pairs(5))}"]).dataset
+        assert len(find_test_names(node)) == count, name
 
 
 def mixed(tmp_path, *overrides: str):
     one, two = write(tmp_path / "one.jsonl", pairs(60)), write(tmp_path / "two.jsonl.gz", pairs(130)[30:])
     sets = [f"+dataset@dataset.sets.{name}=json" for name in ("a", "b")]
-    paths = [f"dataset.sets.a.path={one}", f"dataset.sets.b.path={two}", "dataset.sets.a.test_rows=10"]
-    node = compose(["dataset=mixture", *sets, *paths, "dataset.sets.b.test_rows=20", *overrides]).dataset
+    paths = [f"dataset.sets.a.path={one}", f"dataset.sets.b.path={two}", "dataset.sets.a.test_rows=5"]
+    node = compose(["dataset=mixture", *sets, *paths, "dataset.sets.b.test_rows=10", *overrides]).dataset
     return load_splits(node, PAIR, False)
 
 
 def test_a_mixture_keeps_its_sources_apart_and_shares_no_prompt(tmp_path):
-    splits, report = mixed(tmp_path)
-    assert {name: counts.read for name, counts in report.sources.items()} == {"a": 60, "b": 100}
-    assert adds_up(report)
-    prompts = [{row["prompt"] for row in rows} for rows in splits.values()]
+    rows = mixed(tmp_path)
+    assert [counts_of(rows, name)["read"] for name in ("a", "b")] == [60, 100]
+    assert adds_up(rows)
+    prompts = prompts_of(rows)
     assert len(set.union(*prompts)) == sum(map(len, prompts))  # 30 prompts are in both sets
-    assert {row["source"] for row in splits["test"]} == {"a", "b"}
-    assert mixed(tmp_path)[0] == splits
+    assert {row["source"] for row in kept(rows, "test")} == {"a", "b"}
+    assert mixed(tmp_path) == rows
 
 
 def test_a_mixture_draws_by_weight_and_at_most_so_many_rows(tmp_path):
-    # Of train 50 and 80 rows are left; 3 to 1 in weight is 50 and 17. All of test is kept.
-    splits, report = mixed(tmp_path, "dataset.weights={a: 3, b: 1}")
-    assert adds_up(report)
-    assert report.sources["b"].dropped["not drawn"] == 80 - 17
-    assert len(splits["test"]) == 30
-    assert "not drawn" not in report.sources["a"].dropped
-    other, _ = mixed(tmp_path, "dataset.weights={a: 3, b: 1}", "dataset.seed=1")
-    assert other["train"] != splits["train"]
-    _, report = mixed(tmp_path, "dataset.rows={b: 5}")
-    assert report.sources["b"].dropped["not drawn"] == 75
-    assert adds_up(report)
+    # Of train 55 and 90 rows are left; 3 to 1 in weight is 55 and 18. All of test is kept.
+    rows = mixed(tmp_path, "dataset.weights={a: 3, b: 1}")
+    assert adds_up(rows)
+    assert counts_of(rows, "b")["dropped"]["not drawn"] == 90 - 18
+    assert len(kept(rows, "test")) == 15
+    assert "not drawn" not in counts_of(rows, "a")["dropped"]
+    other = mixed(tmp_path, "dataset.weights={a: 3, b: 1}", "dataset.seed=1")
+    assert kept(other, "train") != kept(rows, "train")
+    rows = mixed(tmp_path, "dataset.rows={b: 5}")
+    assert counts_of(rows, "b")["dropped"]["not drawn"] == 85
+    assert adds_up(rows)
 
 
 @pytest.mark.parametrize(
@@ -522,12 +538,6 @@ def test_a_mixture_of_nothing_is_one_sentence():
         load_splits(compose(["dataset=mixture"]).dataset, PAIR, False)
 
 
-def test_subsets_of_one_file_are_refused(tmp_path):
-    path = write(tmp_path / "train.jsonl", [{"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"}])
-    with pytest.raises(PipelineError, match="is one file, without folders: set dataset.subsets=null"):
-        hh_rlhf.load(path, ["harmless-base"], False, "hh")
-
-
 def test_a_data_set_without_demonstrations_says_what_to_type(tmp_path):
     path = write(tmp_path / "pairs.jsonl", pairs(9))
     with pytest.raises(PipelineError, match="no column 'demonstration'.*sft_target=chosen"):
@@ -549,19 +559,20 @@ def test_sft_on_another_set_leaves_out_what_dpo_is_tested_on(tmp_path):
     paths = [write(tmp_path / "pairs.jsonl", pairs(60)), write(tmp_path / "other.jsonl", pairs(90))]
     sets = [f"dataset.path={paths[0]}", "dataset@sft_dataset=json", f"sft_dataset.path={paths[1]}"]
     run = compose(["dataset=json", *sets, "dataset.test_rows=20", "sft_dataset.test_rows=5"])
-    sft, report = prepare.load_rows(run, "sft", word_tokenizer())
-    dpo, _ = prepare.load_rows(run, "dpo", word_tokenizer())
-    tested = {row["prompt"] for row in dpo["test"]}
-    assert len(tested) == 20
-    assert not tested & {row["prompt"] for split in ("train", "validation") for row in sft[split]}
-    assert not {row["prompt"] for row in dpo["validation"]} & {row["prompt"] for row in sft["train"]}
-    assert report.sources["other.jsonl"].dropped["prompt held out for DPO"] >= 15
-    assert adds_up(report)
+    rows = prepare.load_rows(run, "sft", word_tokenizer())
+    train, validation, _ = prompts_of(rows)
+    _, watched, tested = prompts_of(prepare.load_rows(run, "dpo", word_tokenizer()))
+    assert len(tested) == 6
+    assert not tested & (train | validation)
+    assert not watched & train
+    assert counts_of(rows, "other.jsonl")["dropped"]["prompt held out for DPO"] >= 6
+    assert adds_up(rows)
 
 
 def test_rows_are_tokenized_once_and_accounted_for_each_time(small, tmp_path, monkeypatch):
     path = write(
-        tmp_path / "pairs.jsonl", [*BAD, *({**row, "chosen": " i" * (3 + i % 30)} for i, row in enumerate(pairs(94)))]
+        tmp_path / "pairs.jsonl",
+        [*BAD, *({**row, "chosen": " i" * (3 + i % 30), "rejected": " it"} for i, row in enumerate(pairs(94)))],
     )
     given = ["dataset=json", f"dataset.path={path}", "dataset.test_rows=9", "length.max=24", f"root={tmp_path}"]
     run = small(*given)
@@ -570,13 +581,11 @@ def test_rows_are_tokenized_once_and_accounted_for_each_time(small, tmp_path, mo
     first, second = (prepare_run(run, "dpo", "train", "test") for _ in range(2))
     assert len(seen) == 2
     assert second.tables["train"].to_dict() == first.tables["train"].to_dict()
-    report = first.report
-    assert (second.report.as_json(), dict(second.report.examples)) == (
-        report.as_json(),
-        dict(report.examples),
-    )
-    assert report.sources["pairs.jsonl"].dropped["too long"] > 5
-    assert adds_up(report)
+    rows = first.all_rows
+    assert second.report == first.report
+    assert [row.get("tokens") for row in second.all_rows] == [row.get("tokens") for row in rows]
+    assert counts_of(rows, "pairs.jsonl")["dropped"]["too long"] > 5
+    assert adds_up(rows)
     prepare_run(small(*given, "length.completion=keep_eos"), "dpo", "train", "test")
     assert len(seen) == 4
 
@@ -599,23 +608,23 @@ def test_completions_that_nothing_cut_are_not_said_to_be_cut():
     tokenizer.chat_template = CHATML.replace("m.content", "m.content | trim")
     prompt = [{"role": "user", "content": "hi"}]
     rows = rows_of({"prompt": prompt, "chosen": "ok", "rejected": "ok\n"})
-    table = tokenize(rows, PAIR, tokenizer, [1], WIDE)
-    assert report_of(table, rows).sources["s"].dropped == {"identical completions": 1}
+    tokenize(rows, PAIR, tokenizer, [1], WIDE)
+    assert counts_of(rows)["dropped"] == {"identical completions": 1}
 
 
 def test_faults_are_weighed_against_the_rows_in_which_they_were_looked_for(tmp_path):
     """Neither debug, which draws 100 of the rows, nor SFT's one completion for each prompt makes 2% of faults 50%."""
     rows = [{**row, "chosen": " "} if i % 50 == 0 else row for i, row in enumerate(pairs(1000, prompts=60))]
     path = write(tmp_path / "pairs.jsonl", rows)
-    assert splits_of(path, debug=True)[1].sources["pairs.jsonl"].dropped["debug=true"] > 700
-    _, report = splits_of(path, completions=("chosen",))
-    assert report.sources["pairs.jsonl"].dropped["another completion of its prompt"] > 800
-    assert adds_up(report)
+    assert counts_of(splits_of(path, debug=True), "pairs.jsonl")["dropped"]["debug=true"] > 700
+    rows = splits_of(path, completions=("chosen",))
+    assert counts_of(rows, "pairs.jsonl")["dropped"]["another completion of its prompt"] > 800
+    assert adds_up(rows)
 
 
 def test_a_set_without_test_rows_costs_a_mixture_none(tmp_path):
-    splits, _ = mixed(tmp_path, "dataset.weights={a: 1, b: 1}", "dataset.sets.b.test_rows=0")
-    assert len(splits["test"]) == 10
+    rows = mixed(tmp_path, "dataset.weights={a: 1, b: 1}", "dataset.sets.b.test_rows=0")
+    assert len(kept(rows, "test")) == 5
 
 
 @pytest.mark.parametrize("typed", [[], ["dataset.splits={train: test, test: validation}"]])
@@ -624,14 +633,13 @@ def test_a_test_split_trained_on_by_another_road_is_told(typed, tmp_path):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "0000.jsonl", pairs(100)[:50] if name == "test" else pairs(100)[50:])
     path = tmp_path if typed else tmp_path / "validation" / "0000.jsonl"
-    _, report = splits_of(path, *typed)
-    assert len(report.notes) == 1
+    assert len(find_test_names(compose(["dataset=json", f"dataset.path={path}", *typed]).dataset)) == 1
 
 
 def test_rows_left_out_by_the_half_are_told(tmp_path):
     rows = [{**row, "votes": i % 4} for i, row in enumerate(pairs(80))]
-    _, report = splits_of(write(tmp_path / "a.jsonl", rows), "dataset.at_least={votes: 3}")
-    assert report.warnings(512) == [
+    rows = splits_of(write(tmp_path / "a.jsonl", rows), "dataset.at_least={votes: 3}")
+    assert find_warnings(rows, 512, 512) == [
         f"60 of 80 rows of a.jsonl are left out: votes below 3 (such as {tmp_path}/a.jsonl, line 1)"
     ]
 
@@ -694,12 +702,10 @@ def test_a_completion_ends_at_the_first_of_all_end_tokens():
 def test_the_limit_named_is_the_smallest_that_keeps_99_percent(count):
     lengths = [3 + (7 * i) % 19 for i in range(count)]
     rows = rows_of(*({"prompt": "x", "chosen": " i" * n} for n in lengths))
-    report = report_of(tokenize(rows, ("chosen",), word_tokenizer(), [2], WIDE), rows)
+    tokenize(rows, ("chosen",), word_tokenizer(), [2], LengthLimits(4, 2))
     total = [2 + n + 1 for n in lengths]  # BOS and x, the completion, its end
-    assert report.p99_length == min(n for n in total if sum(m <= n for m in total) >= 0.99 * count)
-    short = rows_of({"prompt": "x", "chosen": " i"})
-    report.add_table("test", tokenize(short, ("chosen",), word_tokenizer(), [2], WIDE), short)
-    assert report.p99_length == min(n for n in total if sum(m <= n for m in total) >= 0.99 * count)
+    least = min(n for n in total if sum(m <= n for m in total) >= 0.99 * count)
+    assert f"`length.max={least}`" in find_errors(rows, "drop", 4, 512)[0]
 
 
 def test_faults_are_not_weighed_against_what_a_filter_left_out(tmp_path):
@@ -714,14 +720,14 @@ def test_faults_are_not_weighed_against_what_a_filter_left_out(tmp_path):
 def test_a_mixture_keeps_the_reasons_of_its_sets(tmp_path):
     path = write(tmp_path / "votes.jsonl", [{**row, "votes": i % 2} for i, row in enumerate(pairs(80))])
     more = ["+dataset@dataset.sets.c=json", f"dataset.sets.c.path={path}", "dataset.sets.c.at_least={votes: 1}"]
-    _, report = mixed(tmp_path, *more, "dataset.sets.c.test_rows=0", "dataset.rows={c: 10}")
-    assert report.sources["c"].dropped["votes below 1"] == 40
-    assert report.sources["c"].dropped["not drawn"] == 30
-    assert adds_up(report)
+    rows = mixed(tmp_path, *more, "dataset.sets.c.test_rows=0", "dataset.rows={c: 10}")
+    assert counts_of(rows, "c")["dropped"]["votes below 1"] == 40
+    assert counts_of(rows, "c")["dropped"]["not drawn"] == 30
+    assert adds_up(rows)
 
 
 def test_turns_of_one_speaker_are_one_message(tmp_path):
     talk = "\n\nHuman: a\n\nHuman: b\n\nAssistant:"
     path = write(tmp_path / "a.jsonl", [{"chosen": f"{talk} yes", "rejected": f"{talk} no"}])
-    (row,) = hh_rlhf.load(path, None, True, "hh")["train"]
+    (row,) = loaded("hh_rlhf", f"dataset.path={path}", chat=True)["train"]
     assert row["prompt"] == [{"role": "user", "content": "a\n\nb"}]

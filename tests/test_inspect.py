@@ -7,17 +7,18 @@ import random
 import re
 from html.parser import HTMLParser
 
-import numpy as np
+import pandas as pd
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from dpo_pipeline.config import compose
 from dpo_pipeline.data import length_stats
-from dpo_pipeline.data.lengths import LengthLimits
 from dpo_pipeline.data.prepare import load_rows
+from dpo_pipeline.data.report import kept
+from dpo_pipeline.data.token_table import LengthLimits
 from dpo_pipeline.evaluation import data_page
-from dpo_pipeline.inspect_data import run_inspect
+from dpo_pipeline.inspect_data import count_repeats, leaked_prompts, odd_completions, overlap, run_inspect
 from dpo_pipeline.models import load_tokenizer
 
 SCRIPT = "<script>alert(1)</script>"
@@ -25,49 +26,43 @@ NASTY = f'{SCRIPT} \x1b[31mred\x07 \u202eback <img src=x onerror=alert(2)> | [a]
 PAIR = ("chosen", "rejected")
 
 
-def draw_sizes(rng: random.Random, rows: int, completions: int = 2) -> tuple[list, length_stats.Sizes]:
+def draw_sizes(rng: random.Random, rows: int, completions: int = 2) -> tuple[list, pd.DataFrame]:
     """Random ids of prompts and completions, each ended by 0, and their sizes."""
     found = [
         (
-            3 * i,
             [rng.randrange(1, 9) for _ in range(rng.randrange(1, 40))],
             [[*(rng.randrange(1, 9) for _ in range(rng.randrange(1, 30))), 0] for _ in range(completions)],
         )
         for i in range(rows)
     ]
-    return found, length_stats.measure_sizes(found, completions)
+    lengths = [[len(prompt), *map(len, ids), len(prompt) + max(map(len, ids))] for prompt, ids in found]
+    return found, pd.DataFrame(lengths, columns=["prompt", *PAIR[:completions], "total"])
 
 
-def test_sizes_and_spreads_are_those_of_plain_loops():
-    found, sizes = draw_sizes(random.Random(1), 101)
-    assert sizes.row.tolist() == [place for place, _, _ in found]
-    assert sizes.prompt.tolist() == [len(prompt) for _, prompt, _ in found]
-    assert sizes.completions.tolist() == [[len(ids[k]) for _, _, ids in found] for k in (0, 1)]
-    together = sorted(len(prompt) + max(map(len, ids)) for _, prompt, ids in found)
-    assert sorted(sizes.total.tolist()) == together
-    spread = length_stats.summarize(sizes.total)
+def test_spreads_are_those_of_a_sorted_list():
+    values = draw_sizes(random.Random(1), 101)[1]["total"]
+    together, spread = sorted(values), length_stats.summarize(values)
     assert spread["mean"] == pytest.approx(sum(together) / 101)
     assert [spread[k] for k in ("p5", "median", "p95", "p99", "max")] == [together[i] for i in (5, 50, 95, 99, 100)]
 
 
 def test_overlap_counts_each_common_token_once():
-    for _, _, (one, other) in draw_sizes(random.Random(2), 50)[0]:
+    for _, (one, other) in draw_sizes(random.Random(2), 50)[0]:
         left, common = list(other[:-1]), 0
         for token in one[:-1]:
             if token in left:
                 left.remove(token)
                 common += 1
-        expected = common / ((len(one) - 1 + len(other) - 1) / 2)
-        assert length_stats.overlap(one, other) == pytest.approx(expected)
-    assert length_stats.overlap([1, 2, 3, 0], [3, 2, 1, 0]) == 1
-    assert length_stats.overlap([1, 0], [2, 0]) == 0  # the end token is no common word
-    assert length_stats.overlap([0], [0]) == 0
+        assert overlap(one, other) == pytest.approx(common / ((len(one) - 1 + len(other) - 1) / 2))
+    assert overlap([1, 2, 3, 0], [3, 2, 1, 0]) == 1
+    assert overlap([1, 0], [2, 0]) == 0  # the end token is no common word
+    assert overlap([0], [0]) == 0
 
 
 def test_length_bias_is_what_a_judge_of_length_reaches():
     found, sizes = draw_sizes(random.Random(3), 200)
     points = []
-    for _, _, (chosen, rejected) in found:
+    for _, (chosen, rejected) in found:
         points.append(1 if len(chosen) > len(rejected) else 0.5 if len(chosen) == len(rejected) else 0)
     assert 0.5 in points
     bias = length_stats.longer_chosen(sizes)
@@ -87,7 +82,7 @@ def test_what_a_limit_would_cut_is_what_cutting_the_rows_does(prompt, completion
     for limit, cut_to in ((100, 50), (40, 20), (30, 5), (20, 19), (8, 4)):
         lengths = LengthLimits(limit, cut_to, prompt, completion)
         expected = dict.fromkeys(("kept", "dropped", "prompts_cut", "answers_cut", "tokens"), 0)
-        for _, given, whole in found:
+        for given, whole in found:
             ids, eos_ids, _, reason = lengths.fit(given, whole, 0, 0)
             expected["dropped" if reason else "kept"] += 1
             if not reason:
@@ -100,9 +95,7 @@ def test_what_a_limit_would_cut_is_what_cutting_the_rows_does(prompt, completion
 
 
 def test_candidates_reach_from_half_the_median_row_to_where_nothing_is_cut():
-    completions = np.array([[10, 10, 30], [2, 10, 2]])
-    sizes = length_stats.Sizes(np.arange(3), np.array([10, 40, 70]), completions, np.zeros(3))
-    assert sizes.total.tolist() == [20, 50, 100]
+    sizes = pd.DataFrame({"total": [20, 50, 100]})
     assert length_stats.candidate_limits(sizes, current=48, least=1, context=1000) == [32, 48, 64, 100, 128]
     assert length_stats.candidate_limits(sizes, current=48, least=49, context=1000) == [48, 64, 100, 128]
     assert length_stats.candidate_limits(sizes, current=48, least=1, context=70) == [32, 48, 64, 70, 128]
@@ -116,15 +109,30 @@ def test_repeats_and_leakage_look_past_case_and_spaces():
         {"prompt": "say hello", "chosen": "b", "rejected": "a", "origin": "3"},
         {"prompt": [{"role": "user", "content": "Hi"}], "chosen": "a", "rejected": "b", "origin": "4"},
     ]
-    assert length_stats.count_repeats(rows, PAIR) == {"prompts": 2, "alike": 1}
+    assert count_repeats(rows, PAIR) == {"prompts": 2, "alike": 1}
     held = [
         {"prompt": "SAY hello", "origin": "5"},
         {"prompt": "say hell o", "origin": "6"},
         {"prompt": [{"role": "user", "content": "hi "}], "origin": "7"},
         {"prompt": [{"role": "system", "content": "hi"}], "origin": "8"},
     ]
-    assert length_stats.leaked_prompts(rows, held) == ["5", "7"]
-    assert length_stats.leaked_prompts(held[1:2], rows) == []
+    assert leaked_prompts(rows, held) == ["5", "7"]
+    assert leaked_prompts(held[1:2], rows) == []
+
+
+ODD = [
+    ("hold role or template text", "a:", "yes\n\nHuman: more"),
+    ("are a list or an object", "a:", "['yes', 'no']"),
+    ("begin with their prompt", "What is a lighthouse?", "What is a lighthouse? A tower."),
+    ("follow a prompt without a space", "Name one", "two"),
+]
+
+
+@pytest.mark.parametrize(("kind", "prompt", "text"), ODD)
+def test_completions_that_are_no_text_as_meant_are_counted(kind, prompt, text):
+    rows = [{"prompt": prompt, "chosen": text, "rejected": " no", "origin": "1"}]
+    rows.append({"prompt": "Name one:", "chosen": " [1] two", "rejected": " no", "origin": "2"})
+    assert {name: origins for name, origins in odd_completions(rows, PAIR).items() if origins} == {kind: ["1"]}
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +203,7 @@ def looked_at(model, tmp_path_factory):
     root = tmp_path_factory.mktemp("looked")
     run = command(model, root, rows, test=test)
     folder = run_inspect(run).parent
-    train = load_rows(run, "dpo", load_tokenizer(run.model))[0]["train"]
+    train = kept(load_rows(run, "dpo", load_tokenizer(run.model)), "train")
     return (
         folder,
         json.loads((folder / "data.json").read_text()),
@@ -216,6 +224,11 @@ def test_every_row_is_accounted_for(looked_at):
     assert summary["rows"] == source["kept"] == {"train": 183, "validation": 9, "test": 30}
     assert summary["examples"]["too long"][0].endswith("line 22")
     assert len(train) == 184  # with the one too long
+    rows = pd.read_parquet(looked_at[0] / "rows.parquet")
+    assert len(rows) == 230
+    assert rows[rows["reason"].isna()].groupby("split").size().to_dict() == source["kept"]
+    assert rows["reason"].value_counts().to_dict() == source["dropped"]
+    assert source["unused_columns"] == []
 
 
 def test_numbers_are_those_of_a_plain_count(looked_at):
@@ -223,7 +236,7 @@ def test_numbers_are_those_of_a_plain_count(looked_at):
     prompt = [tokens_of(row["prompt"]) + 1 for row in train]  # with <s>
     chosen, rejected = ([tokens_of(row[name]) + 1 for row in train] for name in PAIR)  # with </s>
     together = [p + max(c, r) for p, c, r in zip(prompt, chosen, rejected, strict=True)]
-    for name, lengths in {"prompt": prompt, "chosen": chosen, "rejected": rejected, "together": together}.items():
+    for name, lengths in {"prompt": prompt, "chosen": chosen, "rejected": rejected, "total": together}.items():
         found = summary["lengths"][name]
         assert [found[k] for k in ("mean", "max")] == pytest.approx([sum(lengths) / 184, max(lengths)])
         assert found["median"] == (sorted(lengths)[91] + sorted(lengths)[92]) / 2
@@ -373,18 +386,23 @@ OVERRIDE = re.compile("`([^`]+)`")
 def warned(**changes) -> list[str]:
     """The warnings of a set with nothing wrong but `changes`."""
     good = {
-        "sources": {"a": {"dropped": {"empty completion": 2}}, "b": {"dropped": {}}},
+        "sources": {"a": {"read": 900, "dropped": {"empty completion": 2}}, "b": {"read": 100, "dropped": {}}},
         "rows": {"train": 5000, "validation": 250, "test": 500},
         "longer_chosen": {"value": 0.55, "low": 0.54, "high": 0.56, "n": 5000},
         "overlap": {"median": 0.3},
         "epoch": {"steps": 79, "batch": 64, "tokens": 1},
         "leaked": {"validation": [], "test": []},
+        "odd": {"are a list or an object": []},
     }
     return data_page.data_warnings({**good, **changes})
 
 
 def bias(value: float, low: float, high: float) -> dict[str, dict[str, float]]:
     return {"longer_chosen": {"value": value, "low": low, "high": high, "n": 100}}
+
+
+def dropped(**reasons: int) -> dict[str, dict[str, dict]]:
+    return {"sources": {"a": {"read": 1000, "dropped": reasons}}}
 
 
 @pytest.mark.parametrize(
@@ -397,7 +415,7 @@ def bias(value: float, low: float, high: float) -> dict[str, dict[str, float]]:
         (bias(0.681, 0.61, 0.75), bias(0.681, 0.60, 0.76), "the longer completion is chosen in 68.1% of pairs"),
         (bias(0.32, 0.25, 0.39), bias(0.32, 0.23, 0.41), "the shorter completion is chosen in 68.0% of pairs"),
         ({"overlap": {"median": 0.81}}, {"overlap": {"median": 0.8}}, "81% of their tokens"),
-        ({"sources": {"a": {"dropped": {"contradiction": 4}}}}, {"sources": {"a": {"dropped": {}}}}, "4 rows"),
+        (dropped(contradiction=4), dropped(), "4 rows"),
         ({"leaked": {"test": ["t, line 3", "u"]}}, {"leaked": {"test": []}}, "2 of the test rows"),
     ],
 )
@@ -434,12 +452,12 @@ def test_a_set_for_sft_alone_has_lengths_and_no_bias(model, tmp_path):
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     given = (f"sft_dataset.path={tmp_path / 'texts.jsonl'}", "sft_dataset.test_rows=10")
     folder, summary = inspected(model, tmp_path, pairs(random.Random(10), 60), "dataset@sft_dataset=imdb", *given)
-    assert list(summary["lengths"]) == ["prompt", "chosen", "rejected", "together"]
+    assert list(summary["lengths"]) == ["prompt", "chosen", "rejected", "total"]
     summary = json.loads((folder / "sft" / "data.json").read_text())
-    assert list(summary["lengths"]) == ["prompt", "demonstration", "together"]
+    assert list(summary["lengths"]) == ["prompt", "demonstration", "total"]
     assert summary["longer_chosen"] is summary["overlap"] is None
     assert {file.name for file in (folder / "sft").iterdir()} == {
-        *("data.json", "data.md", "data.html", "data_prompt.png", "data_demonstration.png"),
+        *("data.json", "data.md", "data.html", "rows.parquet", "data_prompt.png", "data_demonstration.png"),
     }
     page = (folder / "sft" / "data.html").read_text()
     assert "The two completions" not in page

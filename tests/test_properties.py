@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dpo_pipeline.config import compose
-from dpo_pipeline.data.lengths import LengthLimits
+from dpo_pipeline.data.report import SPLITS, count_rows, kept
 from dpo_pipeline.data.reviews import VOCABULARY
 from dpo_pipeline.data.splits import load_splits
-from dpo_pipeline.data.token_table import tokenize
+from dpo_pipeline.data.token_table import LengthLimits, tokenize
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.training.tiny import word_tokenizer
 
@@ -87,7 +87,8 @@ def test_no_row_is_lost_and_no_completion_ends_otherwise(rows, limits, sft, chat
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         node = {**NODE, "path": str(path), "test_rows": test_rows}
         try:
-            splits, report = load_splits(node, names, chat, strict=False)
+            every_row = load_splits(node, names, chat, strict=False)
+            splits = {split: kept(every_row, split) for split in SPLITS}
             tokenizer = CHAT if chat else TOKENIZER
             tables = {split: tokenize(part, names, tokenizer, [END], limits) for split, part in splits.items()}
             refusal = ""
@@ -98,12 +99,10 @@ def test_no_row_is_lost_and_no_completion_ends_otherwise(rows, limits, sft, chat
         assert len(refusal) > 20
         seen["refused"] = seen.get("refused", 0) + 1
         return
-    for split, table in tables.items():
-        report.add_table(split, table, splits[split])
-    (part,) = report.as_json()["sources"].values()
-    kept = sum(map(len, tables.values()))
-    assert part["read"] == len(rows) == kept + sum(part["dropped"].values())
-    assert sum(part["kept"].values()) == kept
+    (part,) = count_rows(every_row)["sources"].values()
+    count = sum(map(len, tables.values()))
+    assert part["read"] == len(rows) == count + sum(part["dropped"].values())
+    assert sum(part["kept"].values()) == count
     prompts = [{json.dumps(row["prompt"]) for row in splits[split]} for split in splits]
     assert len(set.union(*prompts)) == sum(map(len, prompts))
     for table in tables.values():
@@ -115,7 +114,7 @@ def test_no_row_is_lost_and_no_completion_ends_otherwise(rows, limits, sft, chat
             for ids in completions:
                 whole = ids.count(END) == 1 and ids[-1] == END and len(ids) > 1
                 assert whole or (limits.completion == "cut" and END not in ids and ids)
-    seen["kept"] = seen.get("kept", 0) + kept
+    seen["kept"] = seen.get("kept", 0) + count
     for reason in part["dropped"]:
         seen[reason] = seen.get(reason, 0) + 1
 

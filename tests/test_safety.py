@@ -17,10 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dpo_pipeline.config import CONF
-from dpo_pipeline.data.lengths import LengthLimits
 from dpo_pipeline.data.normalize import normalize_row
 from dpo_pipeline.data.prompts import prompt_ids, prompts_to_rows, read_prompts
-from dpo_pipeline.data.token_table import tokenize
+from dpo_pipeline.data.token_table import LengthLimits, tokenize
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluation.examples import changes_as_markdown, largest_changes
 from dpo_pipeline.evaluation.safety import bias, bias_table, safety, safety_table

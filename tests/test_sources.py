@@ -12,7 +12,8 @@ import pytest
 from pyarrow import parquet
 
 from dpo_pipeline.config import ROW_KEYS, compose, instantiate_node
-from dpo_pipeline.data import json_file
+from dpo_pipeline.data import formats
+from dpo_pipeline.data.report import count_rows, kept
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.errors import PipelineError
 
@@ -40,10 +41,10 @@ def loaded(name, path, *overrides, chat=False):
 
 
 def completions(row):
-    """A row without its source and origin."""
+    """The prompt and the completions of a row."""
     assert row["source"] == "it"
     assert row["origin"]
-    return {key: value for key, value in row.items() if key not in ("source", "origin")}
+    return {key: row[key] for key in ("prompt", "chosen", "rejected", "demonstration") if key in row}
 
 
 def user(content):
@@ -95,7 +96,7 @@ def test_shp_takes_the_preferred_comment_of_clear_pairs_at_most_five_for_a_post(
     assert completions(found["train"][0]) == {"prompt": asked, "chosen": " With water.", "rejected": " Not at all."}
     assert completions(found["train"][1]) == {"prompt": asked, "chosen": " Not at all.", "rejected": " With water."}
     reasons = ["score_ratio below 2", "beyond 5 pairs of its prompt"]
-    assert [row.get("left_out") for row in found["train"]] == [
+    assert [row["reason"] for row in found["train"]] == [
         None,
         None,
         reasons[0],
@@ -105,7 +106,7 @@ def test_shp_takes_the_preferred_comment_of_clear_pairs_at_most_five_for_a_post(
         reasons[1],
         None,
     ]
-    assert "left_out" not in found["test"][0]
+    assert found["test"][0]["reason"] is None
     assert len(loaded("shp", tmp_path)["train"]) == 9
     chat = loaded("shp", tmp_path / "askculinary" / "test.json", chat=True)["train"][0]
     assert completions(chat) == {
@@ -119,16 +120,16 @@ def test_what_shp_leaves_out_is_counted_and_is_no_fault(tmp_path):
     rows = [{**SHP, "history": f"{i}", "score_ratio": 2.5 if i % 2 else 1.5} for i in range(100)]
     path = write(tmp_path / "train.json", rows)
     run = compose(["dataset=shp", f"dataset.path={path}", "dataset.test_rows=5"])
-    splits, report = load_splits(run.dataset, ("chosen", "rejected"), chat=False)
-    assert sum(map(len, splits.values())) == 50
-    assert report.as_json()["sources"]["train.json"]["dropped"] == {"score_ratio below 2": 50}
+    rows = load_splits(run.dataset, ("chosen", "rejected"), chat=False)
+    assert len(kept(rows)) == 50
+    assert count_rows(rows)["sources"]["train.json"]["dropped"] == {"score_ratio below 2": 50}
 
 
 def test_a_number_in_csv_is_a_number(tmp_path):
     path = write(tmp_path / "shp.csv", [{**SHP, "labels": "0", "score_ratio": "1.5"}, {**SHP, "score_ratio": "3"}])
     first, second = loaded("shp", path)["train"]
-    assert (first["chosen"], first["left_out"]) == (" Not at all.", "score_ratio below 2")
-    assert "left_out" not in second
+    assert (first["chosen"], first["reason"]) == (" Not at all.", "score_ratio below 2")
+    assert second["reason"] is None
 
 
 def summary(text, policy):
@@ -166,7 +167,7 @@ def test_tldr_asks_in_the_papers_form_and_keeps_the_posts_own_summary(tmp_path):
     assert first == {"prompt": asked, "chosen": " two", "rejected": " one", "demonstration": " own"}
     assert second == {"prompt": asked, "chosen": " own", "rejected": " two", "demonstration": " own"}
     assert third == {"prompt": asked.replace("A.", "B."), "chosen": " one", "rejected": " two"}
-    assert [row.get("left_out") for row in found["test"]] == [None, "no prompt"]
+    assert [row["reason"] for row in found["test"]] == [None, "no prompt"]
     path = write(tmp_path / "batch9.jsonl", rows)
     assert completions(loaded("summarize_from_feedback", path, chat=True)["train"][0]) == {
         "prompt": [user(asked)],
@@ -398,10 +399,11 @@ def test_nulls_are_told_not_read_as_text(tmp_path):
         loaded("json", path, columns)
 
 
-def test_a_label_that_names_neither_completion_is_a_problem_of_its_row(tmp_path):
+def test_a_tie_is_left_out_and_counted(tmp_path):
     path = write(tmp_path / "a.jsonl", [{**SHP, "labels": 3}, {**SHP, "labels": None}, SHP])
-    reasons = [row.get("problem") for row in loaded("shp", path)["train"]]
-    assert reasons == ["labels is neither 1 nor 0", "labels is neither 1 nor 0", None]
+    rows = loaded("shp", path)["train"]
+    assert [row["reason"] for row in rows] == ["a tie (labels is neither 1 nor 0)"] * 2 + [None]
+    assert rows[0]["kind"] == "filtered"
 
 
 GIVEN = "dataset.columns={prompt: q, chosen: a.0.text, rejected: b}"
@@ -435,7 +437,7 @@ GIVEN = "dataset.columns={prompt: q, chosen: a.0.text, rejected: b}"
             "a.jsonl",
             [FORMS["text"][0], {"prompt": "p", "chosen": "c"}],
             "",
-            "line 2: columns.rejected=rejected: there is no rejected, found prompt, chosen$",
+            "line 2 has the columns prompt, chosen, which are no form known",
         ),
         (
             "a.jsonl",
@@ -515,7 +517,7 @@ def test_rows_of_a_folder_may_differ_in_form_and_not_in_what_is_no_text(tmp_path
 )
 def test_what_is_asked_of_the_hub(name, asked, monkeypatch):
     calls = []
-    monkeypatch.setattr(json_file, "read_source", lambda *given: calls.append(given) or {})
+    monkeypatch.setattr(formats, "read_source", lambda *given: calls.append(given) or {})
     node = compose([f"dataset={name}"]).dataset
     instantiate_node({key: value for key, value in node.items() if key not in ROW_KEYS}, chat=False, source="it")
     assert calls == [asked]
@@ -612,10 +614,10 @@ def test_a_split_that_is_not_there_is_one_sentence(tmp_path):
     assert set(loaded("json", tmp_path, "dataset.splits={train: validation}")) == {"train"}
 
 
-def test_a_folder_with_a_script_is_one_sentence(tmp_path):
+def test_a_folder_without_data_is_one_sentence(tmp_path):
     (tmp_path / "pydir").mkdir()
     (tmp_path / "pydir" / "pydir.py").write_text("import datasets\n")
-    with pytest.raises(PipelineError, match="pydir cannot be read as a data set: .*script"):
+    with pytest.raises(PipelineError, match="pydir cannot be read as a data set: it holds no .json"):
         loaded("json", tmp_path / "pydir")
 
 

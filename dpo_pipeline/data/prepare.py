@@ -21,7 +21,7 @@ from dpo_pipeline.data import tokens
 from dpo_pipeline.data.files import Row
 from dpo_pipeline.data.normalize import CALLS, completion_key, completion_message
 from dpo_pipeline.data.report import count_rows, find_errors, find_warnings, kept, print_report
-from dpo_pipeline.data.splits import load_splits, test_split_warnings
+from dpo_pipeline.data.splits import find_test_names, load_splits
 from dpo_pipeline.data.token_table import LengthLimits, tokenize
 from dpo_pipeline.distributed import is_main_process, on_main_process, processes
 from dpo_pipeline.errors import PipelineError
@@ -206,7 +206,7 @@ def check_report(run: Run, data: Prepared) -> None:
 def list_warnings(run: Run, data: Prepared) -> list[str]:
     """What a run on this data warns of, a sentence each."""
     node = learned_dataset(run, data.stage)
-    return [*test_split_warnings(node), *find_warnings(data.all_rows, data.limits.max, data.context)]
+    return [*find_test_names(node), *find_warnings(data.all_rows, data.limits.max, data.context)]
 
 
 def list_errors(run: Run, data: Prepared) -> list[str]:

@@ -162,7 +162,7 @@ def row_problem(row: Row, completions: tuple[str, ...]) -> str | None:
     return "identical completions" if len(texts) > 1 and texts[0] == texts[1] else None
 
 
-def test_split_warnings(node: dict[str, Any]) -> list[str]:
+def find_test_names(node: dict[str, Any]) -> list[str]:
     """A sentence for each set that trains on what is named like a published test split."""
     sentences = []
     for part in node["sets"].values() if "sets" in node else (node,):

@@ -20,8 +20,8 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from dpo_pipeline.config import compose
-from dpo_pipeline.data.hh_rlhf import load
 from dpo_pipeline.data.prepare import load_rows
+from dpo_pipeline.data.report import kept
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 BETAS = ("0.05", "0.1", "0.2", "0.3", "0.5")
@@ -48,10 +48,10 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench-sweep-"))
     os.environ["HF_HOME"] = str(folder / "hf")  # TRL's own cache starts empty, as ours does
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    pairs = load(str(given.pairs), None, False, "hh")["train"]
+    pairs = load_rows(compose(["dataset=hh_rlhf", f"dataset.path={given.pairs}"]), "dpo", tokenizer)
     sides = ("chosen", "rejected")
-    fit = [p for p in pairs if max(len(tokenizer(p["prompt"] + p[s])["input_ids"]) for s in sides) < 250]
-    rows = [p for p in fit if "problem" not in p and all(p[s].strip() for s in sides)][: given.rows]
+    fit = [p for p in kept(pairs) if max(len(tokenizer(p["prompt"] + p[s])["input_ids"]) for s in sides) < 250]
+    rows = fit[: given.rows]
     ours = folder / "pairs.jsonl"
     ours.write_text("".join(json.dumps({key: row[key] for key in ("prompt", *sides)}) + "\n" for row in rows))
     typed = [
@@ -60,7 +60,7 @@ def main() -> None:
         *("batch.global_size=16", "batch.micro_size=8", "dpo.learning_rate=1e-4", "dpo.eval_steps=100000"),
         *("evaluation.pairs=1", "evaluation.prompts=1", "evaluation.max_new_tokens=8"),
     ]
-    train = load_rows(compose(typed), "dpo", tokenizer)[0]["train"]
+    train = kept(load_rows(compose(typed), "dpo", tokenizer), "train")
     (folder / "trl").mkdir()
     lines = (json.dumps({key: row[key] for key in ("prompt", *sides)}) + "\n" for row in train)
     (folder / "trl" / "train.jsonl").write_text("".join(lines))
