@@ -570,10 +570,8 @@ def test_sft_on_another_set_leaves_out_what_dpo_is_tested_on(tmp_path):
 
 
 def test_rows_are_tokenized_once_and_accounted_for_each_time(small, tmp_path, monkeypatch):
-    path = write(
-        tmp_path / "pairs.jsonl",
-        [*BAD, *({**row, "chosen": " i" * (3 + i % 30), "rejected": " it"} for i, row in enumerate(pairs(94)))],
-    )
+    long = [{**row, "chosen": " i" * (3 + i % 30), "rejected": " it"} for i, row in enumerate(pairs(94))]
+    path = write(tmp_path / "pairs.jsonl", [*BAD, *long])
     given = ["dataset=json", f"dataset.path={path}", "dataset.test_rows=9", "length.max=24", f"root={tmp_path}"]
     run = small(*given)
     seen = []

@@ -194,11 +194,8 @@ def test_a_text_becomes_a_dialogue_for_a_base_model_only_where_the_policy_has_le
         dialogue,
     ]
     assert [row["prompt"] for row in prompts_to_rows([plain, ASKED], True, "s", True)] == [ASKED, ASKED]
-    assert prompts_to_rows(["a", "b"], False, "xstest")[1] == {
-        "prompt": "b",
-        "source": "xstest",
-        "origin": "xstest, prompt 2",
-    }
+    row = prompts_to_rows(["a", "b"], False, "xstest")[1]
+    assert (row["prompt"], row["source"], row["origin"]) == ("b", "xstest", "xstest, prompt 2")
 
 
 def test_a_prompt_that_holds_bos_is_told_by_its_number():

@@ -117,8 +117,10 @@ def build_row(origin: str, raw: Row, columns: Row, at_least: Row, prompt_words: 
 def detect_form(origin: str, raw: Row, names: tuple[str, ...]) -> dict[str, str]:
     """The columns of a row in one of the common forms; raises PipelineError where there is none, or too many."""
     form = find_form(names)
-    # Chosen and rejected alone may also be completions whose prompt has another name.
+    # Chosen and rejected alone may also be completions whose prompt has another name, or is null.
     if form is None or (form is PAIR and isinstance(decode(raw["chosen"]), str) and REPLY not in raw["chosen"]):
+        form = None if form and len(names) == len(raw) else find_form(tuple(raw))
+    if form is None:
         raise PipelineError(
             f"{origin} has the columns {list_names(names)}, which are no form known here: say what they hold, such as "
             "'dataset.columns={prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}'"

@@ -94,7 +94,7 @@ def invalid_sentences(rows: Rows, on_bad_row: str = "drop") -> list[str]:
     for source, source_rows in checked.items():
         invalid = [row for row in source_rows if row.get("kind") == INVALID]
         if len(invalid) > MAX_INVALID * len(source_rows):
-            remedy = "take them out, or check that dataset= fits and that chosen and rejected are the columns meant"
+            remedy = "check that dataset= fits and that chosen and rejected are the columns meant, or take them out"
             if any(row["reason"] == "contradiction" for row in invalid):
                 remedy += "; dataset.on_contradiction=drop leaves out pairs labelled both ways"
             sentences.append(
