@@ -78,7 +78,6 @@ def inspect_stage(run: Run, data: "Prepared", folder: Path) -> Path:
 def summarize_rows(run: Run, data: "Prepared", sizes: Any, overlaps: Any) -> dict[str, Any]:
     """What the page says of the rows in numbers: counts, lengths, limits, biases, repeats, leakage and warnings."""
     from dpo_pipeline.data import length_stats
-    from dpo_pipeline.data.prepare import list_errors, list_warnings
     from dpo_pipeline.evaluation.data_page import data_warnings
 
     limits, context, max_prompt, batch = data.limits, data.context, run.length.max_prompt, run.batch.global_size
@@ -104,8 +103,8 @@ def summarize_rows(run: Run, data: "Prepared", sizes: Any, overlaps: Any) -> dic
         "leaked": leaked,
         "odd": odd_completions(rows["train"], data.columns),
     }
-    errors = [f"training would stop: {sentence}" for sentence in list_errors(run, data)]
-    return summary | {"warnings": [*errors, *list_warnings(run, data), *data_warnings(summary)]}
+    errors = [f"training would stop: {sentence}" for sentence in data.list_errors()]
+    return summary | {"warnings": [*errors, *data.list_warnings(), *data_warnings(summary)]}
 
 
 def overlap(first: list[int], second: list[int]) -> float:
@@ -131,7 +130,7 @@ def leaked_prompts(train: list[dict[str, Any]], held_out: list[dict[str, Any]]) 
 
 def plain_text(prompt: Any) -> str:
     """A text, or messages as text, in lower case and with single spaces."""
-    from dpo_pipeline.data.messages import prompt_to_text
+    from dpo_pipeline.data.normalize import prompt_to_text
 
     return " ".join(prompt_to_text(prompt).casefold().split())
 

@@ -58,19 +58,17 @@ def read_lines(file: Path, path: str) -> Iterator[str]:
 
 
 def read_json_rows(lines: Iterator[str], path: str) -> Rows:
-    """The values of JSON text: one on each line, or all in one list."""
+    """The values of JSON text: one on each line, or all in one list, which may begin with a dialogue on its line."""
     for number, line in enumerate(lines, 1):
-        if line.lstrip().startswith("[") and not holds_dialogue(line):
+        if not line.strip():
+            continue
+        value = None
+        with suppress(ValueError, RecursionError):
+            value = json.loads(line) if line.lstrip().startswith("[") else None
+        if is_dialogue(value) or not line.lstrip().startswith("["):
+            yield f"{path}, line {number}", value or parse_json(line.rstrip("\r\n"), path, number)
+        else:
             yield from number_rows(parse_json(line + "".join(lines), path, number), f"{path}, row")
-        elif line.strip():
-            yield f"{path}, line {number}", parse_json(line.rstrip("\r\n"), path, number)
-
-
-def holds_dialogue(line: str) -> bool:
-    """Whether a line is one whole list of messages."""
-    with suppress(ValueError, RecursionError):
-        return is_dialogue(json.loads(line))
-    return False
 
 
 def is_dialogue(value: Any) -> bool:

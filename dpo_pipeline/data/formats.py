@@ -11,8 +11,8 @@ from pydantic import NonNegativeInt, PositiveInt, validate_call
 
 from dpo_pipeline.data.columns import FIELD, LABELLED, PARTS, PROMPTS, check_columns, get_path, unused_columns
 from dpo_pipeline.data.files import Row, check_text, list_names, show_value
-from dpo_pipeline.data.messages import REPLY, decode, parse_messages
-from dpo_pipeline.data.normalize import COMPLETIONS, normalize_row
+from dpo_pipeline.data.messages import decode, parse_messages
+from dpo_pipeline.data.normalize import COMPLETIONS, REPLY, normalize_row
 from dpo_pipeline.data.report import filtered
 from dpo_pipeline.data.sources import read_source
 from dpo_pipeline.errors import PipelineError

@@ -1,4 +1,4 @@
-"""Messages: read from the forms that data sets have, compared, and turned into text and back."""
+"""Messages, read from the forms that data sets have, and compared."""
 
 import ast
 import hashlib
@@ -17,8 +17,6 @@ ROLES = {"system": "system", "user": "user", "assistant": "assistant", "develope
 ROLES |= dict.fromkeys(("gpt", "bot", "chatbot", "model"), "assistant")
 ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
 MEANING = ("role", "content", "tool_calls", "reasoning_content")  # the fields that tell messages apart
-ASK, REPLY = "\n\nHuman:", "\n\nAssistant:"
-TURN = re.compile(f"({ASK}|{REPLY})")
 
 
 def parse_messages(value: Any, label: str) -> Prompt:
@@ -63,28 +61,6 @@ def parse_message(message: Row, label: str) -> Message:
     return {"role": ROLES[role], "content": check_text(content, f"{label}: its content"), **fields}
 
 
-def to_messages(text: str) -> list[Message]:
-    """Text as messages: HH-RLHF's form becomes its turns, any other text what the user says."""
-    if not text.endswith(REPLY):
-        return [{"role": "user", "content": trim(text)}]
-    if text.startswith(ASK.lstrip()):
-        text = f"\n\n{text}"  # whose first line break was stripped
-    opening, *turns = TURN.split(text.removesuffix(REPLY))
-    messages = [{"role": "system", "content": opening.strip()}] if opening.strip() else []
-    for mark, turn in zip(turns[::2], turns[1::2], strict=True):
-        role = "user" if mark == ASK else "assistant"
-        if messages and messages[-1]["role"] == role:  # chat templates want the roles to alternate
-            messages[-1]["content"] += f"\n\n{turn.strip()}"
-        else:
-            messages.append({"role": role, "content": turn.strip()})
-    return messages
-
-
-def trim(text: str) -> str:
-    """Text without the blank lines and the one space that may begin it, and without its end; indentation stays."""
-    return re.sub(r"\A(?:\s*\n)?(?: (?!\s))?", "", text).rstrip()
-
-
 def meanings(prompt: Prompt | None) -> Any:
     """What a prompt says, without the ids or times that its messages may have."""
     if not isinstance(prompt, list):
@@ -100,8 +76,3 @@ def prompt_key(prompt: Prompt) -> str:
 def prompt_texts(prompt: Prompt) -> list[str]:
     """The text, or that of each message."""
     return [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-
-
-def prompt_to_text(prompt: Prompt) -> str:
-    """A prompt as a person reads it."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

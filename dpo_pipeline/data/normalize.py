@@ -11,25 +11,13 @@ import re
 from typing import Any
 
 from dpo_pipeline.data.files import Row
-from dpo_pipeline.data.messages import (
-    ASK,
-    REPLY,
-    Message,
-    Prompt,
-    meanings,
-    parse_messages,
-    prompt_key,
-    prompt_texts,
-    prompt_to_text,
-    to_messages,
-    trim,
-)
+from dpo_pipeline.data.messages import Message, Prompt, meanings, parse_messages, prompt_key, prompt_texts
 from dpo_pipeline.errors import PipelineError
-
-__all__ = ["ASK", "REPLY", "Message", "Prompt", "prompt_to_text"]  # what the judges read
 
 COMPLETIONS = ("chosen", "rejected", "demonstration")
 CALLS = ("tools", "tool_calls", "reasoning_content")  # what no base model reads, and not every chat template
+ASK, REPLY = "\n\nHuman:", "\n\nAssistant:"
+TURN = re.compile(f"({ASK}|{REPLY})")
 RENDERED = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]")  # by chat templates
 
 
@@ -153,3 +141,30 @@ def completion_message(row: Row, name: str) -> Message:
 def completion_key(row: Row, name: str) -> str:
     """What tells completions apart: their text, and their calls and reasoning if any."""
     return json.dumps(meanings([completion_message(row, name)])) if name in row.get("extra", {}) else row[name]
+
+
+def to_messages(text: str) -> list[Message]:
+    """Text as messages: HH-RLHF's form becomes its turns, any other text what the user says."""
+    if not text.endswith(REPLY):
+        return [{"role": "user", "content": trim(text)}]
+    if text.startswith(ASK.lstrip()):
+        text = f"\n\n{text}"  # whose first line break was stripped
+    opening, *turns = TURN.split(text.removesuffix(REPLY))
+    messages = [{"role": "system", "content": opening.strip()}] if opening.strip() else []
+    for mark, turn in zip(turns[::2], turns[1::2], strict=True):
+        role = "user" if mark == ASK else "assistant"
+        if messages and messages[-1]["role"] == role:  # chat templates want the roles to alternate
+            messages[-1]["content"] += f"\n\n{turn.strip()}"
+        else:
+            messages.append({"role": role, "content": turn.strip()})
+    return messages
+
+
+def trim(text: str) -> str:
+    """Text without the blank lines and the one space that may begin it, and without its end; indentation stays."""
+    return re.sub(r"\A(?:\s*\n)?(?: (?!\s))?", "", text).rstrip()
+
+
+def prompt_to_text(prompt: Prompt) -> str:
+    """A prompt as a person reads it."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)

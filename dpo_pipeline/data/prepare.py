@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import load_from_disk
-from pyarrow import compute, parquet
+from pyarrow import parquet
 
 from dpo_pipeline.content_hash import content_hash
 from dpo_pipeline.data import tokens
@@ -22,30 +22,32 @@ from dpo_pipeline.data.files import Row
 from dpo_pipeline.data.normalize import CALLS, completion_key, completion_message
 from dpo_pipeline.data.report import count_rows, find_errors, find_warnings, kept, print_report
 from dpo_pipeline.data.splits import find_test_names, load_splits
-from dpo_pipeline.data.token_table import LengthLimits, tokenize
+from dpo_pipeline.data.token_table import LengthLimits, check_ids, table_fingerprint, tokenize
 from dpo_pipeline.distributed import is_main_process, on_main_process, processes
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.locks import file_lock
 from dpo_pipeline.models import LoadOptions, load_config, load_generation_config, load_options, load_tokenizer
 from dpo_pipeline.schema import Run
 
+__all__ = ["Prepared", "prepare", "table_fingerprint"]
+
 log = logging.getLogger(__name__)
 
 SPLITS = {"sft": ("train", "validation"), "dpo": ("train", "validation", "test")}
 MARKS = ("reason", "kind", "cut", "tokens", "retokenized")  # what tokenizing fills in, beside counts of tokens
-MAX_UNKNOWN = 0.1  # share of unknown tokens above which the tokenizer is that of another language
 
 
 @dataclass
 class Prepared:
     """What a stage works on, the same for training, `check=true`, evaluation and the data page.
 
-    `config` is the base model's. `tables` hold token ids by split: `prompt_ids` and `completion_ids` (SFT), or
-    `chosen_ids` and `rejected_ids` (DPO); their column `row` counts in `rows`. Rank 0 alone has `rows` and `all_rows`,
-    the latter with those that are not kept. `report`: `sources` and `examples`, as `count_rows` gives them.
+    `dataset` is the config node of the set, `config` the base model's. `tables` hold token ids by split: `prompt_ids`
+    and `completion_ids` (SFT), or `chosen_ids` and `rejected_ids` (DPO); their column `row` counts in `rows`. Rank 0
+    alone has `rows` and `all_rows`, those that are not kept too. `report` is what `count_rows` makes of them.
     """
 
     stage: str
+    dataset: dict[str, Any]
     columns: tuple[str, ...]
     config: Any
     tokenizer: Any
@@ -62,6 +64,14 @@ class Prepared:
         """The tokens that the base model can read."""
         return self.config.get_text_config().max_position_embeddings
 
+    def list_warnings(self) -> list[str]:
+        """What a run on these rows warns of, a sentence each."""
+        return find_test_names(self.dataset) + find_warnings(self.all_rows, self.limits.max, self.context)
+
+    def list_errors(self) -> list[str]:
+        """What would end a run on these rows, a sentence each."""
+        return find_errors(self.all_rows, self.dataset["on_bad_row"], self.limits.max, self.context)
+
 
 def prepare(run: Run, stage: str, splits: tuple[str, ...] | None = None, strict: bool = True) -> Prepared:
     """Load and tokenize the rows of a stage, by default all splits that it trains on or measures.
@@ -72,7 +82,8 @@ def prepare(run: Run, stage: str, splits: tuple[str, ...] | None = None, strict:
     tokenizer, config = load_tokenizer(run.model), load_config(run.model)
     limits = LengthLimits.resolve(run.length, config.get_text_config().max_position_embeddings)
     eos_ids = tokens.eos_ids_of(tokenizer, load_generation_config(run.model, config))
-    data = Prepared(stage, learned_columns(run, stage), config, tokenizer, eos_ids, limits, load_options(run))
+    dataset, columns = stage_dataset(run, stage)
+    data = Prepared(stage, dataset, columns, config, tokenizer, eos_ids, limits, load_options(run))
     splits = splits or SPLITS[stage]
 
     def load_and_tokenize() -> tuple[dict[str, Path], dict[str, Any]]:
@@ -85,8 +96,9 @@ def prepare(run: Run, stage: str, splits: tuple[str, ...] | None = None, strict:
             gc.enable()
         data.report = count_rows(data.all_rows)
         if strict:
-            check_report(run, data)
-        check_tokens(run, data)
+            check_report(data)
+        name = "the embedded model" if run.model.builder else run.model.path
+        check_ids(data.tables, data.tokenizer, config.get_text_config().vocab_size, name)
         tables = data.tables if processes() > 1 else {}
         folders = {name: Path(table.cache_files[0]["filename"]).parent for name, table in tables.items() if len(table)}
         return folders, data.report
@@ -97,14 +109,11 @@ def prepare(run: Run, stage: str, splits: tuple[str, ...] | None = None, strict:
     return data
 
 
-def learned_columns(run: Run, stage: str) -> tuple[str, ...]:
-    """The columns of completions that a stage learns from."""
-    return (str(run.sft_target),) if stage == "sft" else ("chosen", "rejected")
-
-
-def learned_dataset(run: Run, stage: str) -> dict[str, Any]:
-    """The config node of the data set that a stage learns from."""
-    return (run.sft_dataset or run.dataset) if stage == "sft" else run.dataset
+def stage_dataset(run: Run, stage: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The config node of the data set that a stage learns from, and the columns of its completions."""
+    if stage == "sft":
+        return run.sft_dataset or run.dataset, (str(run.sft_target),)
+    return run.dataset, ("chosen", "rejected")
 
 
 def load_rows(run: Run, stage: str, tokenizer: Any, strict: bool = True) -> list[Row]:
@@ -112,11 +121,11 @@ def load_rows(run: Run, stage: str, tokenizer: Any, strict: bool = True) -> list
 
     They are messages where the set's `form` says so or the tokenizer has a chat template, else text.
     """
-    dataset = learned_dataset(run, stage)
+    dataset, columns = stage_dataset(run, stage)
     is_chat = dataset["form"] == "messages" or (dataset["form"] == "auto" and bool(tokenizer.chat_template))
     # SFT on another set leaves out the prompts on which DPO is tested.
     held_out_set = run.dataset if dataset is run.sft_dataset else None
-    rows = load_splits(dataset, learned_columns(run, stage), is_chat, run.debug, strict, held_out_set)
+    rows = load_splits(dataset, columns, is_chat, run.debug, strict, held_out_set)
     if is_chat:
         check_template(rows, str(tokenizer.chat_template))
     return rows
@@ -191,62 +200,13 @@ def tokenizer_hash(tokenizer: Any) -> str:
         return content_hash(Path(folder))
 
 
-def check_report(run: Run, data: Prepared) -> None:
+def check_report(data: Prepared) -> None:
     """Log what became of the rows; raises PipelineError where too many are cut or dropped, or none are left."""
     log.info("rows by source\n%s", print_report(data.report, data.all_rows))
-    for sentence in list_warnings(run, data):
+    for sentence in data.list_warnings():
         log.warning("%s", sentence)
-    for sentence in list_errors(run, data):
+    for sentence in data.list_errors():
         raise PipelineError(sentence)
     for split in ("train", "validation"):
         if split in data.tables and not len(data.tables[split]):
             raise PipelineError(f"no rows are left for {split}: all were longer than length.max, or empty: raise it")
-
-
-def list_warnings(run: Run, data: Prepared) -> list[str]:
-    """What a run on this data warns of, a sentence each."""
-    node = learned_dataset(run, data.stage)
-    return [*find_test_names(node), *find_warnings(data.all_rows, data.limits.max, data.context)]
-
-
-def list_errors(run: Run, data: Prepared) -> list[str]:
-    """What would end a run on this data, a sentence each."""
-    on_bad_row = learned_dataset(run, data.stage)["on_bad_row"]
-    return find_errors(data.all_rows, on_bad_row, data.limits.max, data.context)
-
-
-def check_tokens(run: Run, data: Prepared) -> None:
-    """Raise PipelineError where rows hold a token that the base model lacks (torch would crash), or unknown words."""
-    columns = [table.data.column(name) for table in data.tables.values() for name in ids_columns(table)]
-    ids = [compute.list_flatten(column) for column in columns]
-    size = data.config.get_text_config().vocab_size
-    largest = max([data.tokenizer.pad_token_id, *(compute.max(each).as_py() or 0 for each in ids)])
-    if largest >= size:
-        token = data.tokenizer.convert_ids_to_tokens(largest)
-        raise PipelineError(
-            f"the rows hold token {largest} ({token!r}), and the base {run.model.path} knows {size} tokens: give the "
-            "tokenizer that it was trained with"
-        )
-    unknown = data.tokenizer.unk_token_id
-    if unknown is None or unknown in data.eos_ids:
-        return
-    count = sum(compute.sum(compute.equal(each, unknown)).as_py() or 0 for each in ids)
-    if count > MAX_UNKNOWN * sum(map(len, ids)):
-        name = "the embedded model" if run.model.builder else run.model.path
-        share = f"{count / sum(map(len, ids)):.0%} of the tokens of these rows"
-        raise PipelineError(f"{share} are unknown to the tokenizer of {name}: type model=... of their language")
-
-
-def table_fingerprint(table: Any) -> str:
-    """sha256 of the token ids of a table."""
-    digest = hashlib.sha256()
-    for name in ids_columns(table):
-        column = table.data.column(name)
-        for numbers in (compute.list_value_length(column), compute.list_flatten(column)):
-            digest.update(numbers.to_numpy().tobytes())
-    return digest.hexdigest()
-
-
-def ids_columns(table: Any) -> list[str]:
-    """The columns of a table that hold token ids."""
-    return sorted(name for name in table.column_names if name.endswith("_ids"))

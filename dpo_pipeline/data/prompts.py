@@ -6,8 +6,8 @@ from typing import Any
 
 from dpo_pipeline.data.columns import get_path
 from dpo_pipeline.data.files import Row, check_text, read_file
-from dpo_pipeline.data.messages import ASK, REPLY, Prompt, parse_messages, prompt_texts
-from dpo_pipeline.data.normalize import normalize_row
+from dpo_pipeline.data.messages import Prompt, parse_messages, prompt_texts
+from dpo_pipeline.data.normalize import ASK, REPLY, normalize_row
 from dpo_pipeline.data.tokens import encode_rows
 from dpo_pipeline.errors import PipelineError
 
@@ -24,21 +24,18 @@ def read_prompts(path: str, columns: tuple[str, ...] = ()) -> list[Row]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise PipelineError(f"there is no prompts file {path} (from {Path.cwd()}): check the path")
-    rows = [parse_prompt_row(row, columns, origin) for origin, row in read_file(file, path)]
+    rows = []
+    for origin, raw in read_file(file, path):
+        row = {name: check_text(get_path(raw, name, origin), f"{origin}: {name}") for name in columns}
+        prompt = parse_messages(get_path(raw, "prompt", origin), f"{origin}: prompt")
+        if not "".join(prompt_texts(prompt)).strip():
+            raise PipelineError(f"{origin}: its prompt is empty: write one, or take the row out")
+        if row.get("label", "safe") not in LABELS:
+            raise PipelineError(f"{origin}: its label is {row['label']!r}, neither safe nor unsafe: correct it")
+        rows.append({**row, "prompt": prompt, "origin": origin})
     if "group" in columns:
         check_groups(rows, path)
     return rows
-
-
-def parse_prompt_row(row: Row, columns: tuple[str, ...], origin: str) -> Row:
-    """A row's prompt, columns and origin; raises PipelineError if one is missing or is not what it has to be."""
-    fields = {name: check_text(get_path(row, name, origin), f"{origin}: {name}") for name in columns}
-    prompt = parse_messages(get_path(row, "prompt", origin), f"{origin}: prompt")
-    if not "".join(prompt_texts(prompt)).strip():
-        raise PipelineError(f"{origin}: its prompt is empty: write one, or take the row out")
-    if "label" in columns and fields["label"] not in LABELS:
-        raise PipelineError(f"{origin}: its label is {fields['label']!r}, neither safe nor unsafe: correct it")
-    return {**fields, "prompt": prompt, "origin": origin}
 
 
 def check_groups(rows: list[Row], path: str) -> None:

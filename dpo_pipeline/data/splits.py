@@ -1,7 +1,6 @@
 """Train, validation and test of a data set: what each stage may read, and which rows teach nothing."""
 
 import random
-import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ from dpo_pipeline.data.files import Row, list_names
 from dpo_pipeline.data.messages import prompt_texts
 from dpo_pipeline.data.normalize import COMPLETIONS, completion_key
 from dpo_pipeline.data.report import FILTERED, INVALID, SINGLE, SURPLUS, drop, invalid_sentences, kept, list_reasons
+from dpo_pipeline.data.sources import split_of
 from dpo_pipeline.errors import PipelineError
 
 DEBUG_ROWS = 100
-TEST_FOLDERS = ("test", "validation", "valid", "eval", "dev")
-TEST_NAME = re.compile(rf"(^|[^a-z])({'|'.join(TEST_FOLDERS)})([^a-z]|$)", re.IGNORECASE)
 
 
 def load_splits(
@@ -166,15 +164,12 @@ def find_test_names(node: dict[str, Any]) -> list[str]:
     """A sentence for each set that trains on what is named like a published test split."""
     sentences = []
     for part in node["sets"].values() if "sets" in node else (node,):
-        file = Path(part["path"]) if "path" in part else Path()
-        if file.is_file():
-            name = f"{file.parent.name}/{file.name}" if file.parent.name in TEST_FOLDERS else file.name
-        else:
-            name = part["splits"].get("train", "") if part.get("splits") else ""
-        if TEST_NAME.search(name):
+        file = Path(part.get("path", ""))
+        parts = file.parts[-2:] if file.is_file() else ((part.get("splits") or {}).get("train", ""),)
+        if split_of(parts).startswith(("test", "valid", "eval", "dev")):
             sentences.append(
-                f"{name} is named like a published test split and is trained on: report no result on that split, or "
-                "name the set's train file by dataset.path="
+                f"{'/'.join(parts)} is named like a published test split and is trained on: report no result on that "
+                "split, or name the set's train file by dataset.path="
             )
     return sentences
 

@@ -1,5 +1,6 @@
 """Rows of token ids within the length limits, as a table: what training and measuring read."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,8 @@ from dpo_pipeline.data.files import Row
 from dpo_pipeline.data.report import INVALID, SINGLE, TOO_LONG, drop
 from dpo_pipeline.data.tokens import BATCH, EncodedRow, encode_rows
 from dpo_pipeline.errors import PipelineError
+
+MAX_UNKNOWN = 0.1  # share of unknown tokens above which the tokenizer is that of another language
 
 
 @dataclass(frozen=True)
@@ -109,3 +112,40 @@ def fit_row(
         row["cut"] = cut or None
         return [prompt, *completions]
     return []
+
+
+def check_ids(tables: dict[str, Any], tokenizer: Any, vocabulary: int, name: str) -> None:
+    """Raise PipelineError where tables hold a token that the base model `name` lacks, or many unknown words.
+
+    Torch would crash on the former; on the latter a policy would train without a warning.
+    """
+    from pyarrow import compute
+
+    columns = [table.data.column(column) for table in tables.values() for column in ids_columns(table)]
+    ids, unknown = [compute.list_flatten(column) for column in columns], tokenizer.unk_token_id
+    largest = max([tokenizer.pad_token_id, *(compute.max(each).as_py() or 0 for each in ids)])
+    if largest >= vocabulary:
+        token = f"token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r})"
+        known = f"the base {name} knows {vocabulary} tokens"
+        raise PipelineError(f"the rows hold {token}, and {known}: give the tokenizer that it was trained with")
+    count = sum(compute.sum(compute.equal(each, -1 if unknown is None else unknown)).as_py() or 0 for each in ids)
+    if unknown != tokenizer.eos_token_id and count > MAX_UNKNOWN * sum(map(len, ids)):
+        share = f"{count / sum(map(len, ids)):.0%} of the tokens of these rows"
+        raise PipelineError(f"{share} are unknown to the tokenizer of {name}: type model=... of their language")
+
+
+def table_fingerprint(table: Any) -> str:
+    """sha256 of the token ids of a table."""
+    from pyarrow import compute
+
+    digest = hashlib.sha256()
+    for name in ids_columns(table):
+        column = table.data.column(name)
+        for numbers in (compute.list_value_length(column), compute.list_flatten(column)):
+            digest.update(numbers.to_numpy().tobytes())
+    return digest.hexdigest()
+
+
+def ids_columns(table: Any) -> list[str]:
+    """The columns of a table that hold token ids."""
+    return sorted(name for name in table.column_names if name.endswith("_ids"))

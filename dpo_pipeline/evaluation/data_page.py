@@ -1,8 +1,6 @@
-"""A data set's page: its rows, lengths, biases and warnings, for a terminal, as Markdown and as HTML, with plots."""
+"""A data set's page: its rows, lengths, biases and warnings, for a terminal and as HTML with plots."""
 
-import html
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ class Section:
 
 
 def write_data_page(folder: Path, summary: dict[str, Any], sizes: Any, overlaps: Any, examples: list[Any]) -> None:
-    """Write data.json, data.md, data.html and the PNGs into `folder`; `examples` are made by `example`."""
+    """Write data.json, data.html and the PNGs into `folder`; `examples` are made by `example`."""
     folder.mkdir(parents=True, exist_ok=True)
     draw_histograms(folder, summary, sizes, overlaps)
     page = render_template(
@@ -40,69 +38,55 @@ def write_data_page(folder: Path, summary: dict[str, Any], sizes: Any, overlaps:
         **{"title": page_title(summary), "overview": overview(summary), "warnings": summary["warnings"]},
         **{"sections": sections(summary), "examples": examples, "show": show_invisible},
     )
-    files = {"json": json.dumps(summary, indent=2), "md": page_text(summary, examples, markdown=True), "html": page}
-    for ending, content in files.items():
-        (folder / f"data.{ending}").write_text(content + "\n", encoding="utf-8")
+    (folder / "data.html").write_text(page + "\n", encoding="utf-8")
+    (folder / "data.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 def data_warnings(summary: dict[str, Any]) -> list[str]:
     """What the numbers of a data set warn of, each with what to type."""
     rows, epoch, bias, overlap = (summary[key] for key in ("rows", "epoch", "longer_chosen", "overlap"))
-    sentences = []
-    if bias and rows["train"] < MIN_PAIRS:
-        sentences.append(
-            f"{rows['train']:,} pairs are few: below some {MIN_PAIRS:,} comparisons reward models stay near chance "
-            "(arXiv:2210.10760), and DPO fits the same loss. Add pairs, or stay near the start by `lora=r16 beta=0.3`"
-        )
-    if epoch["steps"] < MIN_STEPS and epoch["batch"] > 8:
-        sentences.append(
-            f"an epoch is {epoch['steps']} steps of {epoch['batch']} rows, and a tenth of them warm up: type "
-            f"`batch.global_size={max(8, epoch['batch'] // 4)}` for more steps"
-        )
-    if bias and (bias["low"] > MAX_LENGTH_BIAS or bias["high"] < 1 - MAX_LENGTH_BIAS):
-        share, kind = max((bias["value"], "longer"), (1 - bias["value"], "shorter"))
-        sentences.append(
-            f"length bias is strong: the {kind} completion is chosen in {share:.1%} of pairs (arXiv:2310.03716). "
-            "`++dpo.ld_alpha=0.5` halves the weight of the tokens that the longer completion has more "
-            "(arXiv:2409.06411); read each win rate beside the completion length"
-        )
-    if overlap and overlap["median"] > MAX_OVERLAP:
-        sentences.append(
-            f"half of the pairs share at least {overlap['median']:.0%} of their tokens: DPO can then make both "
-            "completions less likely (arXiv:2402.13228). `loss=sigmoid_sft` keeps the chosen one likely"
-        )
-    if contradictions := dropped_rows(summary, "contradiction"):
-        sentences.append(
-            f"{contradictions:,} rows were labelled both ways, and dropped: other labels may be noisy too. "
-            "`loss=cdpo` assumes that a tenth of them are wrong (dpo.label_smoothing)"
-        )
-    if (copies := dropped_rows(summary, "exact duplicate")) > MAX_DUPLICATES * read_rows(summary):
-        sentences.append(
-            f"{copies:,} rows are exact duplicates of another, and dropped: is the file meant to repeat them?"
-        )
+    share, kind = max((bias["value"], "longer"), (1 - bias["value"], "shorter")) if bias else (0.5, "")
+    is_biased = bias and (bias["low"] > MAX_LENGTH_BIAS or bias["high"] < 1 - MAX_LENGTH_BIAS)
+    common, read = overlap["median"] if overlap else 0, sum(part["read"] for part in summary["sources"].values())
+    contradictions, copies = (dropped_rows(summary, reason) for reason in ("contradiction", "exact duplicate"))
+    sentences = {
+        f"{rows['train']:,} pairs are few: below some {MIN_PAIRS:,} comparisons reward models stay near chance "
+        "(arXiv:2210.10760), and DPO fits the same loss. Add pairs, or stay near the start by `lora=r16 beta=0.3`": (
+            bias and rows["train"] < MIN_PAIRS
+        ),
+        f"an epoch is {epoch['steps']} steps of {epoch['batch']} rows, and a tenth of them warm up: type "
+        f"`batch.global_size={max(8, epoch['batch'] // 4)}` for more steps": (
+            epoch["steps"] < MIN_STEPS and epoch["batch"] > 8
+        ),
+        f"length bias is strong: the {kind} completion is chosen in {share:.1%} of pairs (arXiv:2310.03716). "
+        "`++dpo.ld_alpha=0.5` halves the weight of the tokens that the longer completion has more (arXiv:2409.06411); "
+        "read each win rate beside the completion length": is_biased,
+        f"half of the pairs share at least {common:.0%} of their tokens: DPO can then make both less likely "
+        "(arXiv:2402.13228). `loss=sigmoid_sft` keeps the chosen one likely": common > MAX_OVERLAP,
+        f"{contradictions:,} rows were labelled both ways, and dropped: other labels may be noisy too. `loss=cdpo` "
+        "assumes that a tenth of them are wrong (dpo.label_smoothing)": contradictions,
+        f"{copies:,} rows are exact duplicates of another, and dropped: is the file meant to repeat them?": (
+            copies > MAX_DUPLICATES * read
+        ),
+    }
     for name, origins in summary["odd"].items():
-        if len(origins) > MAX_ODD * rows["train"]:
-            sentences.append(
-                f"the completions of {len(origins):,} train rows {name}, such as {origins[0]}: look at them, and "
-                "correct the file if that is not meant"
-            )
+        sentence = (
+            f"the completions of {len(origins):,} train rows {name}, such as {''.join(origins[:1])}: look at them"
+        )
+        sentences[f"{sentence}, and correct the file if that is not meant"] = len(origins) > MAX_ODD * rows["train"]
     for split, origins in summary["leaked"].items():
-        if origins:
-            sentences.append(
-                f"{len(origins):,} of the {split} rows repeat a prompt of train except for case and spaces, such as "
-                f"{origins[0]}: remove them, and give that file by `dataset.path=FILE`"
-            )
-    return sentences
+        sentence = (
+            f"{len(origins):,} of the {split} rows repeat a prompt of train except for case and spaces, such as "
+        )
+        sentences[f"{sentence}{''.join(origins[:1])}: remove them, and give that file by `dataset.path=FILE`"] = (
+            origins
+        )
+    return [sentence for sentence, is_true in sentences.items() if is_true]
 
 
 def dropped_rows(summary: dict[str, Any], reason: str) -> int:
     """How many rows of all sources were dropped for a reason."""
     return sum(source["dropped"].get(reason, 0) for source in summary["sources"].values())
-
-
-def read_rows(summary: dict[str, Any]) -> int:
-    """How many rows of all sources were read."""
-    return sum(source["read"] for source in summary["sources"].values())
 
 
 def page_title(summary: dict[str, Any]) -> str:
@@ -146,53 +130,43 @@ def sections(summary: dict[str, Any]) -> list[Section]:
 
 def limit_section(summary: dict[str, Any]) -> Section:
     """What other values of length.max would drop and cut."""
-    limits, lines = (
-        summary["length"],
-        [["length.max", "kept", "dropped", "prompts cut", "completions cut", "tokens an epoch"]],
-    )
+    length = summary["length"]
+    lines = [["length.max", "kept", "dropped", "prompts cut", "completions cut", "tokens an epoch"]]
     for row in summary["limits"]:
-        note = (
-            " (now)"
-            if row["max"] == limits["max"]
-            else " (beyond the model)"
-            if row["max"] > limits["context"]
-            else ""
-        )
         limit, *counts = (f"{value:,}" for value in row.values())
-        lines.append([limit + note, *counts])
-    cut_to = "half of length.max" if limits["max_prompt"] is None else f"{limits['max_prompt']} tokens"
+        note = " (beyond the model)" if row["max"] > length["context"] else ""
+        lines.append([limit + (" (now)" if row["max"] == length["max"] else note), *counts])
+    cut_to = "half of length.max" if length["max_prompt"] is None else f"{length['max_prompt']} tokens"
     text = (
-        f"Of train rows, with `length.prompt={limits['prompt']} length.completion={limits['completion']}`. A cut "
-        f"prompt keeps {cut_to}, and counts once for each completion. The model can read {limits['context']:,} tokens."
+        f"Of train rows, with `length.prompt={length['prompt']} length.completion={length['completion']}`. A cut "
+        f"prompt keeps {cut_to}, and counts once for each completion. The model can read {length['context']:,} tokens."
     )
     return Section("What length.max cuts", text, lines)
 
 
 def repeat_section(summary: dict[str, Any]) -> Section:
-    """Rows and prompts that occur more than once."""
+    """Rows and prompts that occur more than once, and completions that are odd."""
     reasons = ("exact duplicate", "contradiction", "prompt also in test")
     counts = {f"rows dropped: {reason}": dropped_rows(summary, reason) for reason in reasons}
     counts["train rows that differ in case and spaces alone"] = summary["repeats"]["alike"]
     for split, origins in summary["leaked"].items():
         counts[f"{split} rows with a prompt of train except for case and spaces"] = len(origins)
+    counts |= {f"train rows whose completions {name}": len(origins) for name, origins in summary["odd"].items()}
     counts["different prompts in train"] = summary["repeats"]["prompts"]
     return Section("Repeats and leakage", "", [["", "rows"], *([name, f"{n:,}"] for name, n in counts.items())])
 
 
-def page_text(
-    summary: dict[str, Any], examples: list[dict[str, Any]], colour: bool = False, markdown: bool = False
-) -> str:
-    """The page as text for a terminal, in colour if asked for, or as Markdown, which links the pictures."""
-    clean = escape_markdown if markdown else show_invisible
-    warnings = "\n".join(f"- **warning**: {clean(sentence)}" for sentence in summary["warnings"])
-    blocks = [f"# {clean(page_title(summary))}", overview(summary), warnings or "Nothing to warn of."]
+def page_text(summary: dict[str, Any], examples: list[dict[str, Any]], colour: bool = False) -> str:
+    """The page as text for a terminal, in colour if asked for."""
+    warnings = "\n".join(f"- **warning**: {show_invisible(sentence)}" for sentence in summary["warnings"])
+    blocks = [f"# {show_invisible(page_title(summary))}", overview(summary), warnings or "Nothing to warn of."]
     for part in sections(summary):
-        table = markdown_table([[clean(cell) for cell in row] for row in part.table]) if part.table else ""
-        pictures = [f"![{caption}]({file})" for file, caption in part.pictures.items() if markdown]
-        blocks += [f"## {part.title}", part.text, table, *pictures]
+        table = markdown_table([[show_invisible(cell) for cell in row] for row in part.table]) if part.table else ""
+        blocks += [f"## {part.title}", part.text, table]
     blocks.append("## Three rows, token by token")
     for row in examples:
-        blocks.append(f"{row['title']}: {clean(row['origin'])}" + f", {row['cut']} tokens cut" * (row["cut"] > 0))
+        cut = f", {row['cut']} tokens cut" * (row["cut"] > 0)
+        blocks.append(f"{row['title']}: {show_invisible(row['origin'])}{cut}")
         for part in row["parts"]:
             head = f"{part['name']}, {len(part['tokens'])} tokens, {part['use']}"
             blocks.append(f"    {head}\n    {format_tokens(part, colour)}")
@@ -245,8 +219,3 @@ def show_invisible(text: str) -> str:
     """A text on one line, with signs for line breaks and tabs, and codes for characters that a terminal would obey."""
     signs = {"\n": "↵", "\t": "⇥"}
     return "".join(signs.get(c) or (c if c.isprintable() else ascii(c)[1:-1]) for c in text)
-
-
-def escape_markdown(text: str) -> str:
-    """A visible text that Markdown shows as it is: no markup, link, picture, or end of a table cell."""
-    return re.sub(r"[\[\]|\\]", r"\\\g<0>", html.escape(show_invisible(text), quote=False))
