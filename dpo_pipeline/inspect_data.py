@@ -47,7 +47,7 @@ def inspect_stage(run: Run, data: "Prepared", folder: Path) -> Path:
     """Print what the rows of a stage look like and write it into `folder`; the page."""
     import pandas as pd
 
-    from dpo_pipeline.evaluation import data_page
+    from dpo_pipeline.evaluation import data_page, token_view
 
     rows = pd.DataFrame(data.all_rows)
     if "tokens" not in rows or not (is_measured := rows["tokens"].notna() & (rows["split"] == "train")).any():
@@ -64,7 +64,7 @@ def inspect_stage(run: Run, data: "Prepared", folder: Path) -> Path:
     for title, quantile in EXAMPLES.items() if order else ():
         ids_of_row = table[order[int(quantile * (len(order) - 1))]]
         row = data.rows["train"][ids_of_row["row"]]
-        examples.append(data_page.example(title, row, ids_of_row, data.columns, data.tokenizer))
+        examples.append(token_view.show_tokens(title, row, ids_of_row, data.columns, data.tokenizer))
     data_page.write_data_page(folder, summary, sizes, overlaps, examples)
     for name in ("prompt", *COMPLETIONS):  # messages as JSON, since Parquet wants one type
         if name in rows:
@@ -118,17 +118,17 @@ def overlap(first: list[int], second: list[int]) -> float:
 
 def count_repeats(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> dict[str, int]:
     """How many prompts differ among rows, and how many rows equal another one but for case and spaces."""
-    texts = {tuple(plain_text(row[name]) for name in ("prompt", *columns)) for row in rows}
+    texts = {tuple(fold_text(row[name]) for name in ("prompt", *columns)) for row in rows}
     return {"prompts": len({prompt for prompt, *_ in texts}), "alike": len(rows) - len(texts)}
 
 
 def leaked_prompts(train: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> list[str]:
     """The origins of the held-out rows whose prompt is one of train's but for case and spaces."""
-    prompts = {plain_text(row["prompt"]) for row in train}
-    return [row["origin"] for row in held_out if plain_text(row["prompt"]) in prompts]
+    prompts = {fold_text(row["prompt"]) for row in train}
+    return [row["origin"] for row in held_out if fold_text(row["prompt"]) in prompts]
 
 
-def plain_text(prompt: Any) -> str:
+def fold_text(prompt: Any) -> str:
     """A text, or messages as text, in lower case and with single spaces."""
     from dpo_pipeline.data.normalize import prompt_to_text
 

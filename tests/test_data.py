@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_pipeline.config import ROW_KEYS, compose, instantiate_node
 from dpo_pipeline.content_hash import content_hash
 from dpo_pipeline.data import prepare, tokens
-from dpo_pipeline.data.report import SPLITS, count_rows, find_errors, find_warnings, kept
+from dpo_pipeline.data.report import SPLITS, count_rows, find_errors, find_warnings, kept_rows
 from dpo_pipeline.data.splits import find_test_names, hold_out, load_splits
 from dpo_pipeline.data.token_table import LengthLimits, tokenize
 from dpo_pipeline.data.tokens import encode_rows, eos_ids_of
@@ -66,7 +66,7 @@ def splits_of(path, *overrides: str, completions: tuple[str, ...] = PAIR, **kwar
 
 def by_split(rows: list[dict]) -> dict[str, list[dict]]:
     """The rows that are kept, by split."""
-    return {split: kept(rows, split) for split in SPLITS}
+    return {split: kept_rows(rows, split) for split in SPLITS}
 
 
 def prompts_of(rows: list[dict]) -> list[set[str]]:
@@ -396,7 +396,7 @@ def test_splits_share_no_prompt_and_hold_out_by_prompt(tmp_path):
 @pytest.mark.parametrize(("test_rows", "held_out"), [(500, 20), (20, 20), (7, 7), (0, 0)])
 def test_at_most_a_tenth_of_a_set_without_a_test_split_is_held_out(test_rows, held_out, tmp_path):
     rows = splits_of(write(tmp_path / "pairs.jsonl", pairs(200)), f"dataset.test_rows={test_rows}")
-    assert len(kept(rows, "test")) == held_out
+    assert len(kept_rows(rows, "test")) == held_out
 
 
 def test_hold_out_of_more_than_there_is_takes_all():
@@ -424,7 +424,7 @@ BAD = [
 def test_rows_that_teach_nothing_are_dropped_and_counted(tmp_path):
     path = write(tmp_path / "pairs.jsonl", [*BAD, *pairs(94)])
     rows = splits_of(path)
-    assert len(kept(rows)) == 95
+    assert len(kept_rows(rows)) == 95
     assert counts_of(rows, "pairs.jsonl")["dropped"] == {
         "identical completions": 1, "empty completion": 1, "contradiction": 2, "exact duplicate": 1
     }  # fmt: skip
@@ -457,7 +457,7 @@ def test_sft_learns_one_completion_of_each_prompt_the_last_sound_one(tmp_path):
     rows = [{"prompt": "a", "chosen": f" {text}", "rejected": " x"} for text in ("one", "two", "three", " ")]
     path = write(tmp_path / "pairs.jsonl", [*rows, *pairs(90)])
     rows = splits_of(path, completions=("chosen",))
-    assert [row["chosen"] for row in kept(rows) if row["prompt"] == "a"] == [" three"]
+    assert [row["chosen"] for row in kept_rows(rows) if row["prompt"] == "a"] == [" three"]
     assert counts_of(rows, "pairs.jsonl")["dropped"] == {"empty completion": 1, "another completion of its prompt": 2}
 
 
@@ -465,15 +465,15 @@ def test_sft_and_dpo_hold_out_the_same_prompts_whatever_each_drops(tmp_path):
     rows = [{**row, "chosen": row["rejected"]} if i % 25 == 0 else row for i, row in enumerate(pairs(100))]
     path = write(tmp_path / "a.jsonl", rows)
     sft, dpo = (splits_of(path, "dataset.test_rows=20", completions=names) for names in (("chosen",), PAIR))
-    assert len(kept(sft)) == 100
-    assert len(kept(dpo)) == 96
+    assert len(kept_rows(sft)) == 100
+    assert len(kept_rows(dpo)) == 96
     assert all(map(set.issubset, prompts_of(dpo), prompts_of(sft)))
 
 
 def test_a_prompt_of_the_sets_own_test_split_is_not_trained_on(tmp_path):
     train, test = write(tmp_path / "a.jsonl", pairs(50)), write(tmp_path / "b.jsonl", pairs(7))
     rows = splits_of(train, f"dataset.test_path={test}")
-    assert len(kept(rows, "train")) + len(kept(rows, "validation")) == 43
+    assert len(kept_rows(rows, "train")) + len(kept_rows(rows, "validation")) == 43
     assert len(set.union(*prompts_of(rows))) == sum(map(len, prompts_of(rows)))
     assert counts_of(rows, "a.jsonl")["dropped"] == {"prompt also in test": 7}
     assert adds_up(rows)
@@ -499,7 +499,7 @@ def test_a_mixture_keeps_its_sources_apart_and_shares_no_prompt(tmp_path):
     assert adds_up(rows)
     prompts = prompts_of(rows)
     assert len(set.union(*prompts)) == sum(map(len, prompts))  # 30 prompts are in both sets
-    assert {row["source"] for row in kept(rows, "test")} == {"a", "b"}
+    assert {row["source"] for row in kept_rows(rows, "test")} == {"a", "b"}
     assert mixed(tmp_path) == rows
 
 
@@ -508,10 +508,10 @@ def test_a_mixture_draws_by_weight_and_at_most_so_many_rows(tmp_path):
     rows = mixed(tmp_path, "dataset.weights={a: 3, b: 1}")
     assert adds_up(rows)
     assert counts_of(rows, "b")["dropped"]["not drawn"] == 90 - 18
-    assert len(kept(rows, "test")) == 15
+    assert len(kept_rows(rows, "test")) == 15
     assert "not drawn" not in counts_of(rows, "a")["dropped"]
     other = mixed(tmp_path, "dataset.weights={a: 3, b: 1}", "dataset.seed=1")
-    assert kept(other, "train") != kept(rows, "train")
+    assert kept_rows(other, "train") != kept_rows(rows, "train")
     rows = mixed(tmp_path, "dataset.rows={b: 5}")
     assert counts_of(rows, "b")["dropped"]["not drawn"] == 85
     assert adds_up(rows)
@@ -622,7 +622,7 @@ def test_faults_are_weighed_against_the_rows_in_which_they_were_looked_for(tmp_p
 
 def test_a_set_without_test_rows_costs_a_mixture_none(tmp_path):
     rows = mixed(tmp_path, "dataset.weights={a: 1, b: 1}", "dataset.sets.b.test_rows=0")
-    assert len(kept(rows, "test")) == 5
+    assert len(kept_rows(rows, "test")) == 5
 
 
 @pytest.mark.parametrize("typed", [[], ["dataset.splits={train: test, test: validation}"]])

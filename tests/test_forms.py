@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_pipeline.config import CONF, ROW_KEYS, compose, instantiate_node
-from dpo_pipeline.data.normalize import completion_message
-from dpo_pipeline.data.prepare import check_template
+from dpo_pipeline.data.normalize import check_template, completion_message
 from dpo_pipeline.data.splits import drop_invalid, load_splits
 from dpo_pipeline.data.tokens import encode_rows
 from dpo_pipeline.errors import PipelineError

@@ -15,9 +15,9 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from dpo_pipeline.config import compose
 from dpo_pipeline.data import length_stats
 from dpo_pipeline.data.prepare import load_rows
-from dpo_pipeline.data.report import kept
+from dpo_pipeline.data.report import kept_rows
 from dpo_pipeline.data.token_table import LengthLimits
-from dpo_pipeline.evaluation import data_page
+from dpo_pipeline.evaluation import data_page, token_view
 from dpo_pipeline.inspect_data import count_repeats, leaked_prompts, odd_completions, overlap, run_inspect
 from dpo_pipeline.models import load_tokenizer
 
@@ -203,7 +203,7 @@ def looked_at(model, tmp_path_factory):
     root = tmp_path_factory.mktemp("looked")
     run = command(model, root, rows, test=test)
     folder = run_inspect(run).parent
-    train = kept(load_rows(run, "dpo", load_tokenizer(run.model)), "train")
+    train = kept_rows(load_rows(run, "dpo", load_tokenizer(run.model)), "train")
     return (
         folder,
         json.loads((folder / "data.json").read_text()),
@@ -307,9 +307,9 @@ def test_html_shows_markup_as_text(model, tmp_path):
     # What the data holds is all there, each script tag as one token's text.
     shown = ["".join(text).replace("\ufffd", "") for _, text in seen.texts]
     assert [name for name, _ in seen.texts] == ["prompt", "chosen", "rejected"] * 3
-    assert all(text.startswith("<s>") and text.endswith(data_page.show_invisible(NASTY)) for text in shown[::3])
+    assert all(text.startswith("<s>") and text.endswith(token_view.show_invisible(NASTY)) for text in shown[::3])
     assert all(
-        re.fullmatch(re.escape(data_page.show_invisible(NASTY)) + r" \d+ .* .*</s>", text) for text in shown[1::3]
+        re.fullmatch(re.escape(token_view.show_invisible(NASTY)) + r" \d+ .* .*</s>", text) for text in shown[1::3]
     )
     assert all(SCRIPT in text for name, text in seen.texts if name != "rejected")
     assert "<img" not in page.replace('<img src="data_', "")
@@ -338,7 +338,7 @@ def test_colours_only_on_a_terminal_that_wants_them(model, tmp_path, capsys, mon
     coloured = printed()
     assert set(re.findall("\x1b\\[([0-9;]*)m", coloured)) == {
         *("0", "30;43"),
-        *(f"97;48;5;{shade}" for name in ("prompt", *PAIR) for shade in data_page.SHADES[name]),
+        *(f"97;48;5;{shade}" for name in ("prompt", *PAIR) for shade in token_view.SHADES[name]),
     }
     assert re.sub("\x1b\\[[0-9;]*m", "", coloured) == re.sub("[│⟦⟧]", "", plain)
     monkeypatch.setenv("NO_COLOR", "1")

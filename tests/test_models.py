@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dpo_pipeline.base_model import base_model
 from dpo_pipeline.config import compose
-from dpo_pipeline.data.report import kept
+from dpo_pipeline.data.report import kept_rows
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
@@ -146,7 +146,7 @@ def test_a_family_goes_from_sft_to_dpo(family, lora, tmp_path):
     # Log-probs of the validation rows: by the policy in training, as logged, and by what plain libraries load.
     auto = AutoModelForCausalLM if run.lora is None else AutoPeftModelForCausalLM
     loaded = {name: auto.from_pretrained(final[name], dtype=torch.float32).eval() for name in ("sft", "dpo")}
-    rows = kept(load_splits(run.dataset, ("chosen", "rejected", "demonstration"), False), "validation")
+    rows = kept_rows(load_splits(run.dataset, ("chosen", "rejected", "demonstration"), False), "validation")
     for side in ("chosen", "rejected"):
         sums, _ = logprobs(loaded["dpo"], tokenizer, rows, side)
         seen = [row[f"eval_logps/{side}"] for row in log if f"eval_logps/{side}" in row]

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dpo_pipeline.config import compose
-from dpo_pipeline.data.report import SPLITS, count_rows, kept
+from dpo_pipeline.data.report import SPLITS, count_rows, kept_rows
 from dpo_pipeline.data.reviews import VOCABULARY
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.data.token_table import LengthLimits, tokenize
@@ -88,7 +88,7 @@ def test_no_row_is_lost_and_no_completion_ends_otherwise(rows, limits, sft, chat
         node = {**NODE, "path": str(path), "test_rows": test_rows}
         try:
             every_row = load_splits(node, names, chat, strict=False)
-            splits = {split: kept(every_row, split) for split in SPLITS}
+            splits = {split: kept_rows(every_row, split) for split in SPLITS}
             tokenizer = CHAT if chat else TOKENIZER
             tables = {split: tokenize(part, names, tokenizer, [END], limits) for split, part in splits.items()}
             refusal = ""

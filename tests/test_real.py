@@ -6,7 +6,7 @@ import pytest
 
 from dpo_pipeline import run_folder
 from dpo_pipeline.config import CONF, compose
-from dpo_pipeline.data.report import SPLITS, kept
+from dpo_pipeline.data.report import SPLITS, kept_rows
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.data.token_table import LengthLimits, tokenize
 from dpo_pipeline.dpo import run_dpo
@@ -76,7 +76,7 @@ def evaluated_by_a_real_classifier(typed: list[str]) -> None:
 def test_the_polite_rows_split_by_prompt_and_every_completion_ends_once():
     run = real("stories15M", "dataset=instruction_preference", f"dataset.path={POLITE}")
     rows = load_splits(run.dataset, ("chosen", "rejected"), False)
-    splits = {split: kept(rows, split) for split in SPLITS}
+    splits = {split: kept_rows(rows, split) for split in SPLITS}
     prompts = [{row["prompt"] for row in splits[name]} for name in ("train", "validation", "test")]
     assert len(set.union(*prompts)) == sum(map(len, prompts)) == 1069  # of 1,075; in 6 both completions are the same
     assert len(splits["test"]) == 99
@@ -99,7 +99,7 @@ def test_every_row_of_hh_harmless_is_split_at_its_last_reply():
     run = compose(["dataset=hh_rlhf", f"dataset.path={SHARED}/data/hh_harmless"])
     rows = load_splits(run.dataset, ("chosen", "rejected"), False)
     assert len(rows) == 1792 + 256
-    for row in kept(rows):
+    for row in kept_rows(rows):
         assert row["prompt"].endswith("\n\nAssistant:")
         assert "\n\nAssistant:" not in row["chosen"]
 

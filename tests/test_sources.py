@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from dpo_pipeline.config import ROW_KEYS, compose, instantiate_node
 from dpo_pipeline.data import formats
-from dpo_pipeline.data.report import count_rows, kept
+from dpo_pipeline.data.report import count_rows, kept_rows
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.errors import PipelineError
 
@@ -121,7 +121,7 @@ def test_what_shp_leaves_out_is_counted_and_is_no_fault(tmp_path):
     path = write(tmp_path / "train.json", rows)
     run = compose(["dataset=shp", f"dataset.path={path}", "dataset.test_rows=5"])
     rows = load_splits(run.dataset, ("chosen", "rejected"), chat=False)
-    assert len(kept(rows)) == 50
+    assert len(kept_rows(rows)) == 50
     assert count_rows(rows)["sources"]["train.json"]["dropped"] == {"score_ratio below 2": 50}
 
 

@@ -1,15 +1,39 @@
-"""What `columns` of a data set may say: a column, a path into nested fields, or a template of such paths.
+"""Where the parts of a row are: what `columns` may say, and the columns of the common forms.
 
-`summaries.0.text` is the text of the first of a row's summaries, `summaries[policy=ref].text` that of the first whose
-policy is ref, and `r/{info.subreddit}` a text with a field in it.
+A part is a column, a path (`summaries.0.text`, or `summaries[policy=ref].text`, of the first whose policy is ref), or a
+text with such in it (`r/{info.subreddit}`).
 """
 
 import re
+from functools import lru_cache
 from typing import Any
 
 from dpo_pipeline.data.files import Row, list_names, show_value
+from dpo_pipeline.data.messages import decode
+from dpo_pipeline.data.normalize import COMPLETIONS, REPLY
 from dpo_pipeline.errors import PipelineError, nearest
 
+PAIR = {"chosen": "chosen", "rejected": "rejected"}
+FORMS: tuple[dict[str, str], ...] = (  # a row has the first form all of whose columns it has
+    {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"},  # OpenAI's
+    {"dialogue": "messages", "rejected": "rejected_messages"},  # ms-swift's
+    {"dialogue": "messages", "rejected": "rejected_response"},
+    {"instruction": "instruction", "demonstration": "output"},  # Alpaca's
+    {"instruction": "instruction", **PAIR},
+    {"question": "question", **PAIR},
+    {"question": "conversations", **PAIR},  # ShareGPT's
+    {"system": "system", "question": "prompt", **PAIR},
+    {"prompt": "prompt", **PAIR},
+    {"prompt": "messages", **PAIR},  # axolotl's
+    PAIR,  # two whole dialogues
+    {"prompt": "prompt", "demonstration": "messages"},
+    {"demonstration": "messages"},
+    {"demonstration": "conversations"},
+    {"prompt": "prompt", "demonstration": "completion"},
+    {"text": "text"},
+)
+OPTIONAL = {"input": "instruction", "history": "instruction"}  # columns that some rows have beside another
+CLAIMS = ("prompt", "question", "instruction", "input")  # columns that can only be the prompt
 PROMPTS = ("prompt", "question", "instruction", "text", "dialogue")
 PARTS = (*PROMPTS, "system", "input", "history", "tools", "chosen", "rejected", "demonstration")
 # Instead of chosen and rejected: two completions, a label, and its values where the first and the second is better.
@@ -64,3 +88,35 @@ def unused_columns(names: tuple[str, ...], columns: Row) -> tuple[str, ...]:
     fields = [field for path in map(str, paths) for field in FIELD.findall(path) or [path]]
     used = {*fields, *(STEP.match(field)[1] for field in fields if STEP.match(field))}
     return tuple(name for name in names if name not in used)
+
+
+def detect_form(origin: str, raw: Row, names: tuple[str, ...]) -> dict[str, str]:
+    """The columns of a row in one of the common forms; raises PipelineError where there is none, or too many."""
+    form = find_form(names)
+    # Chosen and rejected alone may also be completions whose prompt has another name, or is null.
+    if form is None or (form is PAIR and isinstance(decode(raw["chosen"]), str) and REPLY not in raw["chosen"]):
+        form = None if form and len(names) == len(raw) else find_form(tuple(raw))
+    if form is None:
+        raise PipelineError(
+            f"{origin} has the columns {list_names(names)}, which are no form known here: say what they hold, such as "
+            "'dataset.columns={prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}'"
+        )
+    if "rejected" not in form and str(raw.get("label")).lower() in ("true", "false"):
+        raise PipelineError(f"{origin}: its label says good or bad of one completion: unpaired data, DPO needs pairs")
+    form = {**{name: name for name in (*COMPLETIONS, "system", "tools") if name in names}, **form}
+    form |= {name: name for name, part in OPTIONAL.items() if part in form and name in names}
+    if form.get("prompt") == "input.messages" and "tools" in raw["input"]:
+        form["tools"] = "input.tools"
+    used = {path.split(".")[0] for path in form.values()}
+    if claims := [name for name in CLAIMS if name in names and name not in used and str(raw[name]).strip()]:
+        raise PipelineError(
+            f"{origin}: {', '.join([*claims, *used])}: two columns claim to be the prompt, say which is it, such as "
+            "'dataset.columns={prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}'"
+        )
+    return form
+
+
+@lru_cache
+def find_form(names: tuple[str, ...]) -> dict[str, str] | None:
+    """The first form all of whose columns are among the names."""
+    return next((form for form in FORMS if {path.split(".")[0] for path in form.values()} <= set(names)), None)

@@ -2,42 +2,29 @@
 
 import re
 from collections import Counter, defaultdict
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveInt, validate_call
 
-from dpo_pipeline.data.columns import FIELD, LABELLED, PARTS, PROMPTS, check_columns, get_path, unused_columns
-from dpo_pipeline.data.files import Row, check_text, list_names, show_value
+from dpo_pipeline.data.columns import (
+    FIELD,
+    LABELLED,
+    PARTS,
+    PROMPTS,
+    check_columns,
+    detect_form,
+    get_path,
+    unused_columns,
+)
+from dpo_pipeline.data.files import Row, check_text, show_value
 from dpo_pipeline.data.messages import decode, parse_messages
-from dpo_pipeline.data.normalize import COMPLETIONS, REPLY, normalize_row
+from dpo_pipeline.data.normalize import COMPLETIONS, normalize_row
 from dpo_pipeline.data.report import filtered
 from dpo_pipeline.data.sources import read_source
 from dpo_pipeline.errors import PipelineError
 
-PAIR = {"chosen": "chosen", "rejected": "rejected"}
-FORMS: tuple[dict[str, str], ...] = (  # a row has the first form all of whose columns it has
-    {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"},  # OpenAI's
-    {"dialogue": "messages", "rejected": "rejected_messages"},  # ms-swift's
-    {"dialogue": "messages", "rejected": "rejected_response"},
-    {"instruction": "instruction", "demonstration": "output"},  # Alpaca's
-    {"instruction": "instruction", **PAIR},
-    {"question": "question", **PAIR},
-    {"question": "conversations", **PAIR},  # ShareGPT's
-    {"system": "system", "question": "prompt", **PAIR},
-    {"prompt": "prompt", **PAIR},
-    {"prompt": "messages", **PAIR},  # axolotl's
-    PAIR,  # two whole dialogues
-    {"prompt": "prompt", "demonstration": "messages"},
-    {"demonstration": "messages"},
-    {"demonstration": "conversations"},
-    {"prompt": "prompt", "demonstration": "completion"},
-    {"text": "text"},
-)
-OPTIONAL = {"input": "instruction", "history": "instruction"}  # columns that some rows have beside another
-CLAIMS = ("prompt", "question", "instruction", "input")  # columns that can only be the prompt
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -66,16 +53,16 @@ def load(
     if subsets and local.exists() and not any((local / subset).is_dir() for subset in subsets):
         subsets = None  # a copy without the folders of the published set
     loaded: dict[str, list[Row]] = defaultdict(list)
-    for subset in subsets or [None]:
-        sources = read_source(path, subset or data_dir, revision, splits)
-        if test_path:
-            test_sources = read_source(test_path)
-            sources["test"] = test_sources["test" if "test" in test_sources else "train"]
-        for split, raw_rows in sources.items():
+    sources = [(subset, read_source(path, subset or data_dir, revision, splits)) for subset in subsets or [None]]
+    if test_path:
+        test = read_source(test_path)
+        sources = [(subset, {"train": parts["train"]}) for subset, parts in sources]
+        sources.append((None, {"test": test["test" if "test" in test else "train"]}))
+    for subset, parts in sources:
+        row_source = f"{source}/{subset}" if subset else source
+        for split, raw_rows in parts.items():
             for origin, raw in islice(raw_rows, rows or None):
-                row_source = f"{source}/{subset}" if subset else source
-                row = build_row(origin, raw, columns, at_least or {}, prompt_words, chat, row_source)
-                loaded[split].append(row)
+                loaded[split].append(build_row(origin, raw, columns, at_least or {}, prompt_words, chat, row_source))
     for split_rows in loaded.values():
         if per_prompt:
             limit_pairs(split_rows, per_prompt)
@@ -112,38 +99,6 @@ def build_row(origin: str, raw: Row, columns: Row, at_least: Row, prompt_words: 
     row |= {**fault, "unused": unused_columns(names, {**columns, "at_least": [*at_least]})}
     exclude_low_values(row, raw, at_least)
     return row
-
-
-def detect_form(origin: str, raw: Row, names: tuple[str, ...]) -> dict[str, str]:
-    """The columns of a row in one of the common forms; raises PipelineError where there is none, or too many."""
-    form = find_form(names)
-    # Chosen and rejected alone may also be completions whose prompt has another name, or is null.
-    if form is None or (form is PAIR and isinstance(decode(raw["chosen"]), str) and REPLY not in raw["chosen"]):
-        form = None if form and len(names) == len(raw) else find_form(tuple(raw))
-    if form is None:
-        raise PipelineError(
-            f"{origin} has the columns {list_names(names)}, which are no form known here: say what they hold, such as "
-            "'dataset.columns={prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}'"
-        )
-    if "rejected" not in form and str(raw.get("label")).lower() in ("true", "false"):
-        raise PipelineError(f"{origin}: its label says good or bad of one completion: unpaired data, DPO needs pairs")
-    form = {**{name: name for name in (*COMPLETIONS, "system", "tools") if name in names}, **form}
-    form |= {name: name for name, part in OPTIONAL.items() if part in form and name in names}
-    if form.get("prompt") == "input.messages" and "tools" in raw["input"]:
-        form["tools"] = "input.tools"
-    used = {path.split(".")[0] for path in form.values()}
-    if claims := [name for name in CLAIMS if name in names and name not in used and str(raw[name]).strip()]:
-        raise PipelineError(
-            f"{origin}: {', '.join([*claims, *used])}: two columns claim to be the prompt, say which is it, such as "
-            "'dataset.columns={prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}'"
-        )
-    return form
-
-
-@lru_cache
-def find_form(names: tuple[str, ...]) -> dict[str, str] | None:
-    """The first form all of whose columns are among the names."""
-    return next((form for form in FORMS if {path.split(".")[0] for path in form.values()} <= set(names)), None)
 
 
 def read_parts(origin: str, raw: Row, columns: Row) -> tuple[Row, Row]:

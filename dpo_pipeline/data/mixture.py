@@ -5,7 +5,7 @@ import random
 from pydantic import PositiveFloat, PositiveInt, validate_call
 
 from dpo_pipeline.data.files import Row
-from dpo_pipeline.data.report import FILTERED, drop, kept
+from dpo_pipeline.data.report import FILTERED, drop, kept_rows
 from dpo_pipeline.data.splits import read_splits
 from dpo_pipeline.errors import PipelineError
 
@@ -35,7 +35,7 @@ def load(
         missing = ", ".join(sorted(sets.keys() - weights.keys()))
         raise PipelineError(f"dataset.weights names no weight for {missing}: give one for every set, or none")
     parts = {name: read_splits(node, chat, name) for name, node in sets.items()}
-    available = {name: kept(train) for name, (train, _) in parts.items()}
+    available = {name: kept_rows(train) for name, (train, _) in parts.items()}
     rows_per_weight = min((len(available[name]) / weight for name, weight in weights.items()), default=0)
     rng = random.Random(seed)
     for name, set_rows in available.items():

@@ -138,7 +138,7 @@ def completion_message(row: Row, name: str) -> Message:
     return {"role": "assistant", "content": row[name], **row.get("extra", {}).get(name, {})}
 
 
-def completion_key(row: Row, name: str) -> str:
+def reply_key(row: Row, name: str) -> str:
     """What tells completions apart: their text, and their calls and reasoning if any."""
     return json.dumps(meanings([completion_message(row, name)])) if name in row.get("extra", {}) else row[name]
 
@@ -168,3 +168,16 @@ def trim(text: str) -> str:
 def prompt_to_text(prompt: Prompt) -> str:
     """A prompt as a person reads it."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def check_template(rows: list[Row], template: str) -> None:
+    """Note each field of messages that a chat template does not write; PipelineError where the meaning is lost."""
+    unwritten: dict[str, bool] = {}
+    for row in rows:
+        messages = [*row["prompt"], *(completion_message(row, name) for name in row.get("extra", ()))]
+        for name in {name for message in messages for name in message} - {"role", "content"} | {"tools"} & set(row):
+            if unwritten.setdefault(name, name not in template):
+                if name in CALLS:
+                    remedy = f"take a model whose template does, or take {name} out of the rows"
+                    raise PipelineError(f"{row['origin']}: the model's chat template does not write {name}: {remedy}")
+                row["unused"] = (*row.get("unused", ()), f"{name} of messages")

@@ -19,8 +19,8 @@ from pyarrow import parquet
 from dpo_pipeline.content_hash import content_hash
 from dpo_pipeline.data import tokens
 from dpo_pipeline.data.files import Row
-from dpo_pipeline.data.normalize import CALLS, completion_key, completion_message
-from dpo_pipeline.data.report import count_rows, find_errors, find_warnings, kept, print_report
+from dpo_pipeline.data.normalize import check_template, reply_key
+from dpo_pipeline.data.report import count_rows, find_errors, find_warnings, kept_rows, print_report
 from dpo_pipeline.data.splits import find_test_names, load_splits
 from dpo_pipeline.data.token_table import LengthLimits, check_ids, table_fingerprint, tokenize
 from dpo_pipeline.distributed import is_main_process, on_main_process, processes
@@ -90,7 +90,7 @@ def prepare(run: Run, stage: str, splits: tuple[str, ...] | None = None, strict:
         gc.disable()  # rows and ids make no cycles, and collecting takes a seventh of the time
         try:
             data.all_rows = load_rows(run, stage, tokenizer, strict)
-            data.rows = {split: kept(data.all_rows, split) for split in SPLITS["dpo"]}
+            data.rows = {split: kept_rows(data.all_rows, split) for split in SPLITS["dpo"]}
             data.tables = {split: cached_table(run, data, data.rows[split]) for split in splits}
         finally:
             gc.enable()
@@ -129,19 +129,6 @@ def load_rows(run: Run, stage: str, tokenizer: Any, strict: bool = True) -> list
     if is_chat:
         check_template(rows, str(tokenizer.chat_template))
     return rows
-
-
-def check_template(rows: list[Row], template: str) -> None:
-    """Note each field of messages that a chat template does not write; PipelineError where the meaning is lost."""
-    unwritten: dict[str, bool] = {}
-    for row in rows:
-        messages = [*row["prompt"], *(completion_message(row, name) for name in row.get("extra", ()))]
-        for name in {name for message in messages for name in message} - {"role", "content"} | {"tools"} & set(row):
-            if unwritten.setdefault(name, name not in template):
-                if name in CALLS:
-                    remedy = f"take a model whose template does, or take {name} out of the rows"
-                    raise PipelineError(f"{row['origin']}: the model's chat template does not write {name}: {remedy}")
-                row["unused"] = (*row.get("unused", ()), f"{name} of messages")
 
 
 def cached_table(run: Run, data: Prepared, rows: list[Row]) -> Any:
@@ -185,7 +172,7 @@ def table_key(data: Prepared, rows: list[Row]) -> str:
     settings = [tokenizer_hash(data.tokenizer), data.eos_ids, limits, data.stage, data.columns, code]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for row in rows:
-        texts = [completion_key(row, name) for name in data.columns]
+        texts = [reply_key(row, name) for name in data.columns]
         tools = json.dumps(row["tools"]) if "tools" in row else ""
         digest.update("\0".join((row["key"], *texts, tools, row["source"], row["origin"], "")).encode())
     return digest.hexdigest()

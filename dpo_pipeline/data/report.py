@@ -31,7 +31,7 @@ def filtered(reason: str) -> dict[str, str]:
     return {"reason": reason, "kind": FILTERED}
 
 
-def kept(rows: Rows, split: str | None = None) -> Rows:
+def kept_rows(rows: Rows, split: str | None = None) -> Rows:
     """The rows that are kept, of all splits or of one."""
     return [row for row in rows if not row["reason"] and split in (None, row.get("split"))]
 
@@ -108,7 +108,7 @@ def length_sentence(rows: Rows, limit: int, context: int) -> tuple[float, str]:
     """The share of rows that are dropped or cut for their length, and a sentence with the limit that keeps 99%."""
     lengths = sorted(row["tokens"] for row in rows if row.get("tokens"))
     dropped = sum(row.get("kind") == TOO_LONG for row in rows)
-    cut = sum(bool(row.get("cut")) for row in kept(rows))
+    cut = sum(bool(row.get("cut")) for row in kept_rows(rows))
     if not lengths:
         return 0.0, ""
     share, p99 = (dropped + cut) / len(lengths), lengths[-(-99 * len(lengths) // 100) - 1]
@@ -143,7 +143,7 @@ def find_warnings(rows: Rows, limit: int, context: int) -> list[str]:
     if WARN_TOO_LONG < share <= MAX_TOO_LONG:
         sentences.append(sentence)
     measured = sum(bool(row.get("tokens")) for row in rows)
-    if (retokenized := sum(bool(row.get("retokenized")) for row in kept(rows))) > WARN_RETOKENIZED * measured:
+    if (retokenized := sum(bool(row.get("retokenized")) for row in kept_rows(rows))) > WARN_RETOKENIZED * measured:
         sentences.append(
             f"{retokenized} of {measured} rows: the prompt's tokens change when a completion follows, so the "
             "completion was tokenized alone: end the prompts where a token ends (a line break, or no trailing space)"

@@ -8,8 +8,17 @@ from typing import Any
 from dpo_pipeline.config import ROW_KEYS, instantiate_node
 from dpo_pipeline.data.files import Row, list_names
 from dpo_pipeline.data.messages import prompt_texts
-from dpo_pipeline.data.normalize import COMPLETIONS, completion_key
-from dpo_pipeline.data.report import FILTERED, INVALID, SINGLE, SURPLUS, drop, invalid_sentences, kept, list_reasons
+from dpo_pipeline.data.normalize import COMPLETIONS, reply_key
+from dpo_pipeline.data.report import (
+    FILTERED,
+    INVALID,
+    SINGLE,
+    SURPLUS,
+    drop,
+    invalid_sentences,
+    kept_rows,
+    list_reasons,
+)
 from dpo_pipeline.data.sources import split_of
 from dpo_pipeline.errors import PipelineError
 
@@ -33,10 +42,10 @@ def load_splits(
     `strict`, if more than 5% teach nothing.
     """
     splits = make_splits(node, completions, chat)
-    test_count = len(kept(splits["test"]))
+    test_count = len(kept_rows(splits["test"]))
     if exclude_prompts_of is not None:
         pairs = make_splits(exclude_prompts_of, (), chat)
-        prompts = {row["key"] for split in ("validation", "test") for row in kept(pairs[split])}
+        prompts = {row["key"] for split in ("validation", "test") for row in kept_rows(pairs[split])}
         for split in ("train", "validation"):
             drop_prompts(splits[split], prompts, "prompt held out for DPO")
     for split, split_rows in splits.items():
@@ -47,17 +56,22 @@ def load_splits(
     if strict and (sentences := invalid_sentences(rows, node["on_bad_row"])):
         raise PipelineError(sentences[0])
     for split in ("train", "validation"):
-        if not kept(splits[split]):
+        if not kept_rows(splits[split]):
             reasons = "; ".join([f"{test_count} are held out as test", *list_reasons(rows)])
             raise PipelineError(f"no rows are left for {split}: {reasons}: lower dataset.test_rows or give more")
-    rng = random.Random(node["split_seed"])
-    for split_rows in splits.values() if debug else ():  # drawn: the first of a set in several files are of one file
-        remaining = kept(split_rows)
+    if debug:
+        draw_debug_rows(splits, random.Random(node["split_seed"]))
+    return rows
+
+
+def draw_debug_rows(splits: dict[str, list[Row]], rng: random.Random) -> None:
+    """Keep 100 rows of each split, drawn: the first ones of a set in several files would be of one file."""
+    for split_rows in splits.values():
+        remaining = kept_rows(split_rows)
         sample = {id(row) for row in rng.sample(remaining, min(DEBUG_ROWS, len(remaining)))}
         for row in remaining:
             if id(row) not in sample:
                 drop(row, "debug=true", SURPLUS)
-    return rows
 
 
 def make_splits(node: dict[str, Any], completions: tuple[str, ...], chat: bool) -> dict[str, list[Row]]:
@@ -68,12 +82,12 @@ def make_splits(node: dict[str, Any], completions: tuple[str, ...], chat: bool) 
     """
     train, test = read_splits(node, chat, source_of(node))
     for split, split_rows in (("train", train), ("test", test)):
-        check_columns_exist(kept(split_rows), completions, split)
-    rng, drawn = random.Random(node["split_seed"]), kept(test)
+        check_columns_exist(kept_rows(split_rows), completions, split)
+    rng, drawn = random.Random(node["split_seed"]), kept_rows(test)
     rng.shuffle(drawn)  # so that its first rows stand for all, even if the file is sorted
     test = drawn + [row for row in test if row["reason"]]
     drop_prompts(train, {row["key"] for row in drawn}, "prompt also in test")
-    train, validation = hold_out(train, min(500, max(1, len(kept(train)) // 20)), rng)
+    train, validation = hold_out(train, min(500, max(1, len(kept_rows(train)) // 20)), rng)
     return {"train": train, "validation": validation, "test": test}
 
 
@@ -83,7 +97,7 @@ def read_splits(node: dict[str, Any], chat: bool, source: str) -> tuple[list[Row
     splits = instantiate_node(options, chat=chat, source=source)
     if "test" in splits:
         return splits["train"], splits["test"]
-    test_rows = min(node["test_rows"], max(1, len(kept(splits["train"])) // 10))
+    test_rows = min(node["test_rows"], max(1, len(kept_rows(splits["train"])) // 10))
     return hold_out(splits["train"], test_rows, random.Random(node["split_seed"]))
 
 
@@ -105,7 +119,7 @@ def check_columns_exist(rows: list[Row], completions: tuple[str, ...], split: st
 def hold_out(rows: list[Row], size: int, rng: random.Random) -> tuple[list[Row], list[Row]]:
     """The rows left, and `size` or more held out, as far as there are: all rows of a prompt go together."""
     rows_of = defaultdict(list)
-    for row in kept(rows):
+    for row in kept_rows(rows):
         rows_of[row["key"]].append(row)
     prompts = list(rows_of)
     rng.shuffle(prompts)
@@ -120,23 +134,23 @@ def hold_out(rows: list[Row], size: int, rng: random.Random) -> tuple[list[Row],
 
 def drop_prompts(rows: list[Row], prompts: set[str], reason: str) -> None:
     """Drop the rows that have one of these prompts."""
-    for row in kept(rows):
+    for row in kept_rows(rows):
         if row["key"] in prompts:
             drop(row, reason, FILTERED)
 
 
 def drop_invalid(rows: list[Row], completions: tuple[str, ...], contradiction: str) -> None:
     """Drop what teaches nothing, all but the first of equal rows, and pairs labelled both ways, of that kind."""
-    for row in kept(rows):
+    for row in kept_rows(rows):
         if problem := row_problem(row, completions):
             drop(row, problem, SURPLUS if problem == "no demonstration" else INVALID)
-    pairs = [row for row in kept(rows) if "chosen" in row and "rejected" in row]
-    labels = {(row["key"], completion_key(row, "chosen"), completion_key(row, "rejected")) for row in pairs}
+    pairs = [row for row in kept_rows(rows) if "chosen" in row and "rejected" in row]
+    labels = {(row["key"], reply_key(row, "chosen"), reply_key(row, "rejected")) for row in pairs}
     last_of_prompt = {row["key"]: row for row in pairs}  # SFT learns the completion of a prompt's last pair
     seen: set[tuple[str, ...]] = set()
-    for row in kept(rows):
-        prompt, texts = row["key"], [completion_key(row, name) for name in completions]
-        if len(texts) > 1 and (prompt, completion_key(row, "rejected"), completion_key(row, "chosen")) in labels:
+    for row in kept_rows(rows):
+        prompt, texts = row["key"], [reply_key(row, name) for name in completions]
+        if len(texts) > 1 and (prompt, reply_key(row, "rejected"), reply_key(row, "chosen")) in labels:
             drop(row, "contradiction", contradiction)
         elif len(texts) == 1 and last_of_prompt.get(prompt, row) is not row:
             drop(row, "another completion of its prompt", SURPLUS)
@@ -154,7 +168,7 @@ def row_problem(row: Row, completions: tuple[str, ...]) -> str | None:
         return "empty prompt"
     if missing := [name for name in completions if name not in row]:
         return f"no {missing[0]}"
-    texts = [completion_key(row, name) for name in completions]
+    texts = [reply_key(row, name) for name in completions]
     if not all(text.strip() for text in texts):
         return "empty completion"
     return "identical completions" if len(texts) > 1 and texts[0] == texts[1] else None

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from dpo_pipeline.config import compose
 from dpo_pipeline.data.prepare import load_rows
-from dpo_pipeline.data.report import kept
+from dpo_pipeline.data.report import kept_rows
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 BETAS = ("0.05", "0.1", "0.2", "0.3", "0.5")
@@ -50,7 +50,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     pairs = load_rows(compose(["dataset=hh_rlhf", f"dataset.path={given.pairs}"]), "dpo", tokenizer)
     sides = ("chosen", "rejected")
-    fit = [p for p in kept(pairs) if max(len(tokenizer(p["prompt"] + p[s])["input_ids"]) for s in sides) < 250]
+    fit = [p for p in kept_rows(pairs) if max(len(tokenizer(p["prompt"] + p[s])["input_ids"]) for s in sides) < 250]
     rows = fit[: given.rows]
     ours = folder / "pairs.jsonl"
     ours.write_text("".join(json.dumps({key: row[key] for key in ("prompt", *sides)}) + "\n" for row in rows))
@@ -60,7 +60,7 @@ def main() -> None:
         *("batch.global_size=16", "batch.micro_size=8", "dpo.learning_rate=1e-4", "dpo.eval_steps=100000"),
         *("evaluation.pairs=1", "evaluation.prompts=1", "evaluation.max_new_tokens=8"),
     ]
-    train = kept(load_rows(compose(typed), "dpo", tokenizer), "train")
+    train = kept_rows(load_rows(compose(typed), "dpo", tokenizer), "train")
     (folder / "trl").mkdir()
     lines = (json.dumps({key: row[key] for key in ("prompt", *sides)}) + "\n" for row in train)
     (folder / "trl" / "train.jsonl").write_text("".join(lines))
