@@ -19,7 +19,7 @@ from dpo_pipeline.data.report import (
     kept_rows,
     list_reasons,
 )
-from dpo_pipeline.data.sources import split_of
+from dpo_pipeline.data.sources import SPLIT_OF_WORD, split_of
 from dpo_pipeline.errors import PipelineError
 
 DEBUG_ROWS = 100
@@ -179,7 +179,9 @@ def find_test_names(node: dict[str, Any]) -> list[str]:
     sentences = []
     for part in node["sets"].values() if "sets" in node else (node,):
         file = Path(part.get("path", ""))
-        parts = file.parts[-2:] if file.is_file() else ((part.get("splits") or {}).get("train", ""),)
+        parts = (file.name,) if file.is_file() else ((part.get("splits") or {}).get("train", ""),)
+        if file.is_file() and file.parent.name in SPLIT_OF_WORD:
+            parts = (file.parent.name, file.name)
         if split_of(parts).startswith(("test", "valid", "eval", "dev")):
             sentences.append(
                 f"{'/'.join(parts)} is named like a published test split and is trained on: report no result on that "
