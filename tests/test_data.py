@@ -140,9 +140,11 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace", "unigram", "over lines", "words"])
-def test_ids_are_those_of_the_whole_text_tokenized_at_once(kind):
+def test_ids_are_those_of_the_whole_text_tokenized_at_once(kind, monkeypatch):
     """However much of a prompt is tokenized with its completions: what comes out is what a plain loop makes."""
     tokenizer = trained(kind)
+    behind, ids_of = [], tokens.tokenize_texts
+    monkeypatch.setattr(tokens, "tokenize_texts", lambda texts, each: behind.append(texts) or ids_of(texts, each))
     opening = tokenizer("a")["input_ids"][: 1 if tokenizer.bos_token else 0]
     rows, seen = rows_of(*TEXTS), []
     for row, (prompt, completions, merged, _) in zip(rows, encode_rows(rows, PAIR, tokenizer, [0]), strict=True):
@@ -156,6 +158,8 @@ def test_ids_are_those_of_the_whole_text_tokenized_at_once(kind):
             expected = [ids[len(plain) :] for ids in whole]
         assert completions == [[*ids, 0] for ids in expected]
         seen.append(merged)
+    longest = max(len(text) for texts in behind for text in texts)
+    assert (longest < len(TALK + TEXTS[0]["chosen"])) == (kind in ("byte-level", "metaspace", "words"))
 
 
 def trained(kind: str) -> PreTrainedTokenizerFast:

@@ -1,6 +1,7 @@
 """Rows of text or messages become token ids, once: what training, sampling and measuring all read."""
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ from dpo_pipeline.data.normalize import completion_message
 from dpo_pipeline.errors import PipelineError
 
 BATCH = 1000
+# A token that spans a line break, as vocabularies write it: as it is, or as byte-level BPE does.
+SPANS_LINES = re.compile(r"[\n\u010a][^\s\u0120\u0109\u010d\u010a\u2581]")
 
 Ids = list[int]
 
@@ -51,19 +54,23 @@ def encode_rows(rows: list[Row], columns: tuple[str, ...], tokenizer: Any, eos_i
     opening = opening_ids(tokenizer) if is_text else []
     eos_tokens = tokenizer.convert_ids_to_tokens(eos_ids)
     bos_id = None if tokenizer.bos_token_id in eos_ids else tokenizer.bos_token_id
+    by_line = not any(SPANS_LINES.search(token) for token in tokenizer.get_vocab())
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         prompts, completions = render_rows(batch, columns, tokenizer)
-        texts = [prompt + (text or "") for prompt, row in zip(prompts, completions, strict=True) for text in row]
-        ids = iter(tokenize_texts([*prompts, *texts], tokenizer))
-        prompt_ids = [next(ids) for _ in batch]
-        for row, prompt, row_texts in zip(batch, prompt_ids, completions, strict=True):
+        prompt_ids = tokenize_texts(prompts, tokenizer)
+        contexts = list(zip(prompts, prompt_ids, strict=True))
+        if by_line:
+            contexts = shorten_contexts(contexts, tokenizer)
+        texts = [text + (reply or "") for (text, _), row in zip(contexts, completions, strict=True) for reply in row]
+        ids = iter(tokenize_texts(texts, tokenizer))
+        for row, prompt, (_, context), row_texts in zip(batch, prompt_ids, contexts, completions, strict=True):
             joined = [next(ids) for _ in columns]
-            retokenized = None in row_texts or any(each[: len(prompt)] != prompt for each in joined)
+            retokenized = None in row_texts or any(each[: len(context)] != context for each in joined)
             if retokenized:
                 row_ids = tokenize_texts([row[name] for name in columns], tokenizer)
             else:
-                row_ids = [each[len(prompt) :] for each in joined]
+                row_ids = [each[len(context) :] for each in joined]
             encoded = opening + prompt, [append_eos_once(each, eos_ids) for each in row_ids]
             yield EncodedRow(*encoded, retokenized, token_problem(row, columns, *encoded, eos_tokens, bos_id))
 
@@ -84,6 +91,30 @@ def token_problem(
         if any(token in text for token in eos_tokens):
             return "completion without its one end token"
     return ""
+
+
+def shorten_contexts(contexts: list[tuple[str, Ids]], tokenizer: Any) -> list[tuple[str, Ids]]:
+    """For each prompt its last line and the ids of that, or all of the prompt where its ids do not end with them.
+
+    If no token spans a line break, a completion has the same ids behind the last line as behind the whole prompt, at
+    a third of the work.
+    """
+    lines = [last_line(prompt) for prompt, _ in contexts]
+    distinct = list(dict.fromkeys(["\n", *lines]))  # few in dialogues: `Assistant:`
+    ids_of = dict(zip(distinct, tokenize_texts(distinct, tokenizer), strict=True))
+    line_break, shortened = ids_of["\n"], []
+    for (prompt, ids), line in zip(contexts, lines, strict=True):
+        end = ids_of[line]
+        if end[: len(line_break)] == line_break:
+            end = end[len(line_break) :]
+        shortened.append((line, ids_of[line]) if end and ids[-len(end) :] == end else (prompt, ids))
+    return shortened
+
+
+def last_line(prompt: str) -> str:
+    """A prompt's last line that holds anything, with the line break before it; the whole if it has only one."""
+    start = prompt.rfind("\n", 0, len(prompt.rstrip("\n")))
+    return prompt[start:] if start > 0 and not prompt[start + 1].isspace() else prompt
 
 
 def opening_ids(tokenizer: Any) -> Ids:
