@@ -733,3 +733,29 @@ def test_turns_of_one_speaker_are_one_message(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"chosen": f"{talk} yes", "rejected": f"{talk} no"}])
     (row,) = loaded("hh_rlhf", f"dataset.path={path}", chat=True)["train"]
     assert row["prompt"] == [{"role": "user", "content": "a\n\nb"}]
+
+
+def test_pairs_labelled_both_ways_are_left_out_where_asked(tmp_path):
+    both = [{"prompt": f"c{i // 2}", "chosen": "ab"[i % 2], "rejected": "ba"[i % 2]} for i in range(20)]
+    path = write(tmp_path / "pairs.jsonl", [*both, *pairs(40)])
+    with pytest.raises(PipelineError, match="20 contradiction.*dataset.on_contradiction=drop"):
+        splits_of(path)
+    rows = splits_of(path, "dataset.on_contradiction=drop")
+    dropped = sum(counts_of(rows, "pairs.jsonl")["dropped"].values())
+    assert 18 <= dropped <= 20  # a prompt of which one row alone is held out keeps none
+
+
+def test_rows_of_unknown_words_are_refused(small, tmp_path):
+    path = write(tmp_path / "pairs.jsonl", [{**row, "chosen": " unheard of"} for row in pairs(40)])
+    with pytest.raises(PipelineError, match="of the tokens of these rows are unknown .*embedded model: type model="):
+        prepare_run(small("dataset=json", f"dataset.path={path}", f"root={tmp_path}"), "dpo", "train")
+
+
+def test_a_mixture_of_subsets_reads_its_test_file_once(tmp_path):
+    talk = [{"chosen": f"\n\nHuman: {i}\n\nAssistant: a", "rejected": f"\n\nHuman: {i}\n\nAssistant: b"} for i in "12"]
+    for name in ("helpful-base", "harmless-base"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "train.jsonl", talk)
+    test = write(tmp_path / "test.jsonl", talk[:1])
+    rows = loaded("hh_rlhf", f"dataset.path={tmp_path}", f"dataset.test_path={test}")
+    assert {split: len(part) for split, part in rows.items()} == {"train": 4, "test": 1}

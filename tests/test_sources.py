@@ -629,3 +629,42 @@ def test_a_file_may_begin_with_a_byte_order_mark_and_hold_long_fields(tmp_path):
     assert (row["prompt"], row["chosen"]) == ("p", long)
     (tmp_path / "a.jsonl").write_text(PAIRED, encoding="utf-8-sig")
     assert loaded("json", tmp_path / "a.jsonl")["train"][0]["prompt"] == "p"
+
+
+def test_a_folder_is_read_whole_or_says_what_is_not(tmp_path, caplog):
+    pair = {"prompt": "2020-01-01", "chosen": "None", "rejected": "NaN"}
+    write(tmp_path / "a.jsonl", [pair])
+    write(tmp_path / "more" / "b.csv", [pair, pair])
+    write(tmp_path / "validation.jsonl", [pair])
+    (tmp_path / "c.tsv").write_text("prompt\tchosen\n")
+    (tmp_path / ".hidden.jsonl").write_text("{")
+    rows = loaded("json", tmp_path)["train"]
+    assert [completions(row) for row in rows] == [pair] * 3  # text stays text, and no column is made up
+    assert rows[0]["origin"] == f"{tmp_path}/a.jsonl, line 1"
+    assert "c.tsv cannot be read" in caplog.text
+    assert "validation is not read; 'dataset.splits=" in caplog.text
+
+
+def test_a_folder_that_datasets_saved_is_read(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_list([{"prompt": "hi", **PAIR}] * 2)
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "two")
+    (row, _) = loaded("json", tmp_path / "one")["train"]
+    assert completions(row) == {"prompt": "hi", **PAIR}
+    assert row["origin"].endswith("train row 1")
+    assert {split: len(rows) for split, rows in loaded("json", tmp_path / "two").items()} == {"train": 2, "test": 2}
+
+
+@pytest.mark.parametrize("ending", ["tsv", "xlsx", "jsonl.zst"])
+def test_a_file_of_another_kind_is_named_as_such(ending, tmp_path):
+    (tmp_path / f"a.{ending}").write_text("prompt\tchosen\n")
+    with pytest.raises(PipelineError, match=f".{ending.split('.')[-1]} files are not supported.*save it as"):
+        loaded("json", tmp_path / f"a.{ending}")
+
+
+def test_a_sentence_names_ten_columns_at_most(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{f"column{i}": "x" for i in range(200)}])
+    with pytest.raises(PipelineError, match="column9 and 190 more, which are no form"):
+        loaded("json", path)

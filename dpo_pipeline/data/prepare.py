@@ -47,13 +47,13 @@ class Prepared:
     """
 
     stage: str
-    dataset: dict[str, Any]
     columns: tuple[str, ...]
     config: Any
     tokenizer: Any
     eos_ids: list[int]
     limits: LengthLimits
     load_options: LoadOptions
+    dataset: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, list[Row]] = field(default_factory=dict)
     all_rows: list[Row] = field(default_factory=list)
@@ -83,7 +83,7 @@ def prepare(run: Run, stage: str, splits: tuple[str, ...] | None = None, strict:
     limits = LengthLimits.resolve(run.length, config.get_text_config().max_position_embeddings)
     eos_ids = tokens.eos_ids_of(tokenizer, load_generation_config(run.model, config))
     dataset, columns = stage_dataset(run, stage)
-    data = Prepared(stage, dataset, columns, config, tokenizer, eos_ids, limits, load_options(run))
+    data = Prepared(stage, columns, config, tokenizer, eos_ids, limits, load_options(run), dataset)
     splits = splits or SPLITS[stage]
 
     def load_and_tokenize() -> tuple[dict[str, Path], dict[str, Any]]:
