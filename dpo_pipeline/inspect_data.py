@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 EXAMPLES = {"A short row": 0.1, "A row of median length": 0.5, "The longest row": 1.0}  # at these length quantiles
 ROLE_TEXT = re.compile(r"\n\n(Human|Assistant|User):|### (Instruction|Response)|<\|\w+\|>|\[/?INST\]|<start_of_turn>")
 LIST_TEXT = re.compile(r"\s*\[.*\]\s*$|\s*\{.*\}\s*$", re.DOTALL)
-COMPLETIONS = ("chosen", "rejected", "demonstration")
 LEAST_REPEAT = 20  # characters of a prompt from which on a completion that begins with it repeats it
 
 
@@ -66,13 +65,22 @@ def inspect_stage(run: Run, data: "Prepared", folder: Path) -> Path:
         row = data.rows["train"][ids_of_row["row"]]
         examples.append(token_view.show_tokens(title, row, ids_of_row, data.columns, data.tokenizer))
     data_page.write_data_page(folder, summary, sizes, overlaps, examples)
-    for name in ("prompt", *COMPLETIONS):  # messages as JSON, since Parquet wants one type
-        if name in rows:
-            rows[name] = [value if isinstance(value, str | float) else json.dumps(value) for value in rows[name]]
-    rows.drop(columns=["key", "extra", "tools", "unused"], errors="ignore").to_parquet(folder / "rows.parquet")
+    texts = pd.DataFrame(map(text_fields, data.all_rows))
+    rows = rows.drop(columns=[*texts.columns, "key", "extra", "unused"], errors="ignore").join(texts)
+    rows.to_parquet(folder / "rows.parquet")
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print(data_page.page_text(summary, examples, colour), f"\n{folder / 'data.html'}", sep="\n")
     return folder / "data.html"
+
+
+def text_fields(row: dict[str, Any]) -> dict[str, str]:
+    """The prompt and completions of a row as text; lists of messages, and tools, as JSON."""
+    from dpo_pipeline.data.normalize import COMPLETIONS, completion_message
+
+    fields = {name: row[name] for name in ("prompt", *COMPLETIONS, "tools") if name in row}
+    if isinstance(row["prompt"], list):
+        fields |= {name: [completion_message(row, name)] for name in COMPLETIONS if name in row}
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
 
 
 def summarize_rows(run: Run, data: "Prepared", sizes: Any, overlaps: Any) -> dict[str, Any]:

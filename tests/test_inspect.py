@@ -18,7 +18,7 @@ from dpo_pipeline.data.prepare import load_rows
 from dpo_pipeline.data.report import kept_rows
 from dpo_pipeline.data.token_table import LengthLimits
 from dpo_pipeline.evaluation import data_page, token_view
-from dpo_pipeline.inspect_data import count_repeats, leaked_prompts, odd_completions, overlap, run_inspect
+from dpo_pipeline.inspect_data import count_repeats, leaked_prompts, odd_completions, overlap, run_inspect, text_fields
 from dpo_pipeline.models import load_tokenizer
 
 SCRIPT = "<script>alert(1)</script>"
@@ -464,3 +464,12 @@ def test_to_look_at_data_takes_one_process_and_no_sweep(monkeypatch, tmp_path, c
     with pytest.raises(SystemExit) as end:
         main(run_inspect)
     assert "-m is for sft and dpo" in str(end.value)
+
+
+def test_rows_of_messages_are_written_as_json():
+    row = {"prompt": [{"role": "user", "content": "hi"}], "chosen": "", "extra": {"chosen": {"tool_calls": [1]}}}
+    fields = {name: json.loads(text) for name, text in text_fields({**row, "tools": [{"name": "f"}]}).items()}
+    assert fields["prompt"] == row["prompt"]
+    assert fields["chosen"] == [{"role": "assistant", "content": "", "tool_calls": [1]}]
+    assert fields["tools"] == [{"name": "f"}]
+    assert text_fields({"prompt": "a", "rejected": " b"}) == {"prompt": "a", "rejected": " b"}
