@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from dpo_pipeline.config import CONF, ROW_KEYS, compose, instantiate_node
 from dpo_pipeline.data.normalize import check_template, completion_message
+from dpo_pipeline.data.report import count_rows, print_report
 from dpo_pipeline.data.splits import drop_invalid, load_splits
 from dpo_pipeline.data.tokens import encode_rows
 from dpo_pipeline.errors import PipelineError
@@ -199,7 +200,11 @@ def test_calls_and_reasoning_reach_the_template_or_are_refused(tmp_path):
 
 def test_what_nothing_reads_is_listed(tmp_path):
     row = {"prompt": [{**U0, "id": 7}], **PAIR, "score": 3, "note": None, "votes": 2}
-    assert read_row(tmp_path, row, "dataset.at_least={votes: 1}")["unused"] == ("score", "id of messages")
+    found = read_row(tmp_path, row, "dataset.at_least={votes: 1}")
+    assert found["unused"] == ("score", "id of messages")
+    report = count_rows([{**found, "split": "train"}] * 2)
+    assert report["sources"]["it"]["unused_columns"] == ["score", "id of messages"]
+    assert "score, id of messages" in print_report(report, [found])
     assert read_row(tmp_path, row, "dataset.columns={prompt: prompt, chosen: chosen}", chat=False)["unused"] == (
         *("rejected", "score", "votes"),
     )
