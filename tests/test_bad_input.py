@@ -574,9 +574,7 @@ def test_a_bug_is_one_line_and_its_traceback_lies_in_a_file(bug, where, here, mo
 
     of_the_past = PermissionError(errno.EACCES, "tried before", "/y")
     bug.__context__ = of_the_past  # what a library tried before is not what failed
-    monkeypatch.setattr(
-        *((base_model, "base_model") if where == "stage" else (formats, "read_source")), raising(bug)
-    )
+    monkeypatch.setattr(*((base_model, "base_model") if where == "stage" else (formats, "read_source")), raising(bug))
     assert end_of("sft", GIVEN, monkeypatch) == 2
     printed = capfd.readouterr().err
     assert "Traceback" not in printed
