@@ -213,7 +213,7 @@ def finished_sft(run: Run) -> dict[str, Any]:
             f"there is no finished SFT in {run.sft_folder} ({state}): run `make sft` or `python -m dpo_pipeline.sft` "
             "with the same arguments first, or start from the base model with policy=base"
         )
-    return read_json(run.sft_folder / "manifest.json", "identity", "final", "loading")
+    return read_json(run.sft_folder / "manifest.json", "identity")
 
 
 def check_sft_fits(run: Run) -> None:

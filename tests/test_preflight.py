@@ -506,5 +506,5 @@ def test_every_field_of_trl_acts_or_is_decided_by_a_key_or_refused(stage, config
     for name in groups[2]:
         for method in ("compute_loss", "training_step", "log", *(["_compute_loss"] if stage == "dpo" else [])):
             assert f"args.{name}" not in inspect.getsource(getattr(trainer_class, method)), (name, method)
-        with pytest.raises(PipelineError, match=rf"{stage}\.{name} has no effect here: .*take it out"):
+        with pytest.raises(PipelineError, match=rf"{stage}\.{name} has no effect here.*take it out"):
             training_arguments(compose([f"++{stage}.{name}=1"]), stage, tmp_path)
