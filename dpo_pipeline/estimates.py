@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 Estimate = dict[str, float | int | None]
+MIN_BOOTSTRAP = 30  # rows
 
 
 def estimate(value: float, low: float | None, high: float | None, n: int) -> Estimate:
@@ -22,8 +23,11 @@ def t_interval(value: float, error: float, n: int) -> tuple[float, float]:
     return value - half, value + half
 
 
-def mean(values: Sequence[float]) -> Estimate:
-    """The mean with Student's t interval; one value has no interval. Raises ValueError for no values."""
+def mean(values: Sequence[float], minimum: float = -math.inf) -> Estimate:
+    """The mean with Student's t interval, cut at the `minimum` that a value can have; one value has no interval.
+
+    Raises ValueError for no values.
+    """
     n = len(values)
     if not n:
         raise ValueError("the mean of no values")
@@ -31,7 +35,8 @@ def mean(values: Sequence[float]) -> Estimate:
     if n == 1:
         return estimate(value, None, None, 1)
     error = math.sqrt(math.fsum((v - value) ** 2 for v in values) / (n - 1) / n)
-    return estimate(value, *t_interval(value, error, n), n)
+    low, high = t_interval(value, error, n)
+    return estimate(value, max(minimum, low), high, n)
 
 
 def proportion(values: Sequence[float]) -> Estimate:
@@ -56,19 +61,24 @@ def accuracy(margins: Sequence[float]) -> Estimate:
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
     """The sum of numerators over the sum of denominators, with a seeded bootstrap interval over rows (2,000 draws).
 
-    One row has no interval. Raises ValueError for no rows, or for lists of different lengths.
+    Below 30 rows, where a bootstrap covers too little, Student's t interval of the linearized ratio (the
+    delta method). One row has no interval. Raises ValueError for no rows, or for lists of different lengths.
     """
     import numpy as np
 
     n = len(numerators)
     if not n or n != len(denominators):
         raise ValueError(f"the ratio of {n or 'no'} values to {len(denominators)}")
-    if n == 1:
-        return estimate(float(numerators[0] / denominators[0]), None, None, 1)
     top, bottom = np.asarray(numerators, float), np.asarray(denominators, float)
+    value = float(top.sum() / bottom.sum())
+    if n == 1:
+        return estimate(value, None, None, 1)
+    if n < MIN_BOOTSTRAP:
+        error = float((top - value * bottom).std(ddof=1) / bottom.mean() / math.sqrt(n))
+        return estimate(value, *t_interval(value, error, n), n)
     rows = np.random.default_rng(0).integers(0, n, (2000, n))
     low, high = np.quantile(top[rows].sum(1) / bottom[rows].sum(1), [0.025, 0.975])
-    return estimate(float(top.sum() / bottom.sum()), float(low), float(high), n)
+    return estimate(value, float(low), float(high), n)
 
 
 def transform(estimate: Estimate, function: Callable[[float], float]) -> Estimate:

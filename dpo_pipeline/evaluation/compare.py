@@ -1,52 +1,68 @@
-"""Compares a DPO policy with its SFT and base model after training."""
+"""Measures, judges and reports: what `dpo` does at its end, and `evaluate` for a whole name."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dpo_pipeline.distributed import on_main_process
 from dpo_pipeline.evaluation.eval_set import EvalSet
-from dpo_pipeline.evaluation.judge_results import JudgeResults
-from dpo_pipeline.evaluation.measure import SAMPLES, Measurements, Policy, SamplingRequest, measure_policies
-from dpo_pipeline.evaluation.policies_to_compare import base_policy, dpo_with_references, unique_by_name
-from dpo_pipeline.evaluation.results import write_name_results, write_results
-from dpo_pipeline.evaluation.terminal import print_comparison
+from dpo_pipeline.evaluation.judging import Judged, JudgingPlan, requests_of, run_judges
+from dpo_pipeline.evaluation.measure import Comparison, measure_policies
+from dpo_pipeline.evaluation.policies import base_policy, dpo_with_references, unique_by_name
+from dpo_pipeline.evaluation.report import report
+from dpo_pipeline.evaluation.results import summarize, write_name_results, write_results
 from dpo_pipeline.judges.judge import Judge
-from dpo_pipeline.judges.verdicts import scores
+from dpo_pipeline.record import read_json
 from dpo_pipeline.schema import Run
 
 
 def compare_policies(run: Run, eval_sets: dict[str, EvalSet], judges: dict[str, Judge]) -> dict[str, Any]:
-    """Measure what is not measured yet of base, SFT and this DPO, and print the tables; the results of the name."""
+    """Measure what is not measured yet of base, SFT and this DPO, and report it; the results of the name."""
     dpo_policies = dpo_with_references(run.dpo_folder, run)
     policies = unique_by_name([*dpo_policies, base_policy(run, None)])
     scoring = {name: judge for name, judge in judges.items() if judge.score and not judge.post_training_only}
-    measurements = {
-        "eval.json": plan_measurements(eval_sets["eval.json"], policies, "base"),
-        "validation.json": plan_measurements(eval_sets["validation.json"], dpo_policies, None),
-    }
-    measure_policies(*measurements.values())
-
-    def write_and_print() -> dict[str, Any]:
-        for file, measured in measurements.items():
-            judge_and_write(file, measured, scoring, run.verdicts)
-        results = write_name_results(run.home)
-        print_comparison(run.home, results["policies"], policies)
-        return results
-
-    return on_main_process(write_and_print)
+    plan = JudgingPlan([], run.evaluation.opponent, run.verdicts)
+    comparisons = {}
+    for file, compared, base in (("eval.json", policies, "base"), ("validation.json", dpo_policies, None)):
+        eval_set = eval_sets[file]
+        comparisons[file] = Comparison(eval_set, compared, base, requests_of(compared, plan, eval_set, []))
+    measure_policies(*comparisons.values())
+    return on_main_process(lambda: judge_and_report(run, run.home, comparisons, scoring, plan)[0])
 
 
-def plan_measurements(eval_set: EvalSet, policies: list[Policy], base: str | None) -> Measurements:
-    """What is to be measured of these policies: their pairs, and one completion of each prompt."""
-    shown = tuple(policy.name for policy in policies if policy.is_shown)
-    return Measurements(eval_set, policies, base, [SamplingRequest(SAMPLES, eval_set.prompt_set, shown)])
+def judge_and_report(
+    run: Run, home: Path, comparisons: dict[str, Comparison], judges: dict[str, Judge], plan: JudgingPlan
+) -> tuple[dict[str, Any], Judged]:
+    """Judge what was measured, write all results of each file, and report the test ones, the first.
+
+    Results of a judge that failed are as they were, and with them the files of a sweep.
+    """
+    is_replaced = replaced_judges(judges, read_json(home / "results.json"))
+    outcomes = {}
+    for file, comparison in comparisons.items():
+        outcomes[file] = run_judges(comparison, judges, plan)
+        results, more = summarize(comparison, outcomes[file], plan)
+        write_results(comparison, results, file, is_replaced)
+        if file == "eval.json":
+            extra = more
+    comparison, judged = comparisons["eval.json"], outcomes["eval.json"]
+    folders = None if comparison.base else [policy.folder for policy in comparison.shown_policies]
+    results = write_name_results(home, folders, extra, is_replaced)
+    report(home, results, comparison.policies, run.evaluation.kl_budget, write_sweep=not judged.failures)
+    return results, judged
 
 
-def judge_and_write(file: str, measurements: Measurements, judges: dict[str, Judge], cache: Path) -> None:
-    """Score the samples by each judge, with scores cached under `cache`, and write the `file` of each policy."""
-    results = JudgeResults()
-    for policy in measurements.shown_policies:
-        for name, judge in judges.items():
-            completions = measurements.completions[policy.name, SAMPLES]
-            results.add_scores(policy.name, name, scores(judge, completions, cache, f"scores by {name}"))
-    write_results(measurements, results, file, complete=False)
+def replaced_judges(judges: dict[str, Judge], earlier: dict[str, Any] | None) -> Callable[[str], bool]:
+    """Whether the earlier numbers of a judge are those of another one: asked again in another version, or in none.
+
+    A judge without a version gives the same numbers each time, unless people or a trained policy stand behind it.
+    """
+    versions = {name: counts["version"] for name, counts in (earlier or {}).get("judges", {}).items()}
+
+    def is_replaced(name: str) -> bool:
+        judge = judges.get(name)
+        return judge is not None and (
+            versions.get(name) != judge.version or (judge.version is None and judge.post_training_only)
+        )
+
+    return is_replaced

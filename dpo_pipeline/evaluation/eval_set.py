@@ -2,22 +2,31 @@
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from dpo_pipeline.data.normalize import REPLY
 from dpo_pipeline.data.prepare import Prepared
+from dpo_pipeline.data.prompts import prompt_ids, prompts_to_rows, read_prompts
+from dpo_pipeline.data.tokens import encode_rows
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.judges.judge import Completion
 from dpo_pipeline.models import LoadOptions
 from dpo_pipeline.schema import Run
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class PromptSet:
-    """Prompts to complete: their rows (with the label or group of a prompt), their token ids, and the data's own
-    completions, if there are any.
+    """Prompts to complete: `name` is the split of their pairs or their file, `rows` hold the label or group of each.
+
+    `data_completions` are the data's own completions, if there are any.
     """
 
+    name: str
     rows: list[dict[str, Any]]
     ids: list[list[int]]
     data_completions: list[Completion] = field(default_factory=list)
@@ -25,8 +34,9 @@ class PromptSet:
 
 @dataclass
 class EvalSet:
-    """Pairs and prompts, with all that a policy's numbers depend on beside its weights."""
+    """The pairs of a split and prompts, with all that a policy's numbers depend on beside its weights."""
 
+    split: str
     dataset: str
     rows: list[dict[str, Any]]
     prompts: list[list[int]]
@@ -39,12 +49,6 @@ class EvalSet:
     seed: int
     loading: LoadOptions
     batch_size: int
-    prompts_file: str | None = None  # the file of the prompts, if they are not those of the pairs
-
-    @property
-    def sides(self) -> dict[str, list[list[int]]]:
-        """The token ids of the pairs' completions."""
-        return {"chosen": self.chosen, "rejected": self.rejected}
 
     def compute_settings(self) -> dict[str, Any]:
         """The settings of the forward pass that change numbers."""
@@ -54,20 +58,18 @@ class EvalSet:
             "attention": self.loading.model.attn_implementation,
         }
 
-    def settings(self, weights: dict[str, str], beta: float) -> dict[str, Any]:
-        """All that a policy's numbers depend on; `weights` are its own and those of its references."""
+    def settings(self) -> dict[str, Any]:
+        """All that numbers depend on, beside the weights and the versions of code and libraries."""
         data = json.dumps([self.prompts, self.chosen, self.rejected, self.prompt_set.ids])
         return {
             "pairs": len(self.prompts),
             "prompts": len(self.prompt_set.ids),
-            "prompts_file": self.prompts_file,
+            "prompts_file": None if self.prompt_set.name == self.split else self.prompt_set.name,
             "max_new_tokens": self.max_new_tokens,
             "temperature": 1.0,
-            "beta": beta,
             "seed": self.seed,
             **self.compute_settings(),
             "data": hashlib.sha256(data.encode()).hexdigest(),
-            "weights": weights,
         }
 
     def completions(self, prompt_set: PromptSet, ids: list[list[int]], draws: int = 1) -> list[Completion]:
@@ -120,40 +122,75 @@ def make_eval_set(run: Run, data: Prepared, split: str, pairs: int, prompts: int
 
     A prompt is cut if it leaves no room for a completion. Raises PipelineError if there are no rows, or no room.
     """
-    table, max_new_tokens = data.tables[split], run.evaluation.max_new_tokens
-    limit = data.context - max_new_tokens
+    table, limit = data.tables[split], data.context - run.evaluation.max_new_tokens
     if not len(table):
         raise PipelineError(f"there are no {split} rows to measure on: raise dataset.test_rows")
     if limit < 2:
         raise PipelineError(
-            f"evaluation.max_new_tokens={max_new_tokens} leaves no room for a prompt in the model's context of "
-            f"{data.context} tokens: lower it"
+            f"evaluation.max_new_tokens={run.evaluation.max_new_tokens} leaves no room for a prompt in the model's "
+            f"context of {data.context} tokens: lower it"
         )
     table = table.select(range(min(pairs, len(table))))
     eval_set = EvalSet(
+        split=split,
         dataset=run.dataset_name,
         rows=[data.rows[split][number] for number in table["row"]],
         prompts=list(table["prompt_ids"]),
         chosen=list(table["chosen_ids"]),
         rejected=list(table["rejected_ids"]),
-        prompt_set=PromptSet([], []),
+        prompt_set=PromptSet(split, [], []),
         tokenizer=data.tokenizer,
         eos_ids=data.eos_ids,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=run.evaluation.max_new_tokens,
         seed=run.dataset["split_seed"],
         loading=data.load_options,
         batch_size=run.batch.micro_size,
     )
-    eval_set.prompt_set = different_prompts(eval_set, limit, min(prompts, 8) if run.debug else prompts)
+    first_rows: dict[tuple[int, ...], int] = {}  # of each different prompt
+    for number, ids in enumerate(eval_set.prompts):
+        first_rows.setdefault(tuple(cut_prompt(ids, limit)), number)
+    first_rows = dict(list(first_rows.items())[: min(prompts, 8) if run.debug else prompts])
+    numbers = first_rows.values()
+    eval_set.prompt_set = PromptSet(split, [eval_set.rows[i] for i in numbers], [list(ids) for ids in first_rows])
+    data_ids = [eval_set.chosen[i] for i in numbers]
+    eval_set.prompt_set.data_completions = eval_set.completions(eval_set.prompt_set, data_ids)
     return eval_set
 
 
-def different_prompts(eval_set: EvalSet, limit: int, count: int) -> PromptSet:
-    """The first `count` different prompts of the pairs, cut to `limit` tokens, with the chosen completion of each."""
-    first_rows: dict[tuple[int, ...], int] = {}
-    for number, ids in enumerate(eval_set.prompts):
-        first_rows.setdefault(tuple(cut_prompt(ids, limit)), number)
-    numbers = list(first_rows.values())[:count]
-    prompt_set = PromptSet([eval_set.rows[i] for i in numbers], [list(ids) for ids in first_rows][:count])
-    prompt_set.data_completions = eval_set.completions(prompt_set, [eval_set.chosen[i] for i in numbers])
-    return prompt_set
+def load_eval_sets(run: Run, data: Prepared) -> tuple[EvalSet, list[PromptSet]]:
+    """The test pairs with prompts to complete, and the prompt sets `safety` and `bias`, if the run has such files."""
+    settings, limit = run.evaluation, data.context - run.evaluation.max_new_tokens
+    eval_set = make_eval_set(run, data, "test", settings.pairs, settings.prompts)
+    if settings.prompts_file:
+        name = Path(settings.prompts_file).name
+        eval_set.prompt_set = load_prompt_set(name, settings.prompts_file, (), eval_set, limit)
+    elif settings.opponent != "chosen":
+        compare_with_column(eval_set, settings.opponent)
+    if cut := sum(len(ids) == limit for ids in eval_set.prompt_set.ids):
+        log.warning(
+            "%d of %d prompts fill the room that %d tokens leave in the model's context: longer ones are cut",
+            *(cut, len(eval_set.prompt_set.ids), settings.max_new_tokens),
+        )
+    files = (("safety", settings.safety_file, ("label",)), ("bias", settings.bias_file, ("template", "group")))
+    return eval_set, [load_prompt_set(name, file, keys, eval_set, limit) for name, file, keys in files if file]
+
+
+def load_prompt_set(name: str, path: str, columns: tuple[str, ...], eval_set: EvalSet, limit: int) -> PromptSet:
+    """The prompts of a file in the form of the test pairs, cut to `limit` tokens; the rows keep these columns."""
+    is_chat = isinstance(eval_set.rows[0]["prompt"], list)
+    # A base model that learned from dialogues is asked in a dialogue.
+    is_dialogue = not is_chat and all(row["prompt"].endswith(REPLY) for row in eval_set.rows)
+    file_rows = read_prompts(path, columns)
+    prompt_rows = prompts_to_rows([row["prompt"] for row in file_rows], is_chat, path, is_dialogue)
+    rows = [{**file_row, "prompt": row["prompt"]} for file_row, row in zip(file_rows, prompt_rows, strict=True)]
+    ids = prompt_ids([row["prompt"] for row in rows], is_chat, eval_set.tokenizer)
+    return PromptSet(name, rows, [cut_prompt(each, limit) for each in ids])
+
+
+def compare_with_column(eval_set: EvalSet, column: str) -> None:
+    """Compare policies with another column's completions, not the chosen ones; PipelineError if a row has none."""
+    prompt_set = eval_set.prompt_set
+    if any(column not in row for row in prompt_set.rows):
+        raise PipelineError(f"evaluation.opponent={column}: some test rows have none: type evaluation.opponent=chosen")
+    encoded = encode_rows(prompt_set.rows, (column,), eval_set.tokenizer, eval_set.eos_ids)
+    prompt_set.data_completions = eval_set.completions(prompt_set, [row.completions[0] for row in encoded])

@@ -1,75 +1,65 @@
-"""What needs a model, once for each policy: log-probs of pairs, completions, and log-probs of these."""
+"""What needs a model, once for each policy: the lines of the tables `pairs` and `completions`."""
 
 import contextlib
 import functools
 import gc
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.content_hash import weights_hash
+import pandas as pd
+import pyarrow as pa
+from pyarrow import parquet
+
+from dpo_pipeline import logprobs, models, sampling
+from dpo_pipeline.content_hash import content_hash, weights_hash
 from dpo_pipeline.distributed import map_over_ranks, on_main_process
 from dpo_pipeline.evaluation.eval_set import EvalSet, PromptSet
-from dpo_pipeline.hardware import device
-from dpo_pipeline.judges.judge import Completion
+from dpo_pipeline.evaluation.policies import Policy
+from dpo_pipeline.hardware import device, versions
 from dpo_pipeline.locks import file_lock
 from dpo_pipeline.logprobs import completion_logprobs
 from dpo_pipeline.models import load_policy
-from dpo_pipeline.record import read_json, write_json
 from dpo_pipeline.sampling import sample
 
-SAMPLES = "completions"  # the sampling request that KL is taken from
+PART = 512  # lines of a table that an interruption loses at most
 
 
 @dataclass(frozen=True)
-class Policy:
-    """A saved policy: its name in tables, its weights, the folder of its results, and what it is compared with.
+class Request:
+    """Prompts that the named policies complete, with `draws` completions each.
 
-    `reference` names its own reference, `sft` the SFT policy that it is to beat. One that is not shown only serves
-    as a reference.
+    Draw 0 is a policy's own completion; those of Best-of-N start at 1, drawn with other random numbers.
     """
 
-    name: str
-    path: str | Path
-    folder: Path
-    beta: float
-    reference: str | None = None
-    sft: str | None = None
-    is_shown: bool = True
-
-
-@dataclass(frozen=True)
-class SamplingRequest:
-    """Prompts that the named policies complete."""
-
-    name: str
     prompt_set: PromptSet
     policies: tuple[str, ...]
     temperature: float = 1.0
     draws: int = 1
-    seed: int = 0  # added to that of the eval set
+    first_draw: int = 0
 
 
 @dataclass
-class Measurements:
-    """What is measured of policies on an eval set; log-probs are in nats, summed over the tokens of a completion.
+class Comparison:
+    """Policies that are compared on an eval set, and what is measured of them; log-probs are sums over tokens, nats.
 
     Each policy stands before what it is measured against. `base` names the policy that all are measured against, if
-    there is one; `requests` say what the policies complete.
+    there is one. A line of `pairs` is a pair under a policy; one of `completions` is a sampled completion, with its
+    log-prob under its policy, the base and the reference where KL is taken: at temperature 1, of `eval_set`'s prompts.
     """
 
     eval_set: EvalSet
     policies: list[Policy]
     base: str | None
-    requests: list[SamplingRequest]
+    requests: list[Request]
     weights: dict[str, str] = field(default_factory=dict)  # sha256 by policy
-    pairs: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # by policy, of chosen and of rejected
-    completions: dict[tuple[str, str], list[Completion]] = field(default_factory=dict)  # (policy, request)
-    sample_logprobs: dict[tuple[str, str], list[float]] = field(default_factory=dict)  # (sampled from, scored by)
+    pairs: pd.DataFrame = field(default_factory=pd.DataFrame)
+    completions: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def shown_policies(self) -> list[Policy]:
@@ -81,99 +71,123 @@ class Measurements:
         references = {"base": self.base, "reference": policy.reference}
         return {kind: name for kind, name in references.items() if name}
 
+    def samples(self, policy: str) -> pd.DataFrame:
+        """The completions that a policy's KL and scores are taken from."""
+        table = self.completions
+        is_own = (table["policy"] == policy) & (table["prompt_set"] == self.eval_set.prompt_set.name)
+        return table[is_own & (table["temperature"] == 1) & (table["draw"] == 0)]
 
-def measure_policies(*measurements: Measurements) -> None:
-    """Fill in what is not cached yet in `records/` of each policy's folder, one policy after the other.
+
+@functools.cache
+def measuring_versions() -> dict[str, str]:
+    """The versions of all that makes a log-prob or a completion; of our own code the hash."""
+    return versions() | {module.__name__: content_hash(Path(module.__file__)) for module in (logprobs, sampling, models)}
+
+
+def measure_policies(*comparisons: Comparison) -> None:
+    """Fill the tables of each comparison, one policy after the other; what an earlier run measured is read.
 
     Each policy is loaded at most once for all eval sets, alone, and by every process; the processes share the rows.
-    What was measured stays cached if a later policy fails.
     """
-    policies = {policy.name: policy for each in measurements for policy in each.policies}
-    loading = measurements[0].eval_set.loading
-    for policy in policies.values():
+    for policy in {policy.name: policy for each in comparisons for policy in each.policies}.values():
+        loading = comparisons[0].eval_set.loading
         load_model = functools.cache(partial(load_policy, policy.path, loading, device_name=device()))
-        for each in measurements:
-            if policy in each.policies:
-                measure_policy(policy, each, load_model)
+        for comparison in comparisons:
+            if policy in comparison.policies:
+                measure_policy(policy, comparison, load_model)
         load_model.cache_clear()
         gc.collect()  # frees the model before the next one is loaded
 
 
-def measure_policy(policy: Policy, measurements: Measurements, load_model: Callable[[], Any]) -> None:
-    """Add what the model of one policy says; it is loaded for the first number that is not cached."""
-    eval_set, weights, completions = measurements.eval_set, measurements.weights, measurements.completions
-    weights[policy.name] = on_main_process(lambda: weights_hash(policy.path, eval_set.loading.model.revision))
-    key = [weights[policy.name], eval_set.compute_settings()]
-    score = partial(sum_logprobs, load_model, eval_set, policy.name)
+def measure_policy(policy: Policy, comparison: Comparison, load_model: Callable[[], Any]) -> None:
+    """Add the lines of one policy, and its log-probs of the completions of policies that are measured against it."""
+    eval_set = comparison.eval_set
+    weights = on_main_process(lambda: weights_hash(policy.path, eval_set.loading.model.revision))
+    comparison.weights[policy.name] = weights
+    key = [weights, eval_set.compute_settings(), measuring_versions()]
 
-    def score_pairs() -> dict[str, list[float]]:
-        return {side: score(eval_set.prompts, ids) for side, ids in eval_set.sides.items()}
+    def sum_logprobs(rows: list[Any]) -> list[float]:
+        prompts, completions = map(list, zip(*rows, strict=True))
+        label = f"measuring {policy.name}"
+        return [
+            float(row.sum())
+            for row in completion_logprobs(load_model(), prompts, completions, eval_set.batch_size, label)
+        ]
 
-    pairs_key = [*key, eval_set.prompts, *eval_set.sides.values()]
-    measurements.pairs[policy.name] = cached(policy, "pairs", pairs_key, score_pairs)
-    for request in measurements.requests:
+    def sums(folder: Path, prompts: list[list[int]], completions: list[list[int]]) -> list[float]:
+        rows = [list(row) for row in zip(prompts, completions, strict=True)]
+        return in_parts(folder, "logprobs", key, rows, sum_logprobs)
+
+    pairs: dict[str, Any] = {"policy": policy.name, "split": eval_set.split, "row": range(len(eval_set.rows))}
+    pairs |= {name: [row[name] for row in eval_set.rows] for name in ("origin", "source")}
+    for side, ids in (("chosen", eval_set.chosen), ("rejected", eval_set.rejected)):
+        pairs |= {f"logprob_{side}": sums(policy.folder, eval_set.prompts, ids), f"tokens_{side}": [*map(len, ids)]}
+    comparison.pairs = pd.concat([comparison.pairs, pd.DataFrame(pairs)], ignore_index=True)
+    for request in comparison.requests:
         if policy.name in request.policies:
-            prompt_set, seed = request.prompt_set, eval_set.seed + request.seed
-            settings = [prompt_set.ids, request.temperature, request.draws, eval_set.max_new_tokens, eval_set.eos_ids]
-            make_completions = partial(sample_completions, load_model, eval_set, policy.name, request)
-            ids = cached(policy, request.name, [*key, *settings, seed], make_completions)
-            completions[policy.name, request.name] = eval_set.completions(prompt_set, ids, request.draws)
-    for other in measurements.policies:
-        is_scored = policy.name in (other.name, *measurements.references_of(other).values())
-        if is_scored and (other.name, SAMPLES) in completions:
-            samples = completions[other.name, SAMPLES]
-            prompts, ids = [list(each.prompt_ids) for each in samples], [list(each.ids) for each in samples]
-            sums_key = [weights[other.name], *key, prompts, ids]
-            measurements.sample_logprobs[other.name, policy.name] = cached(
-                other, "sums", sums_key, partial(score, prompts, ids)
-            )
+            lines = sample_lines(policy, request, eval_set, key, load_model)
+            comparison.completions = pd.concat([comparison.completions, lines], ignore_index=True)
+    for other in comparison.policies:
+        references = {"logprob": other.name}
+        references |= {f"logprob_{kind}": name for kind, name in comparison.references_of(other).items()}
+        for column in [column for column, name in references.items() if name == policy.name]:
+            samples = comparison.samples(other.name) if len(comparison.completions) else pd.DataFrame()
+            if len(samples):
+                prompts = [list(each.prompt_ids) for each in samples["completion"]]
+                comparison.completions.loc[samples.index, column] = sums(other.folder, prompts, list(samples["ids"]))
 
 
-def sum_logprobs(
-    load_model: Callable[[], Any], eval_set: EvalSet, name: str, prompts: list[list[int]], completions: list[list[int]]
-) -> list[float]:
-    """The summed log-prob of each completion under a policy, in nats."""
+def sample_lines(
+    policy: Policy, request: Request, eval_set: EvalSet, key: list[Any], load_model: Callable[[], Any]
+) -> pd.DataFrame:
+    """The lines of a policy's completions of some prompts; the column `completion` is what a judge reads."""
+    prompt_set, draws = request.prompt_set, request.draws
+    seed = eval_set.seed + request.first_draw
 
-    def score_rows(rows: list[int]) -> list[float]:
-        ids = [prompts[i] for i in rows], [completions[i] for i in rows]
-        logprobs = completion_logprobs(load_model(), *ids, eval_set.batch_size, f"measuring {name}")
-        return [float(row.sum()) for row in logprobs]
-
-    return map_over_ranks(score_rows, len(prompts))
-
-
-def sample_completions(
-    load_model: Callable[[], Any], eval_set: EvalSet, name: str, request: SamplingRequest
-) -> list[list[int]]:
-    """The completions of a policy, as token ids: `request.draws` for each prompt, one prompt after the other."""
-    prompts, draws = request.prompt_set.ids, request.draws
-
-    def sample_rows(rows: list[int]) -> list[list[list[int]]]:
-        completions = sample(
-            load_model(),
-            [prompts[i] for i in rows],
-            eval_set.eos_ids,
-            eval_set.tokenizer.pad_token_id,
-            eval_set.max_new_tokens,
-            4 * eval_set.batch_size,
-            eval_set.seed + request.seed,
-            request.temperature,
-            draws,
-            f"sampling {name}, {request.name}",
-        )
+    def sample_prompts(prompts: list[list[int]]) -> list[list[list[int]]]:
+        label = f"sampling {policy.name}, {prompt_set.name}, temperature {request.temperature:g}"
+        limit, batch_size, pad_id = eval_set.max_new_tokens, 4 * eval_set.batch_size, eval_set.tokenizer.pad_token_id
+        options = (eval_set.eos_ids, pad_id, limit, batch_size, seed, request.temperature, draws, label)
+        completions = sample(load_model(), prompts, *options)
         return [completions[start : start + draws] for start in range(0, len(completions), draws)]
 
-    return [ids for completions in map_over_ranks(sample_rows, len(prompts)) for ids in completions]
+    key = [*key, request.temperature, draws, eval_set.max_new_tokens, eval_set.eos_ids, seed]
+    by_prompt = in_parts(policy.folder, "completions", key, prompt_set.ids, sample_prompts, max(1, PART // draws))
+    ids = [completion for completions in by_prompt for completion in completions]
+    completions = eval_set.completions(prompt_set, ids, draws)
+    texts = eval_set.tokenizer.batch_decode(prompt_set.ids, skip_special_tokens=True)
+    columns: dict[str, Any] = {"policy": policy.name, "prompt_set": prompt_set.name, "temperature": request.temperature}
+    columns["draw"] = [request.first_draw + draw for _ in prompt_set.ids for draw in range(draws)]
+    columns["row"] = [row for row in range(len(prompt_set.ids)) for _ in range(draws)]
+    columns |= {"prompt": [texts[row] for row in columns["row"]], "text": [each.text for each in completions]}
+    columns |= {"ids": ids, "tokens": [*map(len, ids)], "ended": [each.ended for each in completions]}
+    for name in ("label", "template", "group"):
+        if name in prompt_set.rows[0]:
+            columns[name] = [prompt_set.rows[row][name] for row in columns["row"]]
+    return pd.DataFrame({**columns, "completion": completions})
 
 
-def cached(policy: Policy, kind: str, key: list[Any], compute: Callable[[], Any]) -> Any:
-    """What an earlier run cached under this key, else what `compute` gives, cached for the next run."""
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    file = policy.folder / "records" / f"{kind}-{digest}.json"
-    with contextlib.ExitStack() as locks:
-        on_main_process(lambda: locks.enter_context(file_lock(file)))
-        content = on_main_process(lambda: read_json(file))
-        if content is None:
-            content = compute()
-            on_main_process(lambda: write_json(file, content, indent=None))
-    return content
+def in_parts(
+    folder: Path, kind: str, key: list[Any], rows: list[Any], compute: Callable[[list[Any]], list[Any]], size: int = PART
+) -> list[Any]:
+    """What `compute` gives for the rows, `size` rows at a time, each part read if an earlier run wrote it."""
+    values: list[Any] = []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        digest = hashlib.sha256(json.dumps([*key, part]).encode()).hexdigest()[:16]
+        file = folder / "records" / f"{kind}-{digest}.parquet"
+        with contextlib.ExitStack() as locks:
+            on_main_process(lambda file=file: locks.enter_context(file_lock(file)))
+            if not on_main_process(file.is_file):
+                computed = map_over_ranks(lambda numbers, part=part: compute([part[i] for i in numbers]), len(part))
+                on_main_process(lambda file=file, computed=computed: write_table(pa.table({"value": computed}), file))
+            values += on_main_process(lambda file=file: parquet.read_table(file)["value"].to_pylist())
+    return values
+
+
+def write_table(table: pa.Table, file: Path) -> None:
+    """Write a Parquet file atomically."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    parquet.write_table(table, partial_file)
+    os.replace(partial_file, file)

@@ -1,80 +1,112 @@
-"""Writes eval.json with the rows behind it, and for a name results.json and generation_samples.json."""
+"""Writes eval.json and the two tables of each policy, and for a name results.json and generation_samples.json."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.evaluation.judge_results import JudgeResults
-from dpo_pipeline.evaluation.measure import SAMPLES, Measurements, Policy
-from dpo_pipeline.evaluation.policy_estimates import estimates_against, own_estimates
+import pandas as pd
+import pyarrow as pa
+
+import dpo_pipeline
+from dpo_pipeline.content_hash import content_hash
+from dpo_pipeline.evaluation.judging import Judged, JudgingPlan
+from dpo_pipeline.evaluation.measure import Comparison, measuring_versions, write_table
+from dpo_pipeline.evaluation.subsets import bias, notable_changes, safety
+from dpo_pipeline.evaluation.summary import (
+    adjust,
+    best_of_n,
+    compare_all,
+    estimates_against,
+    judged_estimates,
+    own_estimates,
+)
 from dpo_pipeline.locks import file_lock
 from dpo_pipeline.record import read_json, write_json
 
+REFUSALS = ("refusal_unsafe", "over_refusal_safe")
+LINE = ["policy", "prompt_set", "temperature", "draw", "row"]  # names a line of the completions
 
-def write_results(
-    measurements: Measurements, judge_results: JudgeResults, file: str = "eval.json", complete: bool = True
-) -> None:
-    """Write the `file` of each policy, and beside an eval.json its pairs and samples, with every number of each.
 
-    Results that are not `complete` are added to those in the file, if these have the same weights and data.
-    """
-    eval_set = measurements.eval_set
-    for policy in measurements.shown_policies:
-        references = measurements.references_of(policy)
+@functools.cache
+def code_version() -> str:
+    """A hash of the libraries' versions and of all code that an estimate rests on: an upgrade mixes no numbers."""
+    folder = Path(dpo_pipeline.__file__).parent
+    return content_hash(folder / "evaluation", (".py",))[:16] + str(sorted(measuring_versions().items()))
+
+
+def summarize(comparison: Comparison, judged: Judged, plan: JudgingPlan) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The eval.json of each shown policy, by name, and what results.json holds beside them."""
+    import hashlib
+
+    version = hashlib.sha256(code_version().encode()).hexdigest()[:16]
+    comparisons, ratings = compare_all(comparison, judged.verdicts)
+    extra: dict[str, Any] = {"comparisons": comparisons, "judges": judged.counts}
+    extra["notable"] = notable_changes(comparison)
+    table, results = comparison.completions, {}
+    for name, function in (("safety", safety), ("bias", bias)):
+        lines = table[table["prompt_set"] == name].dropna(axis="columns", how="all")
+        if len(lines):
+            extra[name] = {policy: function(lines[lines["policy"] == policy]) for policy in lines["policy"].unique()[::-1]}
+    for policy in comparison.shown_policies:
+        references = comparison.references_of(policy)
         names = dict.fromkeys((policy.name, *references.values()))
-        settings = eval_set.settings({name: measurements.weights[name] for name in names}, policy.beta)
-        own = {**own_estimates(policy, measurements), **judge_results.own.get(policy.name, {})}
-        earlier = read_json(policy.folder / file)
-        if not complete and earlier and {**earlier["settings"], "beta": policy.beta} == settings:
-            own = {**earlier["own"], **own}
-        result = {
+        weights = {name: comparison.weights[name] for name in names}
+        settings = comparison.eval_set.settings() | {"beta": policy.beta, "version": version, "weights": weights}
+        own = own_estimates(policy, comparison) | judged_estimates(policy.name, comparison, judged.verdicts)
+        own |= ratings.get(policy.name, {})
+        of_safety = extra.get("safety", {}).get(policy.name, {})
+        results[policy.name] = {
             "policy": policy.name,
-            "dataset": eval_set.dataset,
+            "dataset": comparison.eval_set.dataset,
             "settings": settings,
-            "against": {kind: estimates_against(policy, name, measurements) for kind, name in references.items()},
-            "own": own,
+            "against": {kind: estimates_against(policy, kind, name, comparison) for kind, name in references.items()},
+            "own": own | {key: of_safety[key] for key in REFUSALS if key in of_safety},
         }
-        if file == "eval.json":
-            write_json(policy.folder / "pairs.json", pair_rows(policy, measurements))
-            scores = judge_results.scores.get(policy.name, {})
-            write_json(policy.folder / "samples.json", sample_rows(policy, measurements, scores))
+    if best := best_of_n(comparison, plan):
+        name = best["name"]
+        extra["best_of"] = best | {"own": judged_estimates(name, comparison, judged.verdicts) | ratings.get(name, {})}
+    return results, extra
+
+
+def write_results(comparison: Comparison, results: dict[str, Any], file: str, is_replaced: Callable[[str], bool]) -> None:
+    """Write the `file` of each policy and its tables; what another evaluation measured with the same settings stays.
+
+    `is_replaced` says of a judge's name whether its earlier numbers are those of another judge, and go.
+    """
+    for policy in comparison.shown_policies:
+        result, earlier = results[policy.name], read_json(policy.folder / file)
+        if earlier and earlier["settings"] == result["settings"]:
+            old = {key: value for key, value in earlier["own"].items() if not is_replaced((*key.split("."), "")[1])}
+            result["own"] = old | result["own"]
         write_json(policy.folder / file, result)
+        weights = comparison.weights[policy.name]
+        pairs = comparison.pairs[comparison.pairs["policy"] == policy.name].assign(weights=weights)
+        merge_table(policy.folder / "pairs.parquet", pairs, ["policy", "split", "row"])
+        lines = comparison.completions.drop(columns="completion")
+        is_own = (lines["policy"] == policy.name) | lines["policy"].str.endswith(f" of {policy.name}")
+        merge_table(policy.folder / "completions.parquet", lines[is_own].assign(weights=weights), LINE)
 
 
-def pair_rows(policy: Policy, measurements: Measurements) -> list[dict[str, Any]]:
-    """Each test pair with its log-probs under the policy and its references."""
-    eval_set, names = measurements.eval_set, {"policy": policy.name, **measurements.references_of(policy)}
-    rows = []
-    for i, row in enumerate(eval_set.rows):
-        logprobs = {}
-        for kind, name in names.items():
-            logprobs[kind] = {side: values[i] for side, values in measurements.pairs[name].items()}
-        tokens = {f"{side}_tokens": len(completions[i]) for side, completions in eval_set.sides.items()}
-        rows.append({"origin": row["origin"], "source": row["source"], **tokens, "logprobs": logprobs})
-    return rows
+def merge_table(file: Path, lines: pd.DataFrame, key: list[str]) -> None:
+    """Add lines to a table on disk, and to these the columns it has of the same ones, such as other judges' scores."""
+    if file.is_file():
+        earlier = pd.read_parquet(file)
+        earlier = earlier[earlier["weights"].isin(lines["weights"])]
+        same = [*key, *(["prompt", "text"] if "text" in lines else [])]
+        columns = earlier.columns.difference(lines.columns).tolist()
+        merged = lines.merge(earlier[same + columns].drop_duplicates(key), on=same, how="left")
+        is_new = pd.MultiIndex.from_frame(earlier[key]).isin(pd.MultiIndex.from_frame(lines[key]))
+        lines = pd.concat([merged, earlier[~is_new]])
+    write_table(pa.Table.from_pandas(lines, preserve_index=False), file)
 
 
-def sample_rows(policy: Policy, measurements: Measurements, scores: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each sampled completion with its log-probs and its scores by judge."""
-    eval_set, names = measurements.eval_set, {"policy": policy.name, **measurements.references_of(policy)}
-    prompts = eval_set.tokenizer.batch_decode(eval_set.prompt_set.ids, skip_special_tokens=True)
-    rows = []
-    for i, completion in enumerate(measurements.completions[policy.name, SAMPLES]):
-        row = {
-            "prompt": prompts[i],
-            "answer": completion.text,
-            "ended": completion.ended,
-            "tokens": len(completion.ids),
-            "logprobs": {kind: measurements.sample_logprobs[policy.name, name][i] for kind, name in names.items()},
-            "scores": {judge: values[i] for judge, values in scores.items()},
-        }
-        rows.append(row)
-    return rows
-
-
-def write_name_results(home: Path, folders: list[Path] | None = None, **extra: Any) -> dict[str, Any]:
+def write_name_results(
+    home: Path, folders: list[Path] | None, extra: dict[str, Any], is_replaced: Callable[[str], bool]
+) -> dict[str, Any]:
     """Write results.json and generation_samples.json in `home`, from all policies of the name or those of `folders`.
 
-    `extra` is stored beside the policies. Without it the earlier extras stay as long as every policy's settings do.
+    `extra` is stored beside the policies. What earlier evaluations left there stays while no policy's settings change.
     """
     with file_lock(home / "results.json"):
         if folders is None:
@@ -84,18 +116,35 @@ def write_name_results(home: Path, folders: list[Path] | None = None, **extra: A
         for folder in folders:
             result = read_json(folder / "eval.json")
             policies[result["policy"]] = result
-            for row in read_json(folder / "samples.json") or []:
-                answers.setdefault(row["prompt"], {})[result["policy"]] = row["answer"]
-        earlier = read_json(home / "results.json")
-        if not extra and earlier and settings_of(earlier["policies"]) == settings_of(policies):
-            extra = {key: value for key, value in earlier.items() if key != "policies"}
+            prompt_set = result["settings"]["prompts_file"] or "test"
+            lines = pd.read_parquet(folder / "completions.parquet", columns=[*LINE, "prompt", "text"])
+            lines = lines[(lines["policy"] == result["policy"]) & (lines["prompt_set"] == prompt_set)]
+            lines = lines[(lines["temperature"] == 1) & (lines["draw"] == 0)]
+            for prompt, text in zip(lines["prompt"], lines["text"], strict=True):
+                answers.setdefault(prompt, {})[result["policy"]] = text
         results = {"policies": policies, **extra}
+        earlier = read_json(home / "results.json")
+        if earlier and all(
+            old["settings"] == policies[name]["settings"] for name, old in earlier["policies"].items() if name in policies
+        ):
+            results = merge_extra(earlier, results, is_replaced)
         write_json(home / "results.json", results)
         samples = [{"prompt": prompt, "answers": by_policy} for prompt, by_policy in answers.items()]
         write_json(home / "generation_samples.json", samples)
     return results
 
 
-def settings_of(policies: dict[str, Any]) -> dict[str, Any]:
-    """What each policy's numbers depend on."""
-    return {name: result["settings"] for name, result in policies.items()}
+def merge_extra(earlier: dict[str, Any], results: dict[str, Any], is_replaced: Callable[[str], bool]) -> dict[str, Any]:
+    """The results, with what earlier ones say beside the policies of other judges, policies and prompts."""
+    merged = {**earlier, **results}
+    for key in ("comparisons", "judges"):
+        others = {judge: value for judge, value in earlier.get(key, {}).items() if not is_replaced(judge)}
+        merged[key] = others | results[key]
+    merged["notable"] = earlier.get("notable", {}) | results["notable"]
+    for judge, rows in merged["comparisons"].items():
+        pairs = {frozenset((row["one"], row["other"])) for row in results["comparisons"].get(judge, rows)}
+        kept = [row for row in earlier.get("comparisons", {}).get(judge, []) if {row["one"], row["other"]} not in pairs]
+        if judge in results["comparisons"] and kept and not is_replaced(judge):
+            merged["comparisons"][judge] = rows + kept
+            adjust(merged["comparisons"][judge])
+    return merged

@@ -1,88 +1,167 @@
 """All DPO variants of a name: a table, two plots, and the beta that validation recommends."""
 
+import json
 import math
+import re
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from dpo_pipeline.estimates import Estimate
+from dpo_pipeline.estimates import Estimate, mean
 from dpo_pipeline.evaluation import tables
-from dpo_pipeline.evaluation.sweep_variants import (
-    QUANTITIES,
-    Estimates,
-    Variant,
-    group_seeds,
-    load_variants,
-    over_seeds,
-    reference_of,
-)
 from dpo_pipeline.formatting import format_estimate
 from dpo_pipeline.record import read_json
+from dpo_pipeline.run_folder import run_state
+
+PLOTTED = ("preference_accuracy", "margin_nats", "kl")  # and the reward
+DATA_KEYS = ("data", "pairs", "prompts", "prompts_file", "max_new_tokens")  # of the settings in an eval.json
+BETA_SEED = re.compile(r"-(beta[0-9.]+(e-?\d+)?|seed\d+)(?=-|$)")
+
+Estimates = dict[str, Estimate]
 
 
-def sweep_report(home: Path, kl_budget: float, failed: dict[str, str]) -> str:
-    """Write sweep.md, sweep.csv, sweep.png and reward_kl_frontier.png into `home/report`; returns the Markdown.
+@dataclass
+class Variant:
+    """One DPO: `setting` labels its identity without beta and seed, `problem` says why it has no estimates, if so."""
 
-    All are measured against the policy they started from if that is one, else against the base. `failed` are variants
-    whose last run failed, with the reason: gaps in the table, as are variants that are not measured.
+    name: str
+    setting: str
+    beta: float | None
+    seed: int | None
+    problem: str
+    test: Estimates
+    validation: Estimates
+
+
+def sweep_report(home: Path, kl_budget: float, failed: dict[str, str]) -> tuple[str, str | None]:
+    """Write sweep.md, sweep.csv, sweep.png and reward_kl_frontier.png into `home/report`.
+
+    Returns the Markdown and the recommended variant, None without one. All are measured against the policy they
+    started from if that is one, else against the base. `failed` are variants whose last run failed, with the reason:
+    gaps in the table, as are variants that are not measured, or on other data than the others.
     """
     names = sorted({file.parent.name for file in (home / "dpo").glob("*/status.json")} | {*failed})
     results = {name: read_json(home / "dpo" / name / "eval.json") for name in names if name not in failed}
-    references = {reference_of(result) for result in results.values() if result}
+    results = {name: result for name, result in results.items() if result}
+    references = {reference_of(result) for result in results.values()}
     against = "reference" if len(references) == 1 else "base"
-    variants = load_variants(home, names, failed, against)
+    variants = load_variants(home, names, results, failed, against)
     measured = [v for v in variants if v.test]
-    quantities = shown_quantities([estimates for v in measured for estimates in (v.test, v.validation) if estimates])
-    judge = next((key for key in quantities if key.startswith("score.")), None)
+    estimates = [each for v in measured for each in (v.test, v.validation) if each]
+    scores = [key for each in estimates for key in each if key.startswith("score.")]
+    target = next((key for key in scores if all(key in each for each in estimates)), "margin_nats")
+    keys = list(dict.fromkeys([*PLOTTED, target, "completion_tokens"]))
     folder = home / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    write_csv(folder / "sweep.csv", variants, list(quantities))
+    write_csv(folder / "sweep.csv", variants, keys)
     blocks = [f"# {home.name}: {len(variants)} variants of DPO"]
     if measured:
         reference = min(references)[0] if against == "reference" else "base"
         blocks.append(tables.caption(results[measured[0].name], reference, beta=False))
-        plot_sweep(folder / "sweep.png", measured, quantities)
-        plot_frontier(folder / "reward_kl_frontier.png", measured, judge or "margin_nats", home.name)
+        plot_sweep(folder / "sweep.png", measured, keys)
+        plot_frontier(folder / "reward_kl_frontier.png", measured, target, home.name)
     gaps = {v.name: v.problem for v in variants if not v.test}
-    blocks.append(tables.comparison(results, [v.name for v in measured], against, gaps=gaps))
-    blocks.append(recommendation(measured, judge, kl_budget))
+    wins = dict.fromkeys(key for v in measured for key in v.test if re.match(r"win_rate\.[^.]+\.\w+$", key))
+    blocks.append(tables.comparison({v.name: v.test for v in measured}, [*tables.SHORT_KEYS, target, *wins], gaps))
+    if chosen_from := {v.name: v.validation for v in measured if v.validation}:
+        blocks.append("On validation, by which beta is chosen:")
+        blocks.append(tables.comparison(chosen_from, list(dict.fromkeys(["kl", "margin_nats", target])), {}))
+    text, best = recommendation(measured, target, kl_budget)
+    blocks.append(text)
     text = "\n\n".join(blocks)
     (folder / "sweep.md").write_text(text + "\n", encoding="utf-8")
-    return text
+    return text, best
 
 
-def shown_quantities(measured: list[Estimates]) -> dict[str, str]:
-    """The labels of the quantities to show; as the reward the first judge that scored everywhere, if there is one."""
-    scores = [key for estimates in measured for key in estimates if key.startswith("score.")]
-    judge = next((key for key in scores if all(key in estimates for estimates in measured)), None)
-    return {judge if key == "score" else key: text for key, text in QUANTITIES.items() if key != "score" or judge}
+def reference_of(result: dict[str, Any]) -> tuple[str, str]:
+    """Name and weights of a DPO's own reference, from its eval.json."""
+    weights = result["settings"]["weights"]
+    tuned = [(name, value) for name, value in weights.items() if name not in (result["policy"], "base")]
+    return tuned[0] if tuned else ("base", weights["base"])
 
 
-def recommendation(variants: list[Variant], judge: str | None, kl_budget: float) -> str:
-    """The beta of the largest reward on validation within the KL budget, and which betas are not worse beyond noise.
+def load_variants(
+    home: Path, names: list[str], results: dict[str, Any], failed: dict[str, str], against: str
+) -> list[Variant]:
+    """The variants by setting, beta and seed; the first name of a setting, without beta and seed, is its label."""
+    data = {name: tuple(result["settings"][key] for key in DATA_KEYS) for name, result in results.items()}
+    common = Counter(data.values()).most_common(1)
+    variants, labels = [], {}
+    for name in names:
+        folder, test = home / "dpo" / name, results.get(name)
+        identity = (read_json(folder / "manifest.json") or {"identity": {"beta": None, "seed": None}})["identity"]
+        problem = failed.get(name) or unfinished(folder) or ("" if test else "not measured: repeat its command")
+        if not problem and data[name] != common[0][0]:
+            settings = test["settings"]
+            problem = f"measured on {settings['pairs']} pairs and {settings['prompts']} prompts, or others: run evaluate"
+        setting = json.dumps({key: value for key, value in identity.items() if key not in ("beta", "seed")})
+        label = labels.setdefault(setting, BETA_SEED.sub("", name))
+        blocks = ((test, against), (read_json(folder / "validation.json"), "reference"))
+        estimates = [{**r["against"][key], **r["own"]} if r and not problem else {} for r, key in blocks]
+        variants.append(Variant(name, label, identity["beta"], identity["seed"], problem, *estimates))
+    return sorted(variants, key=lambda v: (v.setting, v.beta or math.inf, v.seed or 0, v.name))
+
+
+def unfinished(folder: Path) -> str:
+    """The state, step and error of a run that is not done; else nothing."""
+    if (state := run_state(folder)) == "done":
+        return ""
+    status = read_json(folder / "status.json")
+    return f"{state} at step {status['step']}" + (f": {status['error']}" if status["error"] else "")
+
+
+def group_seeds(variants: list[Variant]) -> dict[tuple[str, float], list[Variant]]:
+    """The seeds of each setting and beta."""
+    groups: dict[tuple[str, float], list[Variant]] = {}
+    for v in variants:
+        groups.setdefault((v.setting, v.beta), []).append(v)
+    return groups
+
+
+def over_seeds(measured: list[Estimates], key: str) -> Estimate:
+    """The estimate of one seed, or the mean over several.
+
+    Its interval adds in quadrature Student's t over the seeds and the mean interval over the rows: all seeds are
+    measured on the same rows, whose noise more seeds do not reduce.
+    """
+    seeds = [estimates[key] for estimates in measured]
+    if len(seeds) == 1:
+        return seeds[0]
+    average = mean([seed["value"] for seed in seeds])
+    half_of_rows = sum(seed["high"] - seed["low"] for seed in seeds if seed["low"] is not None) / (2 * len(seeds))
+    half = math.hypot(average["high"] - average["value"], half_of_rows)
+    return {**average, "low": average["value"] - half, "high": average["value"] + half}
+
+
+def recommendation(variants: list[Variant], target: str, kl_budget: float) -> tuple[str, str | None]:
+    """The beta of the largest reward on validation within the KL budget, which are not worse beyond noise; its variant.
 
     Without a reward the largest margin_nats; never the margin with beta, which grows with beta alone.
     """
-    target, name = (judge, "reward") if judge else ("margin_nats", "margin_nats")
     groups = group_seeds([v for v in variants if v.validation])
     measured = {key: [v.validation for v in group] for key, group in groups.items()}
     allowed = {key: over_seeds(m, target) for key, m in measured.items() if over_seeds(m, "kl")["value"] <= kl_budget}
     if not measured:
-        return "Recommended: none; nothing is measured."
+        return "Recommended: none; nothing is measured.", None
     if not allowed:
-        return f"Recommended: none; no beta has a KL of at most {kl_budget:g} nats on validation. Take larger betas."
+        sentence = f"no beta has a KL of at most {kl_budget:g} nats on validation. Take larger betas."
+        return f"Recommended: none; {sentence}", None
     best = max(allowed, key=lambda key: allowed[key]["value"])
     # Without an interval (one row) no beta is worse beyond noise.
     low = -math.inf if allowed[best]["low"] is None else allowed[best]["low"]
     near = [key for key, e in allowed.items() if key != best and (e["high"] is None or e["high"] >= low)]
     has_settings = len({setting for setting, _ in allowed}) > 1
     names = {key: f"beta {key[1]:g}" + (f" ({key[0]})" if has_settings else "") for key in allowed}
+    name = "margin_nats" if target == "margin_nats" else "reward"
     rule = f"largest {name} on validation with a KL of at most {kl_budget:g} nats"
     text = f"Recommended: {names[best]}, {name} {format_estimate(allowed[best])} ({rule})."
     if near:
         listed = ", ".join(names[key] for key in near)
         text += f" Within noise of it: {listed}; more seeds or evaluation.prompts may separate them."
-    return text
+    return text, groups[best][0].name
 
 
 def write_csv(file: Path, variants: list[Variant], keys: list[str]) -> None:
@@ -103,26 +182,28 @@ def error_bars(estimates: list[Estimate]) -> list[list[float]]:
     return [[e["value"] - e["low"] for e in known], [e["high"] - e["value"] for e in known]]
 
 
-def plot_sweep(file: Path, variants: list[Variant], quantities: dict[str, str]) -> None:
+def plot_sweep(file: Path, variants: list[Variant], keys: list[str]) -> None:
     """Each quantity but length against beta on test, a line for each setting; 95% intervals, over seeds if several."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes, groups = figure.subplots(2, 2), group_seeds(variants)
-    keys = [key for key in quantities if key != "completion_tokens"]
+    keys = [key for key in keys if key != "completion_tokens"]
     betas = sorted({v.beta for v in variants})
     for axis, key in zip(axes.flat, keys, strict=False):
         for setting in sorted({v.setting for v in variants}):
             line = {beta: groups[setting, beta] for beta in betas if (setting, beta) in groups}
             points = [over_seeds([v.test for v in seeds], key) for seeds in line.values()]
             seeds = max(map(len, line.values()))
-            label = f"{setting}, {seeds} seeds" if seeds > 1 else setting
+            label = setting[:40] + (f", {seeds} seeds" if seeds > 1 else "")
             values = [point["value"] for point in points]
             axis.errorbar(list(line), values, yerr=error_bars(points), marker="o", capsize=3, label=label)
             if seeds > 1:
                 dots = [(v.beta, v.test[key]["value"]) for group in line.values() for v in group]
                 axis.plot(*zip(*dots, strict=True), ".", color="0.6", zorder=0)
-        axis.set(xscale="log", xlabel="beta", title=quantities[key])
+        axis.set(xscale="log", xlabel="beta", title=tables.label_of(key))
+        if key == "preference_accuracy":
+            axis.set_ylim(top=min(1.0, axis.get_ylim()[1]))
         axis.set_xticks(betas, [f"{beta:g}" for beta in betas])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
@@ -142,14 +223,13 @@ def plot_frontier(file: Path, variants: list[Variant], target: str, name: str) -
         line = [v for v in variants if v.setting == setting]
         kl, gain = ([v.test[key] for v in line] for key in ("kl", target))
         x, y = ([estimate["value"] for estimate in estimates] for estimates in (kl, gain))
-        style = {"fmt": "o", "capsize": 2, "elinewidth": 0.8, "alpha": 0.8, "label": setting}
+        style = {"fmt": "o", "capsize": 2, "elinewidth": 0.8, "alpha": 0.8, "label": setting[:40]}
         axis.errorbar(x, y, xerr=error_bars(kl), yerr=error_bars(gain), **style)
         for v, *point in zip(line, x, y, strict=True):
             axis.annotate(f"{v.beta:g}", point, textcoords="offset points", xytext=(5, 5), fontsize="small")
-    axis.set(
-        xlabel="KL from the reference, nats", ylabel=QUANTITIES.get(target, target.replace("score.", "reward by "))
-    )
-    axis.set_title(f"{name}: each point a policy, labelled with its beta", fontsize="medium")
+    axis.set(xlabel="KL from the reference, nats", ylabel=tables.label_of(target), xlim=(0, None))
+    what = "margin over KL, since no judge scored all" if target == "margin_nats" else "reward over KL"
+    axis.set_title(f"{name[:40]}: {what}; each point a policy, labelled with its beta", fontsize="medium")
     axis.legend(fontsize="small")
     axis.grid(alpha=0.3)
     figure.savefig(file, dpi=120)

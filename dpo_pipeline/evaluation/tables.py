@@ -1,9 +1,9 @@
-"""Results as Markdown."""
+"""Results as Markdown tables, for the terminal and the report alike."""
 
 import re
 from typing import Any
 
-from dpo_pipeline.formatting import format_estimate, markdown_table, one_line
+from dpo_pipeline.formatting import format_estimate, format_number, markdown_table, one_line
 
 ROWS = {
     "preference_accuracy": "preference accuracy",
@@ -27,37 +27,29 @@ EXTRA_ROWS = {
     "refusal_unsafe": "refusal of unsafe prompts",
     "over_refusal_safe": "over-refusal of safe prompts",
 }
-COMPACT_KEYS = ("preference_accuracy", "margin_nats", "kl", "completion_tokens", "stop_rate")
+REFUSALS = {"refusal_unsafe": "refusal, unsafe prompts", "over_refusal_safe": "over-refusal, safe prompts"}
+SHORT_KEYS = ("preference_accuracy", "margin_nats", "kl", "completion_tokens", "stop_rate")  # and what a judge says
 MAX_COLUMNS = 4  # policies beside each other; more stand below each other
 JUDGE_KEYS = re.compile(r"(score|win_rate|length_controlled_win_rate|elo)\.")
-DETAIL_KEYS = re.compile(r"^length_controlled|\.t[\d.]+$")  # left out of compact tables
 
 
 def comparison(
-    policies: dict[str, Any],
-    names: list[str],
-    against: str,
-    keys: dict[str, str] = ROWS,
-    gaps: dict[str, str] | None = None,
-    with_own: bool = True,
+    cells: dict[str, dict[str, Any]], keys: list[str] | None = None, gaps: dict[str, str] | None = None
 ) -> str:
-    """A Markdown table of estimates with their intervals, all against one reference.
+    """A Markdown table of estimates by policy and key, by default of all keys that it knows.
 
-    `against` is `base`, or `reference` for DPO's own; `with_own` adds what was measured of each policy by itself. A
-    column for each policy; with more than four a line for each, with fewer quantities. `gaps` are policies without
+    A column for each policy; with more than four, or with `gaps`, a line for each. `gaps` are policies without
     estimates, with the reason, on lines at the end.
     """
-    is_compact = len(names) > MAX_COLUMNS or gaps is not None
-    cells = [{**(policies[name]["own"] if with_own else {}), **policies[name]["against"][against]} for name in names]
-    judge_keys = [key for key in dict.fromkeys(key for cell in cells for key in cell) if JUDGE_KEYS.match(key)]
-    if is_compact:
-        keys = {key: label for key, label in keys.items() if key in COMPACT_KEYS}
-        judge_keys = [key for key in judge_keys if not DETAIL_KEYS.search(key)]
-    lines = [["", *names]]
-    for key, label in {**keys, **{key: label_of(key) for key in judge_keys}}.items():
-        if any(key in cell for cell in cells):
-            lines.append([label, *(format_estimate(cell[key]) if key in cell else "" for cell in cells)])
-    if not is_compact:
+    if keys is None:
+        judge_keys = dict.fromkeys(key for cell in cells.values() for key in cell if JUDGE_KEYS.match(key))
+        keys = [*ROWS, *EXTRA_ROWS, *judge_keys]
+    lines = [["", *cells]]
+    for key in keys:
+        if any(key in cell for cell in cells.values()):
+            texts = [format_cell(cell[key]) if key in cell else "" for cell in cells.values()]
+            lines.append([label_of(key), *texts])
+    if len(cells) <= MAX_COLUMNS and gaps is None:
         return markdown_table(lines)
     lines = [list(column) for column in zip(*lines, strict=True)]
     width = max(2, len(lines[0]))  # a gap needs a cell for its reason
@@ -65,13 +57,27 @@ def comparison(
     return markdown_table([line + [""] * (width - len(line)) for line in lines])
 
 
+def cells_against(policies: dict[str, Any], names: list[str], against: str, with_own: bool = True) -> dict[str, Any]:
+    """The estimates of these policies against `base` or `reference`, with those of each by itself unless told not."""
+    return {name: (policies[name]["own"] if with_own else {}) | policies[name]["against"][against] for name in names}
+
+
+def format_cell(estimate: dict[str, Any]) -> str:
+    """An estimate with its interval; of a few comparisons how many there are."""
+    if estimate["low"] is None:
+        return f"{format_number(estimate['value'])} (of {estimate['n']})"
+    return format_estimate(estimate)
+
+
 def label_of(key: str) -> str:
-    """A judge's estimate in words: `win_rate.truth.sft.t0.5` is `wins over sft by truth, temperature 0.5`."""
+    """A key in words: `win_rate.truth.sft.t0.5` is `wins over sft by truth, temperature 0.5`."""
+    if not JUDGE_KEYS.match(key):
+        return {**ROWS, **EXTRA_ROWS}[key]
     kind, judge, *rest = key.split(".", 3)
     if kind in ("score", "elo"):
         return f"{'score' if kind == 'score' else 'Elo'} by {judge}" + (f", {rest[0]}" if rest else "")
     temperature = f", temperature {rest[1].removeprefix('t')}" if len(rest) > 1 else ""
-    control = " at equal length" if kind.startswith("length") else ""
+    control = " at equal length (logistic fit)" if kind.startswith("length") else ""
     return f"wins over {rest[0]} by {judge}{control}{temperature}"
 
 
@@ -108,7 +114,7 @@ def pairwise_table(comparisons: list[dict[str, Any]]) -> str:
     """Every two policies by one judge: how often the first wins, and whether their scores differ."""
     lines = [["policy", "against", "wins", "difference", "p", "p, of all (Holm)"]]
     for row in comparisons:
-        estimates = [format_estimate(row[key]) for key in ("win_rate", "difference")]
+        estimates = [format_cell(row[key]) for key in ("win_rate", "difference")]
         lines.append([row["one"], row["other"], *estimates, f"{row['p']:.2g}", f"{row['p_adjusted']:.2g}"])
     return markdown_table(lines)
 
@@ -130,4 +136,55 @@ def side_by_side(samples: list[dict[str, Any]], names: list[str], count: int = 3
     for sample in complete[:count]:
         lines = [f"  {name.ljust(width)}  {one_line(sample['answers'][name])}" for name in names]
         blocks.append("\n".join([f"> {one_line(sample['prompt'])}", *lines]))
+    return "\n\n".join(blocks)
+
+
+def safety_table(results: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table of what `safety` gives for each policy, a column for each."""
+    columns: dict[str, dict[str, str]] = {policy: {} for policy in results}
+    for policy, estimates in results.items():
+        for key in (key for key in estimates if key != "unread"):
+            judge, _, label = key.removeprefix("score.").rpartition(".")
+            columns[policy][REFUSALS.get(key, f"score by {judge}, {label} prompts")] = format_cell(estimates[key])
+        columns[policy] |= {f"unreadable: {judge}": str(n) for judge, n in estimates["unread"].items() if n}
+    return policy_table(columns)
+
+
+def bias_table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """A Markdown table of what `bias` gives for each policy, a column for each; of two groups one gap says all."""
+    columns: dict[str, dict[str, str]] = {policy: {} for policy in results}
+    for policy, quantities in results.items():
+        for name, result in quantities.items():
+            if gap := result.get("largest"):
+                rows = dict(result["groups"])
+                if len(rows) > 2:
+                    rows |= {f"{group} minus the rest": value for group, value in result["against_rest"].items()}
+                columns[policy] |= {f"{name}, {label}": format_cell(value) for label, value in rows.items()}
+                difference = f"{' - '.join(gap['groups'])}: {format_cell(gap['difference'])}"
+                columns[policy][f"{name}, largest gap"] = difference
+            if result["unread"]:
+                columns[policy][f"{name}, unreadable"] = str(result["unread"])
+    return policy_table(columns)
+
+
+def policy_table(columns: dict[str, dict[str, str]]) -> str:
+    """A Markdown table of cells by label for each policy; `none` where a policy has no such cell."""
+    labels = dict.fromkeys(label for cells in columns.values() for label in cells)
+    rows = [[label, *(cells.get(label, "none") for cells in columns.values())] for label in labels]
+    return markdown_table([["", *columns], *rows])
+
+
+def changes_as_markdown(changes: dict[str, Any], old: str, new: str, count: int) -> str:
+    """Changes from the policy `old` to `new` as Markdown, with at most `count` examples a side."""
+    quantity = changes["quantity"]
+    heads = {"successes": f"{new} above {old} by {quantity}", "failures": f"{new} below {old} by {quantity}"}
+    if quantity == "margin_nats":
+        heads = {"successes": f"wrong with {old}, right with {new}", "failures": f"right with {old}, wrong with {new}"}
+    blocks = []
+    for side, head in heads.items():
+        blocks.append(f"**{head}: {changes[side]['count']} of {changes['n']}**")
+        for example in changes[side]["examples"][:count]:
+            change = f"- {quantity}: {format_number(example['before'])} to {format_number(example['after'])}"
+            texts = [f"- {name}: {one_line(text)}" for name, text in example["texts"].items()]
+            blocks.append("\n".join([f"> {one_line(example['prompt'])}", "", change, *texts]))
     return "\n\n".join(blocks)

@@ -136,7 +136,7 @@ class ProcessLauncher(Launcher):
         failed = [job for job in self.jobs if job.state != "done"]
         for home in dict.fromkeys(job.run.home for job in self.jobs if self.stage == "dpo"):
             reasons = {job.folder.name: f"{job.state}: {job.reason}" for job in failed if job.run.home == home}
-            text = sweep_report.sweep_report(home, self.jobs[0].run.evaluation.kl_budget, reasons)
+            text, _ = sweep_report.sweep_report(home, self.jobs[0].run.evaluation.kl_budget, reasons)
             print(f"\n{text}\n\nWritten: {home}/report/sweep.md, sweep.csv, sweep.png, reward_kl_frontier.png")
 
     def stop(self) -> None:

@@ -2,13 +2,14 @@
 
 import itertools
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from dpo_pipeline.config import CONF
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.evaluation.measure import Policy
 from dpo_pipeline.models import adapter_base, is_adapter
 from dpo_pipeline.naming import clean_name, policy_name
 from dpo_pipeline.record import read_json
@@ -16,6 +17,26 @@ from dpo_pipeline.run_folder import identity, run_state
 from dpo_pipeline.schema import Run
 
 log = logging.getLogger(__name__)
+
+# Of policies that were trained without one: that of this run would make base's margin hang on the job that ran last.
+DEFAULT_BETA = float(OmegaConf.load(CONF / "config.yaml").beta)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A saved policy: its name in tables, its weights, the folder of its results, and what it is compared with.
+
+    `reference` names its own reference, `sft` the SFT policy that it is to beat. One that is not shown only serves
+    as a reference.
+    """
+
+    name: str
+    path: str | Path
+    folder: Path
+    beta: float = DEFAULT_BETA
+    reference: str | None = None
+    sft: str | None = None
+    is_shown: bool = True
 
 
 def policies_of_name(run: Run) -> list[Policy]:
@@ -36,7 +57,7 @@ def policies_of_name(run: Run) -> list[Policy]:
     sfts = []
     for name, folder in zip(names, sft_folders, strict=True):
         opponent = None if name == sft_opponent else sft_opponent
-        sfts.append(Policy(name, folder / "final", folder, run.beta, sft=opponent))
+        sfts.append(Policy(name, folder / "final", folder, sft=opponent))
     dpos, starts, used_names = [], [], {}
     for folder in dpo_folders:
         dpo, *references = dpo_with_references(folder, run, sft_opponent, used_names)
@@ -98,14 +119,14 @@ def dpo_with_references(
     elif config.policy == "sft":
         sft_folder = run.home / "sft" / config.sft_variant
         sft_opponent = f"sft/{config.sft_variant}"
-        start = Policy(sft_opponent, sft_folder / "final", sft_folder, run.beta)
+        start = Policy(sft_opponent, sft_folder / "final", sft_folder)
     else:
         name = display_name("policy", config.policy, used_names)
-        start = Policy(name, config.policy, folder / "starting_policy", run.beta, sft=sft_opponent)
+        start = Policy(name, config.policy, folder / "starting_policy", sft=sft_opponent)
     reference = start
     if (path := config.reference.path) is not None:
         name = display_name("reference", path, used_names)
-        reference = Policy(name, path, folder / "reference", run.beta, is_shown=False)
+        reference = Policy(name, path, folder / "reference", is_shown=False)
     sft = sft_opponent or start.name
     dpo = Policy(f"dpo/{folder.name}", folder / "final", folder, config.beta, reference.name, sft)
     return unique_by_name([dpo, start, reference])
@@ -120,7 +141,7 @@ def display_name(kind: str, path: str, used_names: dict[str, str]) -> str:
 
 def base_policy(run: Run, sft_opponent: str | None) -> Policy:
     """The base model."""
-    return Policy("base", str(run.model.path), run.home / "base", run.beta, sft=sft_opponent)
+    return Policy("base", str(run.model.path), run.home / "base", sft=sft_opponent)
 
 
 def external_policies(run: Run) -> list[Policy]:
@@ -140,14 +161,14 @@ def external_policies(run: Run) -> list[Policy]:
         raise PipelineError(
             f"evaluation.policy={path} would be measured against itself: name another by evaluation.reference=FOLDER"
         )
-    beta = manifest["identity"]["beta"] if manifest and manifest["stage"] == "dpo" else run.beta
+    beta = manifest["identity"]["beta"] if manifest and manifest["stage"] == "dpo" else DEFAULT_BETA
     name, reference = (f"policy/{clean_name(policy_name(each))}" for each in (path, reference_path))
     if reference == name:
         reference = f"reference/{clean_name(policy_name(reference_path))}"
     folders = [run.home / "evaluated" / each.replace("/", "-") for each in (name, reference)]
     return [
         Policy(name, path, folders[0], beta, reference=reference, sft=reference),
-        Policy(reference, reference_path, folders[1], run.beta, reference=reference, sft=reference),
+        Policy(reference, reference_path, folders[1], reference=reference, sft=reference),
     ]
 
 

@@ -1,10 +1,13 @@
-"""Statistics of verdicts and scores: win rates, ratings, and whether two policies differ.
+"""Statistics of verdicts and scores: win rates, ratings, whether two policies differ, and Best-of-N.
 
 A verdict is 1 (the first is better), 0.5 (a tie) or 0. Intervals are over prompts, from a seeded bootstrap; those of
 logistic fits from its Bayesian form (Rubin 1981), which weights prompts by exponential draws: no draw leaves the only
 loss out, so that every fit is finite.
 """
 
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,32 +16,50 @@ from dpo_pipeline import estimates
 from dpo_pipeline.estimates import Estimate
 
 DRAWS = 2000
+MIN_DISTINCT = 10  # comparisons that an interval needs, and wins as well as losses that a fit on length needs
 RIDGE = 0.1  # a slope of 3 log-odds per deviation costs half a nat in all: it is felt where length alone decides
 
 
-def win_rate(verdicts: list[float]) -> Estimate:
-    """Wins plus half the ties; if all verdicts are equal, so that a bootstrap has no width, with Wilson's interval.
+def win_rate(verdicts: Sequence[float], distinct: Sequence[int] | None = None) -> Estimate:
+    """Wins plus half the ties, over all prompts; the interval and `n` are over distinct comparisons.
 
-    Raises ValueError for no verdicts.
+    `distinct` numbers the different pairs of texts, by default each verdict its own: a policy that gives one text to
+    every prompt has been compared once. Below ten of them there is no interval; if all verdicts are equal, so that a
+    bootstrap has no width, it is Wilson's. Raises ValueError for no verdicts.
     """
-    return estimates.proportion(verdicts) if len({*verdicts}) < 2 else estimates.ratio(verdicts, [1.0] * len(verdicts))
+    numbers = np.arange(len(verdicts)) if distinct is None else np.unique(distinct, return_inverse=True)[1]
+    wins, counts = np.bincount(numbers, verdicts), np.bincount(numbers)
+    rate = estimates.ratio(wins, counts)
+    if len({*verdicts}) == 1:
+        rate = estimates.proportion([verdicts[0]] * len(counts))
+    if len(counts) < MIN_DISTINCT:
+        return {**rate, "low": None, "high": None}
+    return {**rate, "low": max(0.0, rate["low"]), "high": min(1.0, rate["high"])}
 
 
-def length_controlled(verdicts: list[float], length_differences: list[float]) -> Estimate:
+def length_controlled(
+    verdicts: Sequence[float], length_differences: Sequence[float], distinct: Sequence[int] | None = None
+) -> Estimate | None:
     """The win rate at equal length: a logistic fit on the length difference (ours minus theirs, tokens), read at 0.
 
     In the spirit of AlpacaEval 2 (arXiv:2404.04475), with its length term alone, in standard deviations, without its
-    tanh; a ridge on the slope keeps it finite if the longer completion always wins. If all verdicts or all differences
-    are equal it is the plain win rate. Raises ValueError for no verdicts, or lists of different lengths.
+    tanh; a ridge on the slope keeps it finite if the longer completion always wins. None where the fit would say
+    nothing: fewer than ten distinct wins or losses, or all differences on one side of 0. Raises ValueError for lists
+    of different lengths.
     """
     if len(verdicts) != len(length_differences):
         raise ValueError(f"{len(verdicts)} verdicts on {len(length_differences)} length differences")
-    if len({*verdicts}) < 2 or len({*length_differences}) < 2:
-        return win_rate(verdicts)
-    wins, lengths = np.asarray(verdicts), np.asarray(length_differences, float) / np.std(length_differences)
-    weights, features = prompt_weights(len(wins)), np.column_stack([np.ones(len(wins)), lengths])
+    wins, lengths = np.asarray(verdicts, float), np.asarray(length_differences, float)
+    numbers = np.arange(len(wins)) if distinct is None else np.unique(distinct, return_inverse=True)[1]
+    decided = [len({*numbers[wins == verdict]}) for verdict in (1, 0)]
+    if min(decided) < MIN_DISTINCT or not lengths.min() <= 0 <= lengths.max():
+        return None
+    if np.ptp(lengths) == 0:
+        return win_rate(verdicts, distinct)
+    weights = prompt_weights(numbers.max() + 1)[:, numbers]
+    features = np.column_stack([np.ones(len(wins)), lengths / lengths.std()])
     intercepts = log_odds(weights * wins, weights * (1 - wins), features, ridge=[0.0, RIDGE])[:, 0]
-    return with_quantiles(1 / (1 + np.exp(-intercepts)), len(wins))
+    return with_quantiles(1 / (1 + np.exp(-intercepts)), int(numbers.max()) + 1)
 
 
 def elo(verdicts: dict[tuple[str, str], list[float | None]], anchor: str) -> dict[str, Estimate]:
@@ -127,3 +148,31 @@ def holm(ps: list[float]) -> list[float]:
     order = np.argsort(ps)
     adjusted = np.maximum.accumulate(np.asarray(ps)[order] * np.arange(len(ps), 0, -1))
     return np.minimum(adjusted, 1.0)[np.argsort(order)].tolist()
+
+
+def expected_best(picks: list[float], values: list[float], k: int) -> float:
+    """The mean value of the completion picked out of k, over all k-subsets of n completions to one prompt: unbiased.
+
+    `picks` are the scores of the judge that picks, `values` those that its pick is measured by. It counts the subsets
+    in which a completion is picked (the estimator of WebGPT's Best-of-N, arXiv:2112.09332, and of pass@k,
+    arXiv:2107.03374); completions of equal score share theirs. Raises ValueError for k outside 1 to n, and for lists
+    of different lengths.
+    """
+    n, ranked = len(picks), sorted(picks)
+    if not 1 <= k <= n:
+        raise ValueError(f"the best of {k} out of {n}")
+    terms = []
+    for pick, value in zip(picks, values, strict=True):
+        below, up_to = bisect_left(ranked, pick), bisect_right(ranked, pick)
+        subsets = math.comb(up_to, k) - math.comb(below, k)
+        terms.append(subsets / (math.comb(n, k) * (up_to - below)) * value)
+    return math.fsum(terms)
+
+
+def kl_bound(n: int) -> float:
+    """An upper bound of the KL of Best-of-n to its policy, in nats: log n - (n - 1) / n.
+
+    Stiennon et al. (arXiv:2009.01325) give it as the KL itself, which holds if no two completions score alike and none
+    is likely; else the KL is lower (Beirami et al., arXiv:2401.01879).
+    """
+    return math.log(n) - (n - 1) / n
