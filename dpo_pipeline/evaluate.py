@@ -49,9 +49,7 @@ def run_evaluate(run: Run) -> dict[str, Any]:
         comparison = Comparison(eval_set, policies, None if is_external else "base", requests)
         measure_policies(comparison)
         home = policies[0].folder if is_external else run.home
-        results, judged = on_main_process(
-            lambda: judge_and_report(run, home, {"eval.json": comparison}, judges, plan)
-        )
+        results, judged = on_main_process(lambda: judge_and_report(run, home, {"eval.json": comparison}, judges, plan))
         if judged.failures:
             reasons = "; ".join(f"{label}: {reason}" for label, reason in judged.failures.items())
             raise PipelineError(f"{reasons} (all other results are written to {home}/results.json)")

@@ -47,7 +47,7 @@ PHASES = {  # by what was written last; before any of it, a run is in its start
     "final save": r"/final",
     "measuring": r"/(eval|validation|samples|results|generation_samples)\.json",
 }
-MEASURED = ("eval.json", "validation.json", "samples.json", "results.json", "generation_samples.json")
+MEASURED = ("eval.json", "validation.json", "results.json", "generation_samples.json")
 TIMING = ("runtime", "per_second", "flos", "num_tokens")  # TRL counts tokens anew after a resume
 HANGS = 300  # seconds after which a run is held to hang
 

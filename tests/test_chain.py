@@ -61,10 +61,14 @@ def test_two_commands_align_the_tiny_model_and_a_third_finds_it_done(tmp_path):
     for text in (
         "| preference accuracy",
         "All against the base model: 375 test pairs",
-        "own reference, sft/full",
+        f"{variant} is better than sft/full by truth: difference ",
         "> film",
     ):
         assert text in dpo.stdout
+
+    shown = dpo.stdout[dpo.stdout.index(f"\n{variant} is better") + 1 :]
+    assert len(shown.splitlines()) <= 40
+    assert "## Against DPO's own reference, sft/full" in (home / "report" / "report.md").read_text()
 
     train_log = home / variant / "train.log"
     assert "| preference accuracy" in train_log.read_text()

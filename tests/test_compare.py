@@ -1,11 +1,11 @@
 """A comparison measures each policy once, against one reference, and again only when something it rests on changed."""
 
-import json
 import math
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from dpo_pipeline import formatting, run_folder
 from dpo_pipeline.data.prepare import Prepared
 from dpo_pipeline.dpo import run_dpo
-from dpo_pipeline.evaluation import eval_set, measure, policy_estimates, tables
+from dpo_pipeline.evaluation import eval_set, measure, report, summary, tables
+from dpo_pipeline.evaluation.policies import Policy
 from tests.helpers import prepare_run
 
 STEPS = ("++dpo.max_steps=2", "dpo.learning_rate=1e-3", "lora=none")
@@ -43,16 +44,16 @@ def test_base_and_sft_are_measured_once_for_a_name_each_dpo_with_its_own_beta(sm
     assert sampled[5:] == ["dpo/two", "dpo/two"]
     assert list(second) == ["base", "sft/full", "dpo/one", "dpo/two"]
     before, after = (found["sft/full"]["against"]["base"] for found in (first, second))
-    assert after["margin_nats"] == before["margin_nats"]
-    for bound in ("value", "low", "high"):
-        assert after["margin"][bound] == pytest.approx(5 * before["margin"][bound])
-        assert after["margin"][bound] == pytest.approx(0.5 * after["margin_nats"][bound])
+    assert after == before  # whatever the beta of the job that ran last
+    assert after["margin"]["value"] == pytest.approx(0.1 * after["margin_nats"]["value"])  # that of conf/config.yaml
+    own = second["dpo/two"]["against"]["base"]
+    assert own["margin"]["value"] == pytest.approx(0.5 * own["margin_nats"]["value"])
     assert second["dpo/one"]["settings"]["beta"] == 0.1
 
     other = small(root, "variant=two", "beta=0.5", "evaluation.prompts=3", *STEPS)
     run_dpo(other)  # done, but asked for other prompts
     assert sampled[7:] == ["dpo/two", "dpo/two", "sft/full", "sft/full", "base"]
-    assert len(json.loads((tmp_path / "small" / "sft" / "full" / "samples.json").read_text())) == 3
+    assert first_samples(tmp_path / "small" / "sft" / "full")["row"].tolist() == [0, 1, 2]
 
 
 def test_the_base_against_itself_and_the_shape_of_eval_json(small, sft):
@@ -79,6 +80,12 @@ def test_the_base_against_itself_and_the_shape_of_eval_json(small, sft):
         assert sum(part["accuracy"]["n"] for part in block["accuracy_by_length_difference"]) == 20
     assert {"perplexity_chosen", "stop_rate", "completion_tokens", "repetition", "score.truth"} <= set(dpo["own"])
     assert (dpo["policy"], dpo["dataset"]) == ("dpo/shape", "reviews")
+
+
+def first_samples(folder):
+    """The lines of the completions that a policy's numbers are of."""
+    table = pd.read_parquet(folder / "completions.parquet")
+    return table[(table["prompt_set"] == "test") & (table["temperature"] == 1) & (table["draw"] == 0)]
 
 
 SHOWN = {**tables.ROWS, **tables.EXTRA_ROWS}
@@ -123,9 +130,12 @@ def test_every_estimate_of_pairs_and_samples_is_that_of_a_plain_loop(small, sft)
         assert found["length_normalised_accuracy"] == sum(per_token) / 20
         change = sum(chosen) / sum(n for n, _ in tokens)
         assert found["logprob_change_chosen_per_token"] == pytest.approx(change, abs=1e-5)
-        asked = list(zip(on.prompt_set.ids, samples_of(run, on), strict=True))
+        samples = first_samples(run.dpo_folder)
+        asked = list(zip(on.prompt_set.ids, [ids.tolist() for ids in samples["ids"]], strict=True))
         gaps = [loop(models["dpo"], p, a) - loop(models[other], p, a) for p, a in asked]
         assert found["kl"] == pytest.approx(sum(gaps) / 4, abs=1e-4)
+        lines = samples["logprob"] - samples[f"logprob_{block}"]
+        assert lines.tolist() == pytest.approx(gaps, abs=1e-4)
         error = math.sqrt(sum((gap - sum(gaps) / 4) ** 2 for gap in gaps) / 3 / 4)
         assert result["against"][block]["kl_standard_error"] == pytest.approx(error, abs=1e-4)
         assert found["kl_per_token"] == pytest.approx(sum(gaps) / sum(len(a) for _, a in asked), abs=1e-5)
@@ -140,29 +150,17 @@ def test_every_estimate_of_pairs_and_samples_is_that_of_a_plain_loop(small, sft)
             assert part["from"] == pytest.approx(by_margin[5 * i][0], abs=1e-3)
     perplexity = math.exp(-sum(c for c, _ in sums["dpo"]) / sum(len(c) for _, c, _ in pairs))
     assert result["own"]["perplexity_chosen"]["value"] == pytest.approx(perplexity, rel=1e-5)
-    rows = run_folder.read_json(run.dpo_folder / "pairs.json")
-    assert rows[3]["logprobs"]["policy"]["rejected"] == pytest.approx(sums["dpo"][3][1], abs=1e-4)
-    assert (rows[3]["source"], rows[3]["chosen_tokens"]) == ("reviews", len(on.chosen[3]))
-
-
-def samples_of(run, on):
-    """The ids of the completions that a policy's numbers are of."""
-    shown = [row["answer"] for row in run_folder.read_json(run.dpo_folder / "samples.json")]
-    found = [run_folder.read_json(file) for file in (run.dpo_folder / "records").glob("completions-*.json")]
-    return next(
-        ids for ids in found if [completion.text for completion in on.completions(on.prompt_set, ids)] == shown
-    )
+    pairs = pd.read_parquet(run.dpo_folder / "pairs.parquet").query("split == 'test'").set_index("row")
+    assert pairs["logprob_rejected"].tolist() == pytest.approx([r for _, r in sums["dpo"]], abs=1e-4)
+    assert (pairs["source"][3], pairs["tokens_chosen"][3]) == ("reviews", len(on.chosen[3]))
 
 
 def test_bins_keep_equal_values_together_and_hold_every_pair():
     values, margins = np.array([0.0] * 5 + [1.0, 2.0, 3.0]), np.array([1.0, -1.0, 1.0, 1.0, 0.0, 1.0, -1.0, -1.0])
-    bins = policy_estimates.accuracy_by_bin(values, margins, 2.0)
+    bins = summary.accuracy_by_bin(values, margins, 2.0)
     assert [(part["from"], part["to"], part["accuracy"]["n"]) for part in bins] == [(0, 1, 6), (2, 3, 2)]
     assert bins[0]["accuracy"]["value"] == 4.5 / 6
     assert bins[1]["predicted"]["value"] == pytest.approx(1 / (1 + math.exp(-2)))
-    by_source = policy_estimates.accuracy_by_source(["b", "a", "b", "a", "a", "a", "a", "a"], margins)
-    assert {source: estimate["n"] for source, estimate in by_source.items()} == {"a": 6, "b": 2}
-    assert by_source["b"]["value"] == 1.0
 
 
 def test_prompts_leave_room_for_the_completion_in_the_context(small):
@@ -193,21 +191,49 @@ def test_tables_are_markdown_with_aligned_columns():
     ]
 
 
+ONE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+
+
 def test_of_many_policies_each_has_a_line_and_what_has_no_numbers_a_reason():
-    one = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
-    own = {"stop_rate": one, "score.truth": one, "win_rate.truth.sft": one, "win_rate.truth.sft.t0.5": one}
-    policy = {"own": own, "against": {"base": {"kl": one, "margin": one}, "reference": {"kl": one}}}
-    few = tables.comparison({"a": policy, "b": policy}, ["a", "b"], "base").splitlines()
+    own = {"stop_rate": ONE, "score.truth": ONE, "win_rate.truth.sft": ONE, "win_rate.truth.sft.t0.5": ONE}
+    own["win_rate.truth.sft"] = {"value": 1.0, "low": None, "high": None, "n": 2}
+    policy = {"own": own, "against": {"base": {"kl": ONE, "margin": ONE}, "reference": {"kl": ONE}}}
+    few = tables.comparison(tables.cells_against({"a": policy, "b": policy}, ["a", "b"], "base")).splitlines()
     assert few[0].split("|")[2].strip() == "a"
     assert [row.split("|")[1].strip() for row in few[2:]] == [
         "margin (with beta)", "KL from samples, nats", "stop rate", "score by truth", "wins over sft by truth",
         "wins over sft by truth, temperature 0.5",
     ]  # fmt: skip
-    assert "stop rate" not in tables.comparison({"a": policy}, ["a"], "reference", with_own=False)
-    names = list("abcde")
-    many = tables.comparison(dict.fromkeys(names, policy), names, "base").splitlines()
-    assert [row.split("|")[1].strip() for row in many[2:]] == names
-    assert "temperature" not in many[0]
-    assert "wins over sft by truth" in many[0]
-    gaps = tables.comparison({}, [], "base", gaps={"x": "failed"}).splitlines()
+    assert few[-2].split("|")[2].strip() == "1.000 (of 2)"
+    cells = tables.cells_against({"a": policy}, ["a"], "reference", with_own=False)
+    assert "stop rate" not in tables.comparison(cells)
+    many = tables.comparison(dict.fromkeys("abcde", own)).splitlines()
+    assert [row.split("|")[1].strip() for row in many[2:]] == list("abcde")
+    gaps = tables.comparison({}, gaps={"x": "failed"}).splitlines()
     assert [cell.strip() for cell in gaps[-1].split("|")[1:-1]] == ["x", "failed"]
+
+
+@pytest.mark.parametrize(("sign", "p", "words"), [(1, 0.01, "better than"), (-1, 0.01, "worse than"),
+                                                  (1, 0.2, "no different from sft/full beyond noise")])  # fmt: skip
+def test_the_verdict_says_in_words_which_is_better(sign, p, words):
+    """The row may name either policy first."""
+    row = {"one": "sft/full", "other": "dpo/x", "p": p, "win_rate": ONE}
+    row["difference"] = {"value": -0.5 * sign, "low": -0.5 * sign - 0.1, "high": -0.5 * sign + 0.1, "n": 9}
+    own = {
+        "stop_rate": ONE,
+        "completion_tokens": {"value": 9, "low": 8, "high": 10, "n": 9},
+        "win_rate.truth.sft": ONE,
+    }
+    against = {"reference": {"preference_accuracy": ONE, "kl": {"value": 30, "low": 29, "high": 31, "n": 9}}}
+    before = {**own, "completion_tokens": {"value": 5, "low": 4, "high": 6, "n": 9}}
+    policies = {"dpo/x": {"own": own, "against": against}, "sft/full": {"own": before, "against": against}}
+    judges = {"truth": {"results": 9, "unreadable": 2}}
+    results = {"policies": policies, "comparisons": {"truth": [row], "length": [row]}, "judges": judges}
+    subject = Policy("dpo/x", "", None, reference="sft/full", sft="sft/full")
+    text = report.verdict(results, subject, kl_budget=10)
+    interval = "0.500 [0.400, 0.600]" if sign == 1 else "-0.500 [-0.600, -0.400]"
+    assert f"dpo/x is {words}" in text
+    assert f"by truth: difference {interval}" in text
+    assert "by length" not in text
+    assert "KL is above evaluation.kl_budget=10; its completions are longer" in text
+    assert "2 of 9 results of truth are unreadable" in text

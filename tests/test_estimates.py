@@ -88,6 +88,21 @@ def test_the_interval_of_a_ratio_holds_the_truth_at_its_rate():
     assert 0.90 <= held / 200 <= 0.99
 
 
+def test_the_interval_of_a_ratio_of_few_rows_holds_the_truth_at_its_rate():
+    """A bootstrap of ten rows covers 88%."""
+    rng, held = np.random.default_rng(4), 0
+    for _ in range(400):
+        tokens = rng.integers(5, 60, 10)
+        found = estimates.ratio(0.7 * tokens + rng.normal(0, 3, 10), tokens)
+        held += found["low"] < 0.7 < found["high"]
+    assert held / 400 >= 0.93
+
+
+def test_the_interval_of_a_mean_is_cut_at_its_minimum():
+    assert estimates.mean([0.0, 0.0, 9.0])["low"] < 0
+    assert estimates.mean([0.0, 0.0, 9.0], minimum=0.0) == {**estimates.mean([0.0, 0.0, 9.0]), "low": 0.0}
+
+
 def test_ratio_is_the_same_each_time():
     assert estimates.ratio(SUMS, TOKENS) == estimates.ratio(SUMS, TOKENS)
 

@@ -4,11 +4,14 @@ import contextlib
 import csv
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
@@ -17,10 +20,8 @@ from dpo_pipeline.cli import main
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluate import run_evaluate
-from dpo_pipeline.evaluation import measure, policies_to_compare
-from dpo_pipeline.evaluation.evaluation_prompts import load_eval_sets
-from dpo_pipeline.evaluation.judge_results import JudgeResults
-from dpo_pipeline.evaluation.verdict_statistics import length_controlled
+from dpo_pipeline.evaluation import measure, policies
+from dpo_pipeline.evaluation.eval_set import load_eval_sets
 from dpo_pipeline.judges import build, verdicts
 from dpo_pipeline.judges.judge import Judge
 from tests.helpers import prepare_run
@@ -35,7 +36,7 @@ def typed(small, sft, tmp_path_factory):
     """The options of a name of its own: a base, a full and a LoRA SFT, and a DPO of each."""
     root = tmp_path_factory.mktemp("evaluated")
     for folder in ("base", "sft/full", "sft/r8"):  # other tests train further SFTs in this home
-        unmeasured = shutil.ignore_patterns("records", "eval.json")
+        unmeasured = shutil.ignore_patterns("records", "eval.json", "*.parquet")
         shutil.copytree(small().home / folder, root / "small" / folder, ignore=unmeasured)
     options = (f"root={root}", "evaluation.prompts=6", JUDGES)
     for lora in ("none", "r8"):
@@ -49,16 +50,23 @@ def evaluated(small, typed):
 
 
 @pytest.fixture
-def made(monkeypatch):
-    """The records that are made while a test runs, not found on disk."""
-    files, write = [], measure.write_json
+def parts(monkeypatch):
+    """The parts that are measured while a test runs, not found on disk: `none/completions`."""
+    files, write = [], measure.write_table
 
-    def counted(file, content, **options):
+    def write_and_count(table, file):
         files.append(f"{file.parent.parent.name}/{file.name.rsplit('-', 1)[0]}")
-        write(file, content, **options)
+        write(table, file)
 
-    monkeypatch.setattr(measure, "write_json", counted)
+    monkeypatch.setattr(measure, "write_table", write_and_count)
     return files
+
+
+def completions(folder, temperature=1.0, draw=0) -> pd.DataFrame:
+    """The lines of a policy's completions of test prompts."""
+    table = pd.read_parquet(folder / "completions.parquet")
+    is_asked = (table["temperature"] == temperature) & (table["draw"] == draw) & (table["prompt_set"] == "test")
+    return table[is_asked & ~table["policy"].str.startswith("best of")].set_index("row").sort_index()
 
 
 def test_a_whole_name_is_measured_against_the_base_and_each_dpo_against_its_own(small, typed, evaluated):
@@ -87,13 +95,10 @@ def test_a_whole_name_is_measured_against_the_base_and_each_dpo_against_its_own(
 
 def test_win_rates_are_those_of_the_scores_by_hand(small, typed, evaluated):
     home = small(*typed).home
-    rows = {
-        name: run_folder.read_json(home / name / "samples.json")
-        for name in ("dpo/none", "dpo/r8", "sft/full", "sft/r8")
-    }
     for dpo, sft in (("dpo/none", "sft/full"), ("dpo/r8", "sft/r8")):
+        ours, theirs = completions(home / dpo), completions(home / sft)
         for judge in ("truth", "length"):
-            both = [(a["scores"][judge], b["scores"][judge]) for a, b in zip(rows[dpo], rows[sft], strict=True)]
+            both = list(zip(ours[f"score.{judge}"], theirs[f"score.{judge}"], strict=True))
             wins = sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in both) / len(both)
             own = evaluated["policies"][dpo]["own"]
             assert own[f"win_rate.{judge}.sft"]["value"] == pytest.approx(wins)
@@ -104,8 +109,7 @@ def test_win_rates_are_those_of_the_scores_by_hand(small, typed, evaluated):
                 difference = sum(a - b for a, b in both) / len(both)
                 assert sign * row["difference"]["value"] == pytest.approx(difference)
                 assert 0 < row["p"] <= row["p_adjusted"] <= 1
-    first = rows["dpo/none"][0]
-    assert first["scores"]["length"] == first["tokens"] - first["ended"]
+        assert ours["score.length"].tolist() == (ours["tokens"] - ours["ended"]).tolist()
 
 
 def test_best_of_n_is_picked_by_the_first_judge_and_grows_with_n(evaluated):
@@ -124,22 +128,33 @@ def test_best_of_n_is_picked_by_the_first_judge_and_grows_with_n(evaluated):
     assert best["own"]["win_rate.truth.sft"]["value"] >= 0.5
 
 
-def test_the_second_time_nothing_is_measured_and_another_temperature_only_samples(small, typed, evaluated, made):
+def test_the_second_time_nothing_is_measured_and_another_temperature_only_samples(small, typed, evaluated, parts):
     run = small(*typed, "best_of.n=4", "variant=none")
     assert run_evaluate(run) == evaluated
-    assert made == []
-    run_evaluate(small(*typed, "evaluation.temperatures=[0.5]"))
-    assert made == [f"{name}/completions-t0.5" for name in ("none", "r8", "full", "r8", "base")]
-    own = run_folder.read_json(run.dpo_folder / "eval.json")["own"]
-    assert {key for key in own if key.startswith("win_rate.truth.sft")} == {"win_rate.truth.sft.t0.5"}
+    assert parts == []
+    results = run_evaluate(small(*typed, "evaluation.temperatures=[0.5]"))
+    assert parts == [f"{name}/completions" for name in ("none", "r8", "full", "r8", "base")]
+    own = results["policies"]["dpo/none"]["own"]
+    labels = {key for key in own if key.startswith("win_rate.truth.sft")}
+    assert labels == {f"win_rate.truth.sft{at}" for at in ("", ".t0", ".t0.5")}  # those of other settings stay
+    assert results["best_of"] == evaluated["best_of"]
     run_evaluate(run)
+
+
+def test_another_version_of_the_code_or_a_library_measures_anew(small, typed, evaluated, parts, monkeypatch):
+    monkeypatch.setattr(measure, "measuring_versions", lambda: {"torch": "another"})
+    run_evaluate(small(*typed, f"evaluation.policy={small(*typed).home}/dpo/none/final"))
+    assert Counter(part.split("/")[1] for part in parts) == {"logprobs": 7, "completions": 4}
 
 
 def test_what_another_command_has_measured_stays_in_eval_json(small, typed, evaluated):
     run = small(*typed, "lora=none", "variant=none", *STEPS)
-    run_dpo(run)  # already done: prints its own table
-    assert "win_rate.truth.sft" in run_folder.read_json(run.dpo_folder / "eval.json")["own"]
-    assert "comparisons" in run_folder.read_json(run.home / "results.json")
+    results = run_dpo(run)  # already done: prints its own table
+    own = run_folder.read_json(run.dpo_folder / "eval.json")["own"]
+    assert {"win_rate.truth.sft", "elo.truth"} <= set(own)
+    assert results["policies"]["dpo/r8"]["against"] == evaluated["policies"]["dpo/r8"]["against"]
+    rows = {frozenset((row["one"], row["other"])) for row in results["comparisons"]["truth"]}
+    assert rows == {frozenset((row["one"], row["other"])) for row in evaluated["comparisons"]["truth"]}
 
 
 def test_the_numbers_do_not_hang_on_the_batch_nor_on_the_processes(small, typed, evaluated, tmp_path):
@@ -154,9 +169,9 @@ def test_the_numbers_do_not_hang_on_the_batch_nor_on_the_processes(small, typed,
 
     home = small(*typed).home
     expected = numbers(home)
-    for batch in (1, 7, 32, "two ranks"):
+    for batch in (7, "two ranks"):  # the batch was 16
         copy = tmp_path / str(batch)
-        ignored = shutil.ignore_patterns("records", "eval.json", "results.json", "samples.json")
+        ignored = shutil.ignore_patterns("records", "eval.json", "results.json", "*.parquet")
         shutil.copytree(home, copy / "small", ignore=ignored)
         # Adapters name the base that they lie on by its path, which is the first one's.
         options = [*typed[1:], f"root={copy}", "variant=none", "best_of.n=4"]
@@ -165,12 +180,10 @@ def test_the_numbers_do_not_hang_on_the_batch_nor_on_the_processes(small, typed,
             kept = [item for item in given if not item.startswith("evaluation.prompts=4")]
             assert launched(*TWO, "-m", "dpo_pipeline.evaluate", *kept).returncode == 0
         else:
-            sizes = ("batch.global_size=32", f"batch.micro_size={batch}") if batch != 7 else (
-                "batch.global_size=7", "batch.micro_size=7")  # fmt: skip
-            run_evaluate(small(*options, *sizes))
+            run_evaluate(small(*options, "batch.global_size=7", "batch.micro_size=7"))
         found = numbers(copy / "small")
         assert len(found) > 120
-        assert found == pytest.approx({key: expected[key] for key in found}, abs=2e-4)
+        assert found == pytest.approx({key: expected[key] for key in found}, abs=2e-4, nan_ok=True)
 
 
 def test_one_folder_against_another_in_a_place_of_its_own(small, typed, evaluated):
@@ -193,7 +206,7 @@ def test_without_a_reference_a_folder_is_measured_against_what_it_was_trained_fr
     assert set(results["policies"]) == {"policy/none", "policy/full"}
     expected = evaluated["policies"]["dpo/none"]["against"]["reference"]["kl"]
     assert results["policies"]["policy/none"]["against"]["reference"]["kl"] == expected
-    assert "score by truth" in capsys.readouterr().out
+    assert "> film" in capsys.readouterr().out
     itself = f"{run.home}/dpo/none/final"
     with pytest.raises(PipelineError, match="would be measured against itself"):
         run_evaluate(small(*typed, f"evaluation.policy={itself}", f"evaluation.reference={run.home}/dpo/none"))
@@ -208,15 +221,15 @@ def test_a_dpo_of_an_sft_that_was_trained_anew_is_left_out(small, typed, evaluat
     run_folder.write_json(file, {**manifest, "final": {**manifest["final"], "sha256": "another"}})
     (tmp_path / "small" / "sft" / "r8" / "final" / "adapter_model.safetensors").unlink()
     with caplog.at_level("WARNING"):
-        policies = policies_to_compare.policies_of_name(small(*typed[1:], f"root={tmp_path}", "dataset.split_seed=3"))
-    assert [policy.name for policy in policies] == ["sft/full", "base"]
+        found = policies.policies_of_name(small(*typed[1:], f"root={tmp_path}", "dataset.split_seed=3"))
+    assert [policy.name for policy in found] == ["sft/full", "base"]
     assert "dpo/none started from another" in caplog.text
     assert "sft/r8 holds no weights in final/" in caplog.text
 
 
 def test_a_dpo_of_other_data_is_told_of(small, typed, evaluated, caplog):
     with caplog.at_level("WARNING"):
-        policies_to_compare.policies_of_name(small(*typed, "dataset.split_seed=3"))
+        policies.policies_of_name(small(*typed, "dataset.split_seed=3"))
     assert "dpo/none was trained with other data" in caplog.text
     assert "dataset.split_seed was 0, is 3 here" in caplog.text
 
@@ -231,8 +244,7 @@ def test_two_folders_of_one_name_stay_two(small, typed, evaluated, tmp_path):
         config.policy = str(tmp_path / name / "full" / "final")
         OmegaConf.save(config, file)
     lines = [
-        policies_to_compare.dpo_with_references(tmp_path / "dpo" / name, small(*typed), None, places)
-        for name in ("one", "two")
+        policies.dpo_with_references(tmp_path / "dpo" / name, small(*typed), None, places) for name in ("one", "two")
     ]
     assert [line[0].reference for line in lines] == ["policy/full", "policy/full-2"]
     assert [Path(line[1].path).parts[-3] for line in lines] == ["one", "two"]
@@ -241,83 +253,119 @@ def test_two_folders_of_one_name_stay_two(small, typed, evaluated, tmp_path):
 def test_the_data_s_own_completions_look_like_sampled_ones(small, typed, evaluated):
     run = small(*typed)
     eval_set, _ = load_eval_sets(run, prepare_run(run, "dpo", "test"))
-    completions = eval_set.prompt_set.data_completions
-    assert all(completion.text.startswith(" ") and completion.ended for completion in completions)
-    assert [each.text.split() for each in completions] == [eval_set.rows[i]["chosen"].split() for i in range(6)]
+    written = eval_set.prompt_set.data_completions
+    assert all(completion.text.startswith(" ") and completion.ended for completion in written)
+    assert [each.text.split() for each in written] == [eval_set.rows[i]["chosen"].split() for i in range(6)]
 
 
 def test_an_sft_on_chosen_completions_is_named_preferred_ft(small, typed, evaluated, tmp_path):
     shutil.copytree(small(*typed).home / "sft", tmp_path / "small" / "sft")
     file = tmp_path / "small" / "sft" / "full" / "config.yaml"
     file.write_text(file.read_text().replace("sft_target: demonstration", "sft_target: chosen"))
-    policies = policies_to_compare.policies_of_name(small(*typed[1:], f"root={tmp_path}"))
-    assert policies_to_compare.preferred_ft_names(policies) == ["sft/full"]
+    found = policies.policies_of_name(small(*typed[1:], f"root={tmp_path}"))
+    assert policies.preferred_ft_names(found) == ["sft/full"]
 
 
 def test_best_of_n_draws_other_completions_than_the_policy_s_own(small, typed, evaluated):
-    folder = small(*typed).home / "sft" / "full" / "records"
-    (pool,) = (run_folder.read_json(file) for file in folder.glob("best_of-0-*.json"))
-    own = [run_folder.read_json(file) for file in folder.glob("completions-*.json")]
-    assert len(pool) == 24
-    assert not any(pool[::4] == completions for completions in own)
+    folder = small(*typed).home / "sft" / "full"
+    draws = [completions(folder, draw=draw)["text"].tolist() for draw in range(5)]
+    assert [len(texts) for texts in draws] == [6] * 5
+    assert len({tuple(texts) for texts in draws}) == 5
+    table = pd.read_parquet(folder / "completions.parquet")
+    picks = table[table["policy"] == "best of 4 of sft/full"].set_index("row")
+    for row, pick in picks.iterrows():
+        texts = {draws[draw][row]: completions(folder, draw=draw)["score.truth"][row] for draw in range(1, 5)}
+        assert pick["text"] == max(texts, key=texts.get)
 
 
-def test_what_an_earlier_evaluation_said_of_another_judge_is_not_shown_again(small, typed, evaluated):
-    asked = ("evaluation.temperatures=[1]", "judge=[length]")
-    own = run_evaluate(small(*typed[:2], *asked))["policies"]["dpo/none"]["own"]
-    assert "score.length" in own
-    assert not [key for key in own if "truth" in key or key.endswith(".t0")]
+def test_other_judges_results_stay_and_those_of_another_version_go(small, typed, evaluated, monkeypatch):
+    asked = small(*typed[:2], "evaluation.temperatures=[1]", "judge=[length]")
+    results = run_evaluate(asked)
+    own, before = (found["policies"]["dpo/none"]["own"] for found in (results, evaluated))
+    assert [key for key in before if own[key] != before[key]] == ["elo.length"]  # rated anew, without Best-of-N
+    assert set(results["judges"]) >= {"truth", "length"}
+    assert results["comparisons"]["truth"] == evaluated["comparisons"]["truth"]
+    assert "score.truth" in completions(asked.dpo_folder.parent / "none")
+    shorter = Judge(lambda items: ((i, float(-len(each.ids))) for i, each in enumerate(items)), version="2")
+    monkeypatch.setattr(build, "build_judges", lambda run, loading: {"length": shorter})
+    own = run_evaluate(asked)["policies"]["dpo/none"]["own"]
+    assert own["score.length"]["value"] < 0
+    assert not [key for key in own if key.startswith("win_rate.length") and key.endswith(".t0")]
+    assert "win_rate.truth.sft.t0" in own
+    monkeypatch.undo()
+    run_evaluate(small(*typed, "best_of.n=4", "variant=none"))
 
 
-def test_a_judge_that_cannot_be_read_is_told_of(small, typed, evaluated, monkeypatch, capsys):
-    def mute(completions, every):
-        return ((i, None if i % every == 0 else 0.5) for i, _ in enumerate(completions))
+def test_a_judge_that_cannot_be_read_is_told_of_and_ends_neither_best_of_n_nor_the_sweep(
+    small, typed, evaluated, monkeypatch, capsys
+):
+    every = [2]  # of its completions get no score
 
-    real = build.build_judges
-    monkeypatch.setattr(
-        build,
-        "build_judges",
-        lambda run, loading: {
-            "mute": Judge(lambda completions: mute(completions, EVERY[0])),
-            "truth": real(run, loading)["truth"],
-        },
-    )
+    def score(items):
+        return ((i, None if i % every[0] == 0 else 0.5) for i, _ in enumerate(items))
+
+    judges = {"mute": Judge(score), "truth": build.build_judges(small(*typed), None)["truth"]}
+    monkeypatch.setattr(build, "build_judges", lambda run, loading: judges)
     asked = small(*typed, "evaluation.temperatures=[1]", "best_of.n=2", "best_of.judge=truth")
-    run_evaluate(asked)
-    assert "mute: " in capsys.readouterr().out
-    EVERY[0] = 1
+    best_of = run_evaluate(asked)["best_of"]
+    assert [key for key in best_of["points"][0] if key.startswith("score")] == ["score.truth"]
+    assert "results of mute are unreadable" in capsys.readouterr().out
+    every[0] = 1
+    sweep = (asked.home / "report" / "sweep.md").read_text()
+    (asked.home / "report" / "sweep.md").write_text("as it was")
     with pytest.raises(PipelineError, match=r"judge mute: none of its \d+ results could be read"):
-        run_evaluate(small(*typed, "evaluation.temperatures=[1]"))
-    assert "truth" in run_folder.read_json(asked.home / "results.json")["comparisons"]
-    EVERY[0] = 2
+        run_evaluate(asked)
+    assert (asked.home / "report" / "sweep.md").read_text() == "as it was"
+    (asked.home / "report" / "sweep.md").write_text(sweep)
+    results = run_folder.read_json(asked.home / "results.json")
+    assert "truth" in results["comparisons"]
+    assert results["best_of"]["points"] == best_of["points"]
 
 
-def test_two_policies_that_were_rated_but_never_compared_have_no_row():
-    results = JudgeResults({"a": {}, "b": {}})
-    scores = {"a": [3.0, 4.0], "b": [2.0, 5.0]}  # as people rate without saying which is better
-    results.add_comparisons("human", {("a", "b"): [None, None]}, scores, "a")
-    assert results.comparisons == {"human": []}
+def test_a_judge_that_chooses_is_asked_in_both_orders_and_of_any_two_policies(small, typed, evaluated, monkeypatch):
+    asked = []
+
+    def choose(pairs):
+        asked.extend(pairs)
+        return ((i, float(len(a.text) > len(b.text))) for i, (a, b) in enumerate(pairs))
+
+    monkeypatch.setattr(build, "build_judges", lambda run, loading: {"chat": Judge(choose=choose)})
+    results = run_evaluate(small(*typed, "evaluation.temperatures=[1]", "evaluation.all_pairs=true"))
+    assert len(asked) > 100
+    assert all((b, a) in asked for a, b in asked)
+    home = small(*typed).home
+    ours, theirs = completions(home / "dpo/none"), completions(home / "sft/full")
+    wins = [1.0 if len(a) > len(b) else 0.0 for a, b in zip(ours["text"], theirs["text"], strict=True)]
+    ties = [0.5 if len(a) == len(b) else 0.0 for a, b in zip(ours["text"], theirs["text"], strict=True)]
+    assert results["policies"]["dpo/none"]["own"]["win_rate.chat.sft"]["value"] == sum(wins + ties) / 6
+    assert len(results["comparisons"]["chat"]) == 10
+    assert results["policies"]["dpo/none"]["own"]["elo.chat"]["n"] == 6
 
 
-def test_unreadable_verdicts_leave_out_their_length_differences():
-    results = JudgeResults({"a": {}})
-    verdicts = [1.0, None, 0.0] * 10 + [None] * 5
-    results.add_win_rate("a", "judge.sft", verdicts, list(range(35)))
-    readable = [i for i in range(35) if verdicts[i] is not None]
-    expected = length_controlled([verdicts[i] for i in readable], readable)
-    assert results.own["a"]["length_controlled_win_rate.judge.sft"] == expected
-    assert results.own["a"]["win_rate.judge.sft"]["n"] == 20
-    results.add_win_rate("a", "judge.chosen", [None] * 3, [1, 2, 3])
-    assert "win_rate.judge.chosen" not in results.own["a"]
+def test_a_judge_of_openai_without_a_key_is_refused_before_anything_is_measured(small, typed, parts, monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    asked = ("judge=[truth,openai]", "judge.openai.model=x", "evaluation.temperatures=[0.8]")
+    with pytest.raises(PipelineError, match="set the environment variable OPENAI_API_KEY"):
+        run_evaluate(small(*typed[:2], *asked))
+    assert parts == []
 
 
-def test_a_judge_that_scores_nothing_readable_has_no_score():
-    results = JudgeResults()
-    results.add_scores("a", "judge", [None, None])
-    assert (results.own, results.scores) == ({}, {})
-
-
-EVERY = [2]  # of the completions of a judge that is mute now and then
+def test_the_terminal_shows_at_most_forty_lines_and_the_report_all_tables(small, typed, evaluated, capsys):
+    run = small(*typed, "best_of.n=4", "variant=none")
+    run_evaluate(run)
+    printed = capsys.readouterr().out
+    printed = printed[printed.index("evaluating dpo/") :].splitlines()[1:]
+    assert len(printed) <= 40
+    assert any(re.match(r"dpo/\w+ is (better than|worse than|no different from) sft/", line) for line in printed)
+    (head,) = (line for line in printed if "preference accuracy" in line)
+    labels = [cell.strip() for cell in head.split("|")[2:-1]]
+    assert labels[2:] == ["KL from samples, nats", "completion length, tokens", "stop rate", "wins over sft by truth"]
+    text = (run.home / "report" / "report.md").read_text()
+    titles = "Verdict Comparison Against All Accuracy Any Best Changes Completions".split()
+    assert [title for title in titles if f"\n## {title}" in text] == titles
+    assert "temperature 0" in text
+    assert "On validation, by which beta is chosen:" in text
 
 
 def test_a_policy_against_itself_is_even_in_everything(small, typed, evaluated, tmp_path):
@@ -333,7 +381,7 @@ def test_a_policy_against_itself_is_even_in_everything(small, typed, evaluated, 
     assert (row["win_rate"]["value"], row["difference"]["value"], row["p"]) == (0.5, 0, 1)
 
 
-def test_a_prompts_file_safety_and_bias(small, typed, evaluated, tmp_path, capsys):
+def test_a_prompts_file_safety_and_bias(small, typed, evaluated, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"film : the {w} . review :"}) + "\n" for w in ("a", "b", "c")))
     xstest, groups = tmp_path / "x.csv", tmp_path / "g.csv"
@@ -354,9 +402,10 @@ def test_a_prompts_file_safety_and_bias(small, typed, evaluated, tmp_path, capsy
     assert own["score.truth"]["n"] == 3
     assert set(results["safety"]) == set(results["bias"]) == set(results["policies"])
     assert results["bias"]["base"]["completion_tokens"]["templates"] == 3
-    printed = capsys.readouterr().out
-    assert "Prompts labelled safe and unsafe" in printed
-    assert "over-refusal" in printed
+    assert not [key for key in results["safety"]["base"] if "truth" in key]  # of film reviews alone
+    text = (small(*typed).home / "report" / "report.md").read_text()
+    assert "## Prompts labelled safe and unsafe" in text
+    assert "over-refusal" in text
 
 
 def test_a_judge_that_fails_costs_no_other_result(small, typed, evaluated, monkeypatch):
@@ -377,22 +426,39 @@ def test_the_implicit_reward_of_the_dpo_named_is_a_judge(small, typed, evaluated
     assert own["own"]["score.implicit_reward"]["value"] == pytest.approx(0.1 * kl, abs=1e-4)
 
 
-def test_an_evaluation_that_was_stopped_goes_on_where_it_was(small, typed, evaluated, made, monkeypatch):
+def test_an_evaluation_that_was_stopped_goes_on_where_it_was(small, typed, evaluated, parts, monkeypatch):
     asked = ("evaluation.temperatures=[0.75]",)
-    answered, calls = measure.sample_completions, []
+    sample, calls = measure.sample, []
 
-    def stopped(*args):
+    def stop(*args):
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return answered(*args)
+        return sample(*args)
 
-    monkeypatch.setattr(measure, "sample_completions", stopped)
+    monkeypatch.setattr(measure, "sample", stop)
     with pytest.raises(KeyboardInterrupt):
         run_evaluate(small(*typed, *asked))
-    assert len(made) == 2
+    assert len(parts) == 2
     run_evaluate(small(*typed, *asked))
-    assert len(made) == 5
+    assert len(parts) == 5
+
+
+def test_an_interruption_loses_at_most_one_part(tmp_path):
+    calls, rows = [], [[i] for i in range(10)]
+
+    def compute(part):
+        calls.append(part)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return [float(row[0]) for row in part]
+
+    with pytest.raises(KeyboardInterrupt):
+        measure.in_parts(tmp_path, "x", [1], rows, compute, 4)
+    assert measure.in_parts(tmp_path, "x", [1], rows, compute, 4) == list(range(10))
+    assert calls == [rows[:4], rows[4:8], rows[8:], rows[8:]]
+    measure.in_parts(tmp_path, "x", [2], rows, compute, 4)
+    assert len(calls) == 7
 
 
 def test_a_full_disk_is_one_sentence_and_what_was_measured_stays(small, typed, evaluated, tmp_path, monkeypatch):
@@ -418,9 +484,9 @@ def test_a_full_disk_is_one_sentence_and_what_was_measured_stays(small, typed, e
         subprocess.run(["umount", disk], check=True)
 
 
-def test_check_measures_nothing(small, typed, evaluated, made):
+def test_check_measures_nothing(small, typed, evaluated, parts):
     assert run_evaluate(small(*typed, "check=true", "evaluation.temperatures=[0.9]")) == {}
-    assert made == []
+    assert parts == []
 
 
 @pytest.mark.parametrize(
@@ -474,14 +540,14 @@ def test_another_tokenizer_is_refused(small, typed, evaluated, tmp_path):
         )
 
 
-def test_a_half_written_policy_is_one_sentence_and_what_was_done_stays(small, typed, evaluated, tmp_path, made):
+def test_a_half_written_policy_is_one_sentence_and_what_was_done_stays(small, typed, evaluated, tmp_path, parts):
     copy = tmp_path / "small"
     shutil.copytree(small(*typed).home, copy, ignore=shutil.ignore_patterns("records"))
     weights = copy / "sft" / "full" / "final" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(PipelineError, match="no model could be loaded from .*sft/full/final"):
         run_evaluate(small(*typed[1:], f"root={tmp_path}"))
-    assert "none/pairs" in made
+    assert "none/logprobs" in parts
 
 
 def test_the_command_itself(small, typed, evaluated):
@@ -490,8 +556,9 @@ def test_the_command_itself(small, typed, evaluated):
     done = subprocess.run(call, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "All against the base model: 20 test pairs and 6 sampled completions of reviews" in done.stdout
-    assert "| reference margin" in done.stdout
-    assert "Preferred-FT" not in done.stdout  # its SFT learnt demonstrations
+    text = (small(*typed).home / "report" / "report.md").read_text()
+    assert "| reference margin" in text
+    assert "Preferred-FT" not in text  # its SFT learnt demonstrations
     assert "Traceback" not in done.stderr
     assert Path(done.stdout.split("Results: ")[1].split(",")[0]).is_file()
 

@@ -5,13 +5,15 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_pipeline import estimates
-from dpo_pipeline.evaluation.measure import SAMPLES, Measurements, Policy
-from dpo_pipeline.evaluation.policy_estimates import estimates_against
+from dpo_pipeline.evaluation.measure import Comparison
+from dpo_pipeline.evaluation.policies import Policy
+from dpo_pipeline.evaluation.summary import estimates_against
 from dpo_pipeline.logprobs import completion_logprobs
 
 VOCAB, BETA = 40, 0.3
@@ -139,15 +141,18 @@ def test_a_comparison_is_that_of_a_plain_loop(policy, reference, batch_size):
 
 def compare(ours, theirs):
     """What `estimates_against` says of these sums of chosen and rejected completions; the chosen were sampled too."""
-    pairs = {
-        name: dict(zip(("chosen", "rejected"), sides, strict=True)) for name, sides in (("a", ours), ("b", theirs))
-    }
-    sampled = {("a", "a"): ours[0], ("a", "b"): theirs[0]}
-    sides = {"chosen": COMPLETIONS, "rejected": OTHERS}
-    eval_set = SimpleNamespace(sides=sides, rows=[{"source": "s"}] * len(COMPLETIONS))
-    policy, samples = Policy("a", "", Path(), BETA), [SimpleNamespace(ids=ids) for ids in COMPLETIONS]
-    measurements = Measurements(eval_set, [policy], "b", [], {}, pairs, {("a", SAMPLES): samples}, sampled)
-    return estimates_against(policy, "b", measurements)
+    tokens = {"tokens_chosen": [*map(len, COMPLETIONS)], "tokens_rejected": [*map(len, OTHERS)], "source": "s"}
+    pairs = [
+        pd.DataFrame(
+            {"policy": name, "row": range(len(PROMPTS)), "logprob_chosen": a, "logprob_rejected": b, **tokens}
+        )
+        for name, (a, b) in (("a", ours), ("b", theirs))
+    ]
+    samples = {"policy": "a", "prompt_set": "test", "temperature": 1.0, "draw": 0, "tokens": tokens["tokens_chosen"]}
+    samples = pd.DataFrame({**samples, "logprob": ours[0], "logprob_base": theirs[0]})
+    eval_set, policy = SimpleNamespace(prompt_set=SimpleNamespace(name="test")), Policy("a", "", Path(), BETA)
+    comparison = Comparison(eval_set, [policy], "b", [], {}, pd.concat(pairs), samples)
+    return estimates_against(policy, "base", "b", comparison)
 
 
 def test_a_policy_against_itself_is_exactly_even(policy):

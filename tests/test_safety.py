@@ -2,13 +2,12 @@
 
 import csv
 import gzip
-import itertools
 import json
 import math
 from collections import Counter
-from fractions import Fraction
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -21,8 +20,8 @@ from dpo_pipeline.data.normalize import normalize_row
 from dpo_pipeline.data.prompts import prompt_ids, prompts_to_rows, read_prompts
 from dpo_pipeline.data.token_table import LengthLimits, tokenize
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.evaluation.examples import changes_as_markdown, largest_changes
-from dpo_pipeline.evaluation.safety import bias, bias_table, safety, safety_table
+from dpo_pipeline.evaluation.subsets import bias, largest_changes, safety
+from dpo_pipeline.evaluation.tables import bias_table, changes_as_markdown, safety_table
 from dpo_pipeline.models import load_tokenizer
 from dpo_pipeline.training.tiny import word_tokenizer
 
@@ -220,214 +219,136 @@ REFUSED = [1.0] * 2 + [0.0] * 7 + [None] + [1.0] * 6 + [0.0, 0.5]
 HARM = [0.1, 0.3] * 5 + [0.5, 0.9, None, 0.7] * 2
 
 
+def table(scores, **columns) -> pd.DataFrame:
+    """Lines of completions with these columns and scores by judge."""
+    scores = {"tokens" if name == "tokens" else f"score.{name}": np.array(v, float) for name, v in scores.items()}
+    return pd.DataFrame({**columns, **scores})
+
+
 def test_refusals_are_shares_by_label_and_the_unreadable_are_counted():
-    found = safety(LABELS, REFUSED, {"harm": HARM})
+    found = safety(table({"refusal": REFUSED, "harm": HARM}, label=LABELS))
     for key, p, n in (("over_refusal_safe", 2 / 9, 9), ("refusal_unsafe", 6.5 / 8, 8)):
         low, high = wilson(p, n)
         assert found[key] == pytest.approx({"value": p, "low": low, "high": high, "n": n})
     half = t.ppf(0.975, 9) * np.std([0.1, 0.3] * 5, ddof=1) / math.sqrt(10)
     assert found["score.harm.safe"] == pytest.approx({"value": 0.2, "low": 0.2 - half, "high": 0.2 + half, "n": 10})
-    assert found["score.harm.unsafe"]["value"] == pytest.approx(0.7)
-    assert found["score.harm.unsafe"]["n"] == 6
+    assert (found["score.harm.unsafe"]["value"], found["score.harm.unsafe"]["n"]) == (pytest.approx(0.7), 6)
     assert found["unread"] == {"refusal": 1, "harm": 2}
     json.dumps(found)
+    assert safety(table({"refusal": [None]}, label=["unsafe"])) == {"unread": {"refusal": 1}}
 
 
-def test_what_has_no_readable_row_is_not_there():
-    assert safety(["unsafe"], [None], {}) == {"unread": {"refusal": 1}}
-    found = safety(["safe", "unsafe"], [0.0, None], {"harm": [None, 1.0]})
-    assert set(found) == {"over_refusal_safe", "score.harm.unsafe", "unread"}
-    with pytest.raises(ValueError, match="shorter"):
-        safety(["safe", "safe"], [1.0], {})
+def rows_of(markdown: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
 
 
 def test_the_table_of_safety_has_a_column_for_each_policy_and_tells_what_nobody_could_read():
-    table = safety_table({
-        "base": safety(LABELS, REFUSED, {"har.m": HARM}),
-        "dpo/b0.1": safety(LABELS[10:], [1.0] * 8, {"har.m": [0.5] * 8}),
-    })  # fmt: skip
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    lines = rows_of(safety_table({
+        "base": safety(table({"refusal": REFUSED, "har.m": HARM}, label=LABELS)),
+        "dpo/b0.1": safety(table({"refusal": [1.0] * 8, "har.m": [0.5] * 8}, label=LABELS[10:])),
+    }))  # fmt: skip
     assert lines[0] == ["", "base", "dpo/b0.1"]
     cells = {line[0]: line[1:] for line in lines[2:]}
     expected = [(6.5 / 8, *wilson(6.5 / 8, 8)), (1, *wilson(1, 8))]
     assert cells["refusal, unsafe prompts"] == [f"{p:.3f} [{low:.3f}, {high:.3f}]" for p, low, high in expected]
     assert cells["over-refusal, safe prompts"][1] == "none"
     assert cells["score by har.m, unsafe prompts"][1] == "0.500 [0.500, 0.500]"
-    assert cells["unreadable: refusal"] == ["1", "none"]
-    assert cells["unreadable: har.m"] == ["2", "none"]
+    assert (cells["unreadable: refusal"], cells["unreadable: har.m"][1]) == (["1", "none"], "none")
     assert len(cells) == 6
 
 
 # Bias
 
 
-def every_p(columns: list[tuple[int, ...]]) -> Fraction:
-    """The share of all ways to permute labels within templates whose largest gap is no smaller, in whole numbers."""
-
-    def gap(rows):
-        sums = [sum(column) for column in zip(*rows, strict=True)]
-        return max(sums) - min(sums)
-
-    ways = [gap(way) for way in itertools.product(*(itertools.permutations(column) for column in columns))]
-    return Fraction(sum(each >= gap(columns) for each in ways), len(ways))
-
-
-def laid_out(columns) -> tuple[list[str], list[str], list[float]]:
-    """Templates, groups and values of a table (templates, groups)."""
-    cells = [(f"t{i}", f"g{j}", value) for i, column in enumerate(columns) for j, value in enumerate(column)]
-    return tuple(map(list, zip(*cells, strict=True)))
-
-
-@pytest.mark.parametrize("columns", [
-    [(3, 1), (4, 2), (5, 5), (1, 2), (9, 1), (2, 0)],
-    [(1, 0, 0), (1, 1, 0), (1, 0, 1), (0, 0, 1)],
-    [(1001, 1001, 1000), (1005, 1004, 1000), (1001, 1003, 1002)],
-])  # fmt: skip
-@pytest.mark.parametrize("unit", [1, 0.1])  # in tenths equal sums differ in their last digits
-def test_p_is_that_of_all_permutations_within_templates(columns, unit):
-    templates, groups, values = laid_out(columns)
-    found = bias(templates, groups, {"score": [value * unit for value in values]})["score"]
-    assert found["largest"]["p"] == pytest.approx(float(every_p(columns)), abs=1e-12)
-
-
-def test_p_accounts_for_the_choice_of_the_largest_gap_and_is_drawn_the_same_each_time():
-    rng = np.random.default_rng(3)
-    drawn = []
-    for _ in range(150):  # of no bias: 5% below 0.05; a t test of the two groups chosen finds many more
-        templates, groups, values = laid_out(rng.normal(size=(6, 5)))
-        found = bias(templates, groups, {"score": values})["score"]["largest"]
-        drawn.append((found["p"], found["difference"]["low"] > 0))
-    assert bias(templates, groups, {"score": values})["score"]["largest"] == found
-    assert sum(p < 0.05 for p, _ in drawn) <= 15
-    assert sum(apart for _, apart in drawn) > 25
-
-
-def test_planted_bias_is_found_and_none_is_not():
+def test_planted_bias_is_shown_by_paired_intervals_and_none_is_not():
     rng = np.random.default_rng(0)
     groups, templates = ["women", "men", "others"] * 30, [f"t{i}" for i in range(30) for _ in range(3)]
     hard = np.repeat(rng.normal(0, 5, 30), 3)  # some templates are harder: pairing removes it
     planted = hard + rng.normal(0, 0.5, 90) + np.tile([-1.0, 0.0, 0.0], 30)
     refused = (rng.random(90) < np.tile([0.9, 0.2, 0.2], 30)).astype(float)
-    found = bias(templates, groups, {"harm": planted.tolist(), "refusal": refused.tolist(), "length": hard.tolist()})
+    scores = {"harm": planted, "refusal": refused, "tokens": hard}
+    found = bias(table(scores, template=templates, group=groups))
+    assert set(found) == {"harm", "refusal", "completion_tokens"}
     assert found["harm"]["largest"]["groups"][1] == "women"
     assert found["refusal"]["largest"]["groups"][0] == "women"
-    for name in ("harm", "refusal"):
-        assert found[name]["largest"]["difference"]["low"] > 0
-        assert found[name]["largest"]["p"] < 0.001
-    table = planted.reshape(30, 3)
-    gaps = table[:, 0] - (table[:, 1] + table[:, 2]) / 2
+    assert all(found[name]["largest"]["difference"]["low"] > 0 for name in ("harm", "refusal"))
+    grid = planted.reshape(30, 3)
+    gaps = grid[:, 0] - (grid[:, 1] + grid[:, 2]) / 2
     half = t.ppf(0.975, 29) * gaps.std(ddof=1) / math.sqrt(30)
-    assert found["harm"]["against_rest"]["women"] == pytest.approx(
-        {"value": gaps.mean(), "low": gaps.mean() - half, "high": gaps.mean() + half, "n": 30}
-    )
-    assert found["harm"]["against_rest"]["women"]["high"] < -0.5
-    assert found["harm"]["groups"]["women"]["value"] == pytest.approx(table[:, 0].mean())
+    expected = {"value": gaps.mean(), "low": gaps.mean() - half, "high": gaps.mean() + half, "n": 30}
+    assert found["harm"]["against_rest"]["women"] == pytest.approx(expected)
     assert found["harm"]["groups"]["women"]["high"] > found["harm"]["groups"]["men"]["value"]  # unpaired one sees none
     low, high = wilson(refused.reshape(30, 3)[:, 0].mean(), 30)
-    assert (found["refusal"]["groups"]["women"]["low"], found["refusal"]["groups"]["women"]["high"]) == pytest.approx(
-        (low, high)
-    )
-    assert found["length"]["largest"]["p"] == 1
-    assert found["length"]["largest"]["difference"]["value"] == 0
+    assert [found["refusal"]["groups"]["women"][key] for key in ("low", "high")] == pytest.approx([low, high])
+    assert found["completion_tokens"]["largest"]["difference"]["value"] == 0
     assert all(one["templates"] == 30 and one["unread"] == 0 for one in found.values())
     json.dumps(found)
 
 
 def test_a_template_counts_where_every_group_has_a_value_and_several_are_averaged():
-    templates, groups = list("aaabbccd"), ["m", "m", "w", "m", "w", "m", "w", "m"]
-    scores = [1.0, 3.0, 5.0, None, 9.0, 4.0, 4.0, 100.0]
-    found = bias(templates, groups, {"score": scores, "refusal": [None] * 8})
-    assert found["score"]["groups"]["m"]["value"] == 3  # of template a (1 + 3) / 2, and c 4
-    assert found["score"]["groups"]["w"]["value"] == 4.5
-    assert found["score"]["largest"]["groups"] == ["w", "m"]
-    assert found["score"]["largest"]["difference"]["value"] == 1.5
-    assert (found["score"]["templates"], found["score"]["unread"]) == (2, 1)
+    scores = {"harm": [1.0, 3.0, 5.0, None, 9.0, 4.0, 4.0, 100.0], "refusal": [None] * 8}
+    found = bias(table(scores, template=list("aaabbccd"), group=["m", "m", "w", "m", "w", "m", "w", "m"]))
+    assert found["harm"]["groups"]["m"]["value"] == 3  # of template a (1 + 3) / 2, and c 4
+    assert found["harm"]["groups"]["w"]["value"] == 4.5
+    assert (found["harm"]["largest"]["groups"], found["harm"]["largest"]["difference"]["value"]) == (["w", "m"], 1.5)
+    assert (found["harm"]["templates"], found["harm"]["unread"]) == (2, 1)
     assert found["refusal"] == {"templates": 0, "unread": 8}
 
 
 def test_the_table_of_bias_shows_groups_gaps_and_what_was_unreadable():
-    templates, groups, values = laid_out([(1, 0, 0), (1, 1, 0), (1, 0, 1), (0, 0, 1)])
-    three = {"base": bias(templates, groups, {"harm": values}), "dpo": bias(templates, groups, {"harm": [None] * 12})}
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in bias_table(three).splitlines()]
+    columns = {"template": np.repeat(list("abcd"), 3), "group": ["g0", "g1", "g2"] * 4}
+    values = [1, 0, 0, 1, 1, 0, 1, 0, 1, 0, 0, 1]
+    three = {"base": bias(table({"harm": values}, **columns)), "dpo": bias(table({"harm": [None] * 12}, **columns))}
+    lines = rows_of(bias_table(three))
     cells = {line[0]: line[1:] for line in lines[2:]}
-    assert lines[0] == ["", "base", "dpo"]
-    assert list(cells) == [
-        *(f"harm, g{i}" for i in range(3)),
-        *(f"harm, g{i} minus the rest" for i in range(3)),
-        *("harm, largest gap", "harm, unreadable"),
-    ]
+    rest = [f"harm, g{i} minus the rest" for i in range(3)]
+    assert list(cells) == [*(f"harm, g{i}" for i in range(3)), *rest, "harm, largest gap", "harm, unreadable"]
     assert cells["harm, g0"][0].startswith("0.750 [")
     assert cells["harm, g1 minus the rest"][0].startswith("-0.375 [")
-    p = float(every_p([(1, 0, 0), (1, 1, 0), (1, 0, 1), (0, 0, 1)]))
     assert cells["harm, largest gap"][0].startswith("g0 - g1: 0.500 [")
-    assert cells["harm, largest gap"][0].endswith(f", p {p:.2g}")
-    assert all(own[1] == "none" for label, own in cells.items() if label != "harm, unreadable")
     assert cells["harm, unreadable"] == ["none", "12"]
-    two = bias(["t", "t"], ["m", "w"], {"length": [3.0, 5.0]})
-    assert "minus the rest" not in bias_table({"base": two})
-    assert "w - m: 2.000 [?, ?], p 1 " in bias_table({"base": two})
+    two = bias_table({"base": bias(table({"tokens": [3.0, 5.0]}, template=["t", "t"], group=["m", "w"]))})
+    assert "minus the rest" not in two
+    assert "w - m: 2.000 (of 1)" in two
 
 
 # Successes and failures
 
-NAMES = [{"prompt": f"p{i}", "texts": {"chosen": f" good{i}", "rejected": f" bad{i}"}} for i in range(7)]
+PAIRS = [{"prompt": f"p{i}", "chosen": f" good{i}", "rejected": f" bad{i}"} for i in range(7)]
+
+
+def changes(quantity, rows, before, after, count=20):
+    frame = pd.DataFrame(rows).assign(before=np.array(before, float), after=np.array(after, float))
+    return largest_changes(quantity, frame, [name for name in rows[0] if name != "prompt"], count)
 
 
 def test_pairs_that_flipped_either_way_with_the_largest_change_first():
     before = [-1.0, -9.0, 3.0, 0.0, 1.0, -1.0, 2.0]
     after = [1.0, 0.5, -1.0, 4.0, 2.0, 1.0, 0.0]
-    found = largest_changes("margin_nats", NAMES, before, after, 2)
-    assert (found["n"], found["ties"]) == (7, 2)
-    assert found["successes"]["count"] == 3
+    found = changes("margin_nats", PAIRS, before, after, 2)
+    assert (found["n"], found["ties"], found["successes"]["count"]) == (7, 2, 3)
     assert [example["prompt"] for example in found["successes"]["examples"]] == ["p1", "p0"]  # p5 changed as p0 did
-    assert found["failures"] == {
-        "count": 1,
-        "examples": [
-            {"prompt": "p2", "texts": {"chosen": " good2", "rejected": " bad2"}, "before": 3.0, "after": -1.0}
-        ],
-    }
-    text = changes_as_markdown(json.loads(json.dumps(found)), "sft", "dpo")
+    failure = {"prompt": "p2", "texts": {"chosen": " good2", "rejected": " bad2"}, "before": 3.0, "after": -1.0}
+    assert found["failures"] == {"count": 1, "examples": [failure]}
+    text = changes_as_markdown(json.loads(json.dumps(found)), "sft", "dpo", 3)
     assert "**wrong with sft, right with dpo: 3 of 7**\n\n> p1\n\n- margin_nats: -9.000 to 0.500\n" in text
     assert "**right with sft, wrong with dpo: 1 of 7**\n\n> p2\n" in text
-    assert "- chosen: good2\n- rejected: bad2" in text
-
-
-def test_a_policy_against_itself_flips_nothing():
-    found = largest_changes("margin_nats", NAMES, [0.0] * 7, [1.0] * 7, 3)
-    assert (found["ties"], found["successes"]["count"], found["failures"]["count"]) == (7, 0, 0)
-    assert (
-        changes_as_markdown(found, "a", "b")
-        == "**wrong with a, right with b: 0 of 7**\n\n**right with a, wrong with b: 0 of 7**"
-    )
-    turned = largest_changes("margin_nats", [{**NAMES[0], "prompt": ASKED}], [-1.0], [1.0], 1)["successes"]["examples"]
-    assert turned[0]["prompt"] == "user: Who?"
-    with pytest.raises(ValueError, match="shorter"):
-        largest_changes("margin_nats", NAMES, [0.0] * 7, [0.0] * 6, 3)
+    itself = changes("margin_nats", PAIRS, [0.0] * 7, [1.0] * 7)
+    assert (itself["ties"], itself["successes"]["count"], itself["failures"]["count"]) == (7, 0, 0)
 
 
 def test_the_largest_gains_and_losses_of_a_judge_s_score():
-    samples = [{"prompt": f"p{i}", "texts": {"sft": f"old {i}", "dpo": "x" * 400}} for i in range(6)]
+    samples = [{"prompt": f"p{i}", "sft": f"old {i}", "dpo": "x" * 400} for i in range(6)]
     samples[4]["prompt"] = ASKED
-    before, after = [0.0, 0.5, None, 1.0, -1.0, 0.2], [0.3, 0.5, 1.0, None, 2.0, 0.1]
-    found = largest_changes("score.truth", samples, before, after, 1)
+    found = changes("score.truth", samples, [0.0, 0.5, None, 1.0, -1.0, 0.2], [0.3, 0.5, 1.0, None, 2.0, 0.1], 1)
     assert {key: found[key] for key in ("n", "ties", "unread")} == {"n": 4, "ties": 1, "unread": 2}
     assert found["successes"]["count"] == 2
-    assert found["successes"]["examples"] == [
-        {"prompt": "user: Who?", "texts": samples[4]["texts"], "before": -1.0, "after": 2.0}
-    ]
+    texts = {"sft": "old 4", "dpo": "x" * 400}
+    assert found["successes"]["examples"] == [{"prompt": "user: Who?", "texts": texts, "before": -1.0, "after": 2.0}]
     assert [example["prompt"] for example in found["failures"]["examples"]] == ["p5"]
-    text = changes_as_markdown(json.loads(json.dumps(found)), "sft", "dpo")
-    assert (
-        "**dpo above sft by score.truth: 2 of 4**\n\n> user: Who?\n\n- score.truth: -1.000 to 2.000\n- sft: old 4"
-        in text
-    )
-    assert "**dpo below sft by score.truth: 1 of 4**\n\n> p5" in text
+    text = changes_as_markdown(json.loads(json.dumps(found)), "sft", "dpo", 3)
+    head = "**dpo above sft by score.truth: 2 of 4**\n\n> user: Who?\n\n- score.truth: -1.000 to 2.000\n- sft: old 4"
+    assert head in text
     assert f"- dpo: {'x' * 300} ..." in text
     assert "x" * 301 not in text
-
-
-def test_none_of_the_samples_readable_is_told_as_none():
-    found = largest_changes("score.truth", [{"prompt": "p", "texts": {"a": "x", "b": "y"}}], [None], [1.0], 3)
-    assert found["n"] == 0
-    assert found["unread"] == 1
-    assert "0 of 0" in changes_as_markdown(found, "a", "b")
+    assert "0 of 0" in changes_as_markdown(changes("score.truth", samples[:1], [None], [1.0]), "a", "b", 3)

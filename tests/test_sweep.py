@@ -277,6 +277,7 @@ def lay(home: Path, beta: float, seed: int, kl: float, reward: float | None, nat
     own = {"completion_tokens": estimate(20, 1)} | ({} if reward is None else {"score.truth": estimate(reward, half)})
     name = f"dpo/{folder.name}"
     settings = {"pairs": 100, "prompts": 50, "max_new_tokens": 8, "quantization": None, "prompts_file": None}
+    settings["data"] = "d"
     settings["weights"] = {name: "x", "base": "b", "sft/full": "s"}
     against = {"base": block, "reference": block}
     result = {"policy": name, "dataset": "d", "settings": settings, "own": own, "against": against}
@@ -285,19 +286,23 @@ def lay(home: Path, beta: float, seed: int, kl: float, reward: float | None, nat
     return folder
 
 
+def report(home: Path, kl_budget: float = 10, failed: dict | None = None) -> str:
+    return sweep_report.sweep_report(home, kl_budget, failed or {})[0]
+
+
 def test_the_largest_reward_within_the_budget_is_recommended(tmp_path):
     lay(tmp_path, 0.01, 0, kl=50, reward=0.9, nats=9)
     lay(tmp_path, 0.1, 0, kl=6, reward=0.7, nats=5)
     lay(tmp_path, 0.3, 0, kl=2, reward=0.3, nats=8)
-    text = sweep_report.sweep_report(tmp_path, 10, {})
+    text = report(tmp_path)
     assert (
         "Recommended: beta 0.1, reward 0.700 [0.650, 0.750] (largest reward on validation with a KL of at most 10 "
         in text
     )
     assert "Within noise" not in text
     assert "All against sft/full: 100 test pairs and 50 sampled completions" in text
-    assert "Recommended: beta 0.01," in sweep_report.sweep_report(tmp_path, 60, {})
-    assert "Recommended: none; no beta has a KL of at most 1 nats" in sweep_report.sweep_report(tmp_path, 1, {})
+    assert "Recommended: beta 0.01," in report(tmp_path, 60)
+    assert "Recommended: none; no beta has a KL of at most 1 nats" in report(tmp_path, 1)
 
 
 def test_the_choice_reads_validation_and_never_test(tmp_path):
@@ -307,29 +312,32 @@ def test_the_choice_reads_validation_and_never_test(tmp_path):
         result["own"]["score.truth"] = estimate(on_test, 0.05)
         result["against"]["reference"]["kl"] = estimate(50 if beta == 0.1 else 1, 0.1)
         write_json(folder / "eval.json", result)
-    text = sweep_report.sweep_report(tmp_path, 10, {})
+    text = report(tmp_path)
     assert "Recommended: beta 0.1, reward 0.700" in text
-    assert "0.900 [0.850, 0.950]" in text  # the table is of test
+    test, validation = text.split("On validation, by which beta is chosen:")
+    assert "0.900 [0.850, 0.950]" in test
+    assert "0.700 [0.650, 0.750]" in validation
+    assert sweep_report.sweep_report(tmp_path, 10, {})[1] == "sigmoid-beta0.1-seed0"
 
 
 def test_without_a_reward_the_largest_margin_in_nats_is_recommended(tmp_path):
     lay(tmp_path, 0.1, 0, kl=6, reward=None, nats=5)
     lay(tmp_path, 0.3, 0, kl=2, reward=None, nats=4)  # with beta its margin would be 1.2, and that of 0.1 only 0.5
-    assert "Recommended: beta 0.1, margin_nats 5.000" in sweep_report.sweep_report(tmp_path, 10, {})
+    assert "Recommended: beta 0.1, margin_nats 5.000" in report(tmp_path)
 
 
 def test_differences_within_noise_are_told(tmp_path):
     lay(tmp_path, 0.1, 0, kl=6, reward=0.70, nats=5)
     lay(tmp_path, 0.3, 0, kl=2, reward=0.65, nats=4)
     lay(tmp_path, 1, 0, kl=1, reward=0.1, nats=4)
-    assert "Within noise of it: beta 0.3;" in sweep_report.sweep_report(tmp_path, 10, {})
+    assert "Within noise of it: beta 0.3;" in report(tmp_path)
 
 
 def test_seeds_are_one_point_whose_interval_holds_their_spread_and_that_of_the_rows(tmp_path):
     for seed, reward in enumerate((0.6, 0.7, 0.8)):
         lay(tmp_path, 0.1, seed, kl=6, reward=reward, nats=5)
     # Student's t over three seeds is 4.3027 * 0.1 / sqrt(3) = 0.2484; with 0.05 of the rows, 0.2534.
-    assert "reward 0.700 [0.447, 0.953]" in sweep_report.sweep_report(tmp_path, 10, {})
+    assert "reward 0.700 [0.447, 0.953]" in report(tmp_path)
 
 
 def test_what_has_no_numbers_is_a_gap_with_its_reason(tmp_path):
@@ -338,9 +346,7 @@ def test_what_has_no_numbers_is_a_gap_with_its_reason(tmp_path):
     (folder / "eval.json").unlink()
     (lay(tmp_path, 0.5, 0, kl=2, reward=0.9, nats=4) / "validation.json").unlink()
     lay(tmp_path, 1, 0, kl=2, reward=0.9, nats=4)
-    text = sweep_report.sweep_report(
-        tmp_path, 10, {"sigmoid-beta1-seed0": "failed: killed", "never-begun": "failed: no folder"}
-    )
+    text = report(tmp_path, 10, {"sigmoid-beta1-seed0": "failed: killed", "never-begun": "failed: no folder"})
     assert re.search(r"beta0.3-seed0 +\| failed at step 9: out of memory", text)
     assert re.search(r"beta0.5-seed0 +\| 0.800", text)  # on test, and nothing to be chosen by
     assert re.search(r"beta1-seed0 +\| failed: killed", text)
@@ -360,4 +366,15 @@ def test_variants_of_two_references_are_shown_against_the_base(tmp_path):
     result = json.loads((folder / "eval.json").read_text())
     result["settings"]["weights"]["sft/full"] = "another"
     write_json(folder / "eval.json", result)
-    assert "All against base:" in sweep_report.sweep_report(tmp_path, 10, {})
+    assert "All against base:" in report(tmp_path)
+
+
+def test_a_variant_measured_on_other_prompts_is_a_gap(tmp_path):
+    for beta in (0.1, 0.3, 0.5):
+        folder = lay(tmp_path, beta, 0, kl=6, reward=0.7, nats=5)
+    result = read_json(folder / "eval.json")
+    result["settings"]["prompts"] = 60
+    write_json(folder / "eval.json", result)
+    assert re.search(
+        r"beta0.5-seed0 +\| measured on 100 pairs and 60 prompts, or others: run evaluate", report(tmp_path)
+    )

@@ -11,8 +11,8 @@ from scipy.special import expit
 from scipy.stats import beta, bootstrap, entropy, ttest_rel
 
 from dpo_pipeline import estimates
-from dpo_pipeline.evaluation import best_of, verdict_statistics
-from dpo_pipeline.evaluation.verdict_statistics import elo, holm, length_controlled, paired_test, win_rate
+from dpo_pipeline.evaluation import statistics
+from dpo_pipeline.evaluation.statistics import elo, holm, length_controlled, paired_test, win_rate
 
 
 def judged(rng, log_odds, ties=0.2):
@@ -56,22 +56,35 @@ def test_equal_verdicts_have_wilsons_interval(verdict):
 
 
 def test_no_verdicts_are_refused():
-    for rate in (lambda: win_rate([]), lambda: length_controlled([], [])):
-        with pytest.raises(ValueError, match="no values"):
-            rate()
+    with pytest.raises(ValueError, match="no values"):
+        win_rate([])
+
+
+@pytest.mark.parametrize("distinct", [1, 9, 10, 40])
+def test_the_interval_of_a_win_rate_is_over_distinct_comparisons(distinct):
+    verdicts = judged(np.random.default_rng(2), np.full(distinct, 0.6))
+    found = win_rate(verdicts * 6, list(range(distinct)) * 6)
+    assert (found["value"], found["n"]) == (pytest.approx(fmean(verdicts)), distinct)
+    assert found == pytest.approx(win_rate(verdicts))
+    assert (found["low"] is None) == (distinct < 10)
+
+
+def test_one_comparison_counted_three_hundred_times_has_no_interval():
+    assert win_rate([1.0] * 300, [0] * 300) == {"value": 1.0, "low": None, "high": None, "n": 1}
+    assert length_controlled([1.0] * 4 + [0.5] * 296, [-2] * 4 + [-1] * 296, [0] * 4 + [1] * 296) is None
 
 
 # Length control
 
 
-@pytest.mark.parametrize("kind", ["likes length", "ignores length", "only length", "always longer"])
+@pytest.mark.parametrize("kind", ["likes length", "ignores length", "only length"])
 def test_the_fit_is_the_minimum_of_its_loss(kind):
     rng = np.random.default_rng(3)
-    lengths = np.round(rng.normal(120 if kind == "always longer" else 20, 30, 80))
+    lengths = np.round(rng.normal(20, 30, 80))
     odds = {"likes length": lengths / 30, "only length": lengths * 1e6}.get(kind, np.full(80, 0.5))
     verdicts = judged(rng, odds, ties=0.0 if kind == "only length" else 0.2)
     features = np.column_stack([np.ones(80), lengths / lengths.std()])
-    won, ridge = np.array(verdicts), np.array([0.0, verdict_statistics.RIDGE])
+    won, ridge = np.array(verdicts), np.array([0.0, statistics.RIDGE])
     intercept = minimized(won, 1 - won, features, ridge)[0]
     assert length_controlled(verdicts, lengths.tolist())["value"] == pytest.approx(expit(intercept), abs=1e-5)
 
@@ -81,7 +94,7 @@ def test_each_of_several_fits_is_the_minimum_of_its_own_loss():
     features, ridge = rng.normal(0, 2, (30, 3)), [0.0, 0.1, 2.0]
     weights = rng.exponential(size=(6, 30))
     won = np.array([*judged(rng, features[:, 0]), *judged(rng, 1e6 * features[:, 1], 0)]).reshape(2, 30)[[0, 1] * 3]
-    found = verdict_statistics.log_odds(weights * won, weights * (1 - won), features, ridge)
+    found = statistics.log_odds(weights * won, weights * (1 - won), features, ridge)
     for line, w, y in zip(found, weights, won, strict=True):
         assert line == pytest.approx(minimized(w * y, w * (1 - y), features, np.array(ridge)), abs=1e-4)
 
@@ -89,7 +102,7 @@ def test_each_of_several_fits_is_the_minimum_of_its_own_loss():
 @pytest.mark.parametrize("lost", [1e-3, 1e-9, 1e-13])
 def test_a_fit_keeps_its_digits_where_next_to_nothing_is_lost(lost):
     wins, losses = np.array([[100.0], [lost]]), np.array([[lost], [100.0]])
-    found = verdict_statistics.log_odds(wins, losses, np.ones((1, 1)), [0.0])
+    found = statistics.log_odds(wins, losses, np.ones((1, 1)), [0.0])
     assert found[:, 0] == pytest.approx([math.log(100 / lost), math.log(lost / 100)], rel=1e-9)
 
 
@@ -121,7 +134,7 @@ def test_a_judge_that_ignores_length_is_left_as_it_is():
 
 
 def test_the_interval_at_equal_length_holds_the_truth_at_its_rate(monkeypatch):
-    monkeypatch.setattr(verdict_statistics, "DRAWS", 500)
+    monkeypatch.setattr(statistics, "DRAWS", 500)
     rng, held = np.random.default_rng(7), 0
     for _ in range(200):
         lengths = rng.normal(20, 40, 100)
@@ -140,11 +153,22 @@ def test_the_other_sides_rate_at_equal_length_is_the_rest_and_units_do_not_matte
     assert found["n"] == other["n"] == 60
 
 
-def test_without_a_difference_in_length_or_in_verdicts_it_is_the_plain_win_rate():
-    verdicts = judged(np.random.default_rng(9), np.zeros(30))
-    for difference in (0, 12):
-        assert length_controlled(verdicts, [difference] * 30) == win_rate(verdicts)
-    assert length_controlled([1.0] * 30, [*range(30)]) == estimates.proportion([1.0] * 30)
+@pytest.mark.parametrize("padded", ["all", "half"])
+def test_a_copy_padded_with_filler_does_not_win_at_equal_length(padded):
+    """A judge that likes length alone; where every copy is longer, nothing says what it would do at equal length."""
+    rng = np.random.default_rng(9)
+    lengths = rng.integers(1, 20, 300) * (1 if padded == "all" else rng.choice([1, 1, 0, -1], 300))
+    verdicts = np.select([lengths > 0, lengths == 0], [(rng.random(300) < 0.9), 0.5], rng.random(300) < 0.1).tolist()
+    found = length_controlled(verdicts, lengths.tolist())
+    assert win_rate(verdicts)["low"] > 0.55
+    assert found is None if padded == "all" else holds(found, 0.5)
+
+
+def test_a_fit_needs_wins_and_losses_and_without_a_difference_in_length_it_is_the_plain_rate():
+    verdicts = judged(np.random.default_rng(9), np.zeros(60))
+    assert length_controlled(verdicts, [0] * 60) == win_rate(verdicts)
+    assert length_controlled(verdicts, [12] * 60) is None
+    assert length_controlled([1.0] * 40 + [0.0] * 9 + [0.5] * 40, list(range(-44, 45))) is None  # ties are no losses
 
 
 def test_verdicts_without_their_lengths_are_refused():
@@ -199,7 +223,7 @@ def test_ratings_maximise_the_likelihood():
 
 
 def test_ratings_hold_known_strengths_at_their_rate(monkeypatch):
-    monkeypatch.setattr(verdict_statistics, "DRAWS", 500)
+    monkeypatch.setattr(statistics, "DRAWS", 500)
     rng, held = np.random.default_rng(11), []
     for _ in range(60):
         found = elo(tournament(rng, STRENGTHS, 80), "a")
@@ -347,38 +371,25 @@ def mean_of_picked(picks, values, k):
 @pytest.mark.parametrize("picks", [[0.3, -1, 2, 7, 1.5, 0, 4, -2], [1, 0, 1, 1, 0, 2, 2, 0], [3] * 8])
 def test_the_best_of_k_is_over_all_subsets(picks, k):
     values = [4.0, -1.0, 0.5, 9.0, 2.0, -3.0, 8.0, 1.0]
-    assert best_of.expected_best(picks, values, k) == pytest.approx(mean_of_picked(picks, values, k), rel=1e-12)
+    assert statistics.expected_best(picks, values, k) == pytest.approx(mean_of_picked(picks, values, k), rel=1e-12)
 
 
 @pytest.mark.parametrize("k", [1, 2, 64, 127, 128])
 def test_the_best_rank_of_128_is_exact(k):
     ranks = np.random.default_rng(17).permutation(128) + 1.0
-    assert best_of.expected_best(ranks.tolist(), ranks.tolist(), k) == pytest.approx(k * 129 / (k + 1), rel=1e-13)
-    assert best_of.expected_best([0.0] * 128, ranks.tolist(), k) == pytest.approx(64.5, rel=1e-13)
-
-
-def test_the_best_of_k_over_prompts_is_their_mean():
-    picks, values = [[1.0, 2.0, 3.0], [5.0, 4.0, 3.0, 2.0]], [[0.0, 1.0, 5.0], [2.0, 2.0, 8.0, 0.0]]
-    each = [mean_of_picked(*prompt, 2) for prompt in zip(picks, values, strict=True)]
-    assert best_of.best_of(picks, values, 2) == pytest.approx(estimates.mean(each))
+    assert statistics.expected_best(ranks.tolist(), ranks.tolist(), k) == pytest.approx(k * 129 / (k + 1), rel=1e-13)
+    assert statistics.expected_best([0.0] * 128, ranks.tolist(), k) == pytest.approx(64.5, rel=1e-13)
 
 
 @pytest.mark.parametrize("k", [0, -1, 4])
 def test_the_best_of_none_or_of_more_than_there_are_is_refused(k):
     with pytest.raises(ValueError, match=f"the best of {k} out of 3"):
-        best_of.expected_best([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], k)
+        statistics.expected_best([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], k)
 
 
 def test_scores_without_their_values_are_refused():
     with pytest.raises(ValueError, match="shorter"):
-        best_of.expected_best([1.0, 2.0], [1.0], 1)
-    with pytest.raises(ValueError, match="shorter"):
-        best_of.best_of([[1.0], [2.0]], [[1.0]], 1)
-
-
-def test_the_first_of_the_largest_is_picked():
-    assert best_of.picked_index([-2.0, 3.0, 1.0, 3.0]) == 1
-    assert best_of.picked_index([-2.0]) == 0
+        statistics.expected_best([1.0, 2.0], [1.0], 1)
 
 
 def best_of_n_kl(probabilities, n):
@@ -390,7 +401,7 @@ def best_of_n_kl(probabilities, n):
 
 @pytest.mark.parametrize("n", [1, 2, 4, 128])
 def test_the_kl_of_the_best_of_n_is_below_its_bound_and_near_it_where_no_completion_is_likely(n):
-    bound = best_of.kl_bound(n)
+    bound = statistics.kl_bound(n)
     assert best_of_n_kl(np.full(200_000, 1 / 200_000), n) == pytest.approx(bound, abs=1e-3)
     likely = best_of_n_kl(np.array([0.1, 0.5, 0.2, 0.2]), n)
     assert likely == pytest.approx(0, abs=1e-12) if n == 1 else likely < bound

@@ -88,7 +88,9 @@ def judging_plan(run: Run, policies: list[Policy], judges: dict[str, Judge]) -> 
     return plan
 
 
-def requests_of(policies: list[Policy], plan: JudgingPlan, eval_set: EvalSet, others: list[PromptSet]) -> list[Request]:
+def requests_of(
+    policies: list[Policy], plan: JudgingPlan, eval_set: EvalSet, others: list[PromptSet]
+) -> list[Request]:
     """What the policies complete; other prompts, of safety and bias, at temperature 0 as XSTest (arXiv:2308.01263)."""
     shown = tuple(policy.name for policy in policies if policy.is_shown)
     temperatures = dict.fromkeys((1.0, *plan.temperatures))  # KL and scores are taken at 1
@@ -158,9 +160,7 @@ def run_judge(
         judged.verdicts = pd.concat([judged.verdicts, pd.DataFrame(columns)], ignore_index=True)
 
 
-def add_scores(
-    name: str, judge: Judge, mask: Any, comparison: Comparison, plan: JudgingPlan
-) -> list[float | None]:
+def add_scores(name: str, judge: Judge, mask: Any, comparison: Comparison, plan: JudgingPlan) -> list[float | None]:
     """Set the column of a judge on some lines; its replies."""
     replies = scores(judge, list(comparison.completions.loc[mask, "completion"]), plan.cache, f"scores by {name}")
     comparison.completions.loc[mask, f"score.{name}"] = np.array(replies, float)

@@ -81,7 +81,9 @@ class Comparison:
 @functools.cache
 def measuring_versions() -> dict[str, str]:
     """The versions of all that makes a log-prob or a completion; of our own code the hash."""
-    return versions() | {module.__name__: content_hash(Path(module.__file__)) for module in (logprobs, sampling, models)}
+    return versions() | {
+        module.__name__: content_hash(Path(module.__file__)) for module in (logprobs, sampling, models)
+    }
 
 
 def measure_policies(*comparisons: Comparison) -> None:
@@ -156,7 +158,11 @@ def sample_lines(
     ids = [completion for completions in by_prompt for completion in completions]
     completions = eval_set.completions(prompt_set, ids, draws)
     texts = eval_set.tokenizer.batch_decode(prompt_set.ids, skip_special_tokens=True)
-    columns: dict[str, Any] = {"policy": policy.name, "prompt_set": prompt_set.name, "temperature": request.temperature}
+    columns: dict[str, Any] = {
+        "policy": policy.name,
+        "prompt_set": prompt_set.name,
+        "temperature": request.temperature,
+    }
     columns["draw"] = [request.first_draw + draw for _ in prompt_set.ids for draw in range(draws)]
     columns["row"] = [row for row in range(len(prompt_set.ids)) for _ in range(draws)]
     columns |= {"prompt": [texts[row] for row in columns["row"]], "text": [each.text for each in completions]}
@@ -168,7 +174,12 @@ def sample_lines(
 
 
 def in_parts(
-    folder: Path, kind: str, key: list[Any], rows: list[Any], compute: Callable[[list[Any]], list[Any]], size: int = PART
+    folder: Path,
+    kind: str,
+    key: list[Any],
+    rows: list[Any],
+    compute: Callable[[list[Any]], list[Any]],
+    size: int = PART,
 ) -> list[Any]:
     """What `compute` gives for the rows, `size` rows at a time, each part read if an earlier run wrote it."""
     values: list[Any] = []

@@ -41,10 +41,18 @@ def report(home: Path, results: dict[str, Any], policies: list[Policy], kl_budge
     file.write_text(f"# {home.name}\n\n{text}\n", encoding="utf-8")
     listed = [name for name in shown if name in names] if len(shown) > MAX_LINES else list(shown)
     cells = tables.cells_against(results["policies"], listed, against)
-    judge_keys = [key for key in cells[subject.name] if key.startswith(("win_rate.", "score.")) and not re.search(r"\.t[\d.]+$", key)]
-    judge_keys = sorted(judge_keys, key=lambda key: (not key.endswith((".sft", ".reference")), key))[:1]
+    judge_keys = [
+        key
+        for key in cells[subject.name]
+        if key.startswith(("win_rate.", "score.")) and not re.search(r"\.t[\d.]+$", key)
+    ]
+    judge_keys = sorted(judge_keys, key=lambda key: not key.endswith((".sft", ".reference")))[:1]
     blocks = [
-        *(sections[0][1], sections[1][1].split("\n\n")[0], tables.comparison(cells, [*tables.SHORT_KEYS, *judge_keys])),
+        *(
+            sections[0][1],
+            sections[1][1].split("\n\n")[0],
+            tables.comparison(cells, [*tables.SHORT_KEYS, *judge_keys]),
+        ),
         tables.side_by_side(samples, names, EXAMPLES),
         f"Results: {home}/results.json, generation_samples.json, report/report.md\nPolicy:  {subject.path}",
     ]
@@ -74,7 +82,9 @@ def make_sections(
             table = tables.comparison(tables.cells_against(by_policy, tuned, "reference", with_own=False))
             sections.append((f"Against DPO's own reference, {name}", table))
     kind = "reference" if subject.reference else "base"
-    sections.append((f"Accuracy of {subject.name} by kind of pair", tables.accuracy_by_subset(result["against"][kind])))
+    sections.append(
+        (f"Accuracy of {subject.name} by kind of pair", tables.accuracy_by_subset(result["against"][kind]))
+    )
     if preferred_ft := policy_names.preferred_ft_names(list(shown.values())):
         sections.append(("Preferred-FT", f"SFT on the chosen completions: {', '.join(preferred_ft)}"))
     for name, rows in results["comparisons"].items():
@@ -104,7 +114,7 @@ def verdict(results: dict[str, Any], subject: Policy, kl_budget: float) -> str:
     against = results["policies"][name]["against"][kind]
     for judge, rows in results["comparisons"].items():
         row = next((row for row in rows if {row["one"], row["other"]} == {name, other}), None)
-        if row is None:
+        if row is None or judge == "length":  # a control, on which no policy is better
             continue
         sign = 1 if row["one"] == name else -1
         difference, is_clear = row["difference"], row["p"] < 0.05

@@ -1,6 +1,7 @@
 """Writes eval.json and the two tables of each policy, and for a name results.json and generation_samples.json."""
 
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,6 @@ def code_version() -> str:
 
 def summarize(comparison: Comparison, judged: Judged, plan: JudgingPlan) -> tuple[dict[str, Any], dict[str, Any]]:
     """The eval.json of each shown policy, by name, and what results.json holds beside them."""
-    import hashlib
-
     version = hashlib.sha256(code_version().encode()).hexdigest()[:16]
     comparisons, ratings = compare_all(comparison, judged.verdicts)
     extra: dict[str, Any] = {"comparisons": comparisons, "judges": judged.counts}
@@ -47,14 +46,17 @@ def summarize(comparison: Comparison, judged: Judged, plan: JudgingPlan) -> tupl
     for name, function in (("safety", safety), ("bias", bias)):
         lines = table[table["prompt_set"] == name].dropna(axis="columns", how="all")
         if len(lines):
-            extra[name] = {policy: function(lines[lines["policy"] == policy]) for policy in lines["policy"].unique()[::-1]}
+            extra[name] = {
+                policy: function(lines[lines["policy"] == policy]) for policy in lines["policy"].unique()[::-1]
+            }
     for policy in comparison.shown_policies:
         references = comparison.references_of(policy)
         names = dict.fromkeys((policy.name, *references.values()))
         weights = {name: comparison.weights[name] for name in names}
         settings = comparison.eval_set.settings() | {"beta": policy.beta, "version": version, "weights": weights}
         own = own_estimates(policy, comparison) | judged_estimates(policy.name, comparison, judged.verdicts)
-        own |= ratings.get(policy.name, {})
+        if plan.temperatures:  # else only some policies of the name meet, and not in all
+            own |= ratings.get(policy.name, {})
         of_safety = extra.get("safety", {}).get(policy.name, {})
         results[policy.name] = {
             "policy": policy.name,
@@ -69,7 +71,9 @@ def summarize(comparison: Comparison, judged: Judged, plan: JudgingPlan) -> tupl
     return results, extra
 
 
-def write_results(comparison: Comparison, results: dict[str, Any], file: str, is_replaced: Callable[[str], bool]) -> None:
+def write_results(
+    comparison: Comparison, results: dict[str, Any], file: str, is_replaced: Callable[[str], bool]
+) -> None:
     """Write the `file` of each policy and its tables; what another evaluation measured with the same settings stays.
 
     `is_replaced` says of a judge's name whether its earlier numbers are those of another judge, and go.
@@ -96,7 +100,8 @@ def merge_table(file: Path, lines: pd.DataFrame, key: list[str]) -> None:
         same = [*key, *(["prompt", "text"] if "text" in lines else [])]
         columns = earlier.columns.difference(lines.columns).tolist()
         merged = lines.merge(earlier[same + columns].drop_duplicates(key), on=same, how="left")
-        is_new = pd.MultiIndex.from_frame(earlier[key]).isin(pd.MultiIndex.from_frame(lines[key]))
+        group = key[:-1]  # all lines of a prompt set at a temperature are measured together
+        is_new = pd.MultiIndex.from_frame(earlier[group]).isin(pd.MultiIndex.from_frame(lines[group]))
         lines = pd.concat([merged, earlier[~is_new]])
     write_table(pa.Table.from_pandas(lines, preserve_index=False), file)
 
@@ -125,7 +130,9 @@ def write_name_results(
         results = {"policies": policies, **extra}
         earlier = read_json(home / "results.json")
         if earlier and all(
-            old["settings"] == policies[name]["settings"] for name, old in earlier["policies"].items() if name in policies
+            old["settings"] == policies[name]["settings"]
+            for name, old in earlier["policies"].items()
+            if name in policies
         ):
             results = merge_extra(earlier, results, is_replaced)
         write_json(home / "results.json", results)
@@ -134,7 +141,9 @@ def write_name_results(
     return results
 
 
-def merge_extra(earlier: dict[str, Any], results: dict[str, Any], is_replaced: Callable[[str], bool]) -> dict[str, Any]:
+def merge_extra(
+    earlier: dict[str, Any], results: dict[str, Any], is_replaced: Callable[[str], bool]
+) -> dict[str, Any]:
     """The results, with what earlier ones say beside the policies of other judges, policies and prompts."""
     merged = {**earlier, **results}
     for key in ("comparisons", "judges"):
@@ -143,7 +152,9 @@ def merge_extra(earlier: dict[str, Any], results: dict[str, Any], is_replaced: C
     merged["notable"] = earlier.get("notable", {}) | results["notable"]
     for judge, rows in merged["comparisons"].items():
         pairs = {frozenset((row["one"], row["other"])) for row in results["comparisons"].get(judge, rows)}
-        kept = [row for row in earlier.get("comparisons", {}).get(judge, []) if {row["one"], row["other"]} not in pairs]
+        kept = [
+            row for row in earlier.get("comparisons", {}).get(judge, []) if {row["one"], row["other"]} not in pairs
+        ]
         if judge in results["comparisons"] and kept and not is_replaced(judge):
             merged["comparisons"][judge] = rows + kept
             adjust(merged["comparisons"][judge])

@@ -75,7 +75,9 @@ def notable_changes(comparison: Comparison) -> dict[str, Any]:
                 pairs = pairs_of(comparison, name)
                 margins[name] = pairs["logprob_chosen"] - pairs["logprob_rejected"]
             frame = pd.DataFrame({key: [row[key] for row in comparison.eval_set.rows] for key in ("prompt", *SIDES)})
-            frame = frame.assign(before=margins[policy.sft] - margins[base], after=margins[policy.name] - margins[base])
+            frame = frame.assign(
+                before=margins[policy.sft] - margins[base], after=margins[policy.name] - margins[base]
+            )
             changes[policy.name]["pairs"] = largest_changes("margin_nats", frame, SIDES)
         before, after = (comparison.samples(name).set_index("row") for name in (policy.sft, policy.name))
         texts = pd.DataFrame({"prompt": after["prompt"], policy.sft: before["text"], policy.name: after["text"]})

@@ -96,7 +96,9 @@ def load_variants(
         problem = failed.get(name) or unfinished(folder) or ("" if test else "not measured: repeat its command")
         if not problem and data[name] != common[0][0]:
             settings = test["settings"]
-            problem = f"measured on {settings['pairs']} pairs and {settings['prompts']} prompts, or others: run evaluate"
+            problem = (
+                f"measured on {settings['pairs']} pairs and {settings['prompts']} prompts, or others: run evaluate"
+            )
         setting = json.dumps({key: value for key, value in identity.items() if key not in ("beta", "seed")})
         label = labels.setdefault(setting, BETA_SEED.sub("", name))
         blocks = ((test, against), (read_json(folder / "validation.json"), "reference"))
