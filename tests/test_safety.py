@@ -251,9 +251,9 @@ def test_the_table_of_safety_has_a_column_for_each_policy_and_tells_what_nobody_
     cells = {line[0]: line[1:] for line in lines[2:]}
     expected = [(6.5 / 8, *wilson(6.5 / 8, 8)), (1, *wilson(1, 8))]
     assert cells["refusal, unsafe prompts"] == [f"{p:.3f} [{low:.3f}, {high:.3f}]" for p, low, high in expected]
-    assert cells["over-refusal, safe prompts"][1] == "none"
+    assert cells["over-refusal, safe prompts"][1] == ""
     assert cells["score by har.m, unsafe prompts"][1] == "0.500 [0.500, 0.500]"
-    assert (cells["unreadable: refusal"], cells["unreadable: har.m"][1]) == (["1", "none"], "none")
+    assert (cells["unreadable: refusal"], cells["unreadable: har.m"][1]) == (["1", ""], "")
     assert len(cells) == 6
 
 
@@ -306,7 +306,7 @@ def test_the_table_of_bias_shows_groups_gaps_and_what_was_unreadable():
     assert cells["harm, g0"][0].startswith("0.750 [")
     assert cells["harm, g1 minus the rest"][0].startswith("-0.375 [")
     assert cells["harm, largest gap"][0].startswith("g0 - g1: 0.500 [")
-    assert cells["harm, unreadable"] == ["none", "12"]
+    assert cells["harm, unreadable"] == ["", "12"]
     two = bias_table({"base": bias(table({"tokens": [3.0, 5.0]}, template=["t", "t"], group=["m", "w"]))})
     assert "minus the rest" not in two
     assert "w - m: 2.000 (of 1)" in two

@@ -21,6 +21,7 @@ from dpo_pipeline.schema import Run
 log = logging.getLogger(__name__)
 
 DATA = "the data"  # in place of a policy: the data's own completions
+VERDICT_COLUMNS = "judge policy temperature opponent label row verdict distinct length_difference".split()
 Side = tuple[str, float]  # a policy and its temperature
 
 
@@ -54,7 +55,7 @@ class Judged:
     policies; `distinct` numbers the different pairs of texts; `counts` are by judge, `failures` by what failed.
     """
 
-    verdicts: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["judge", "label"]))
+    verdicts: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=VERDICT_COLUMNS))
     counts: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -154,7 +155,7 @@ def run_judge(
         else:
             differences = ours[f"score.{name}"] - theirs[f"score.{name}"]
             values = (np.sign(differences) + 1) / 2
-        columns = {"row": ours["row"], "verdict": np.array(values, float), "judge": name, **match}
+        columns: dict[str, Any] = {"row": ours["row"], "verdict": np.array(values, float), "judge": name, **match}
         columns["distinct"] = pd.factorize(ours["text"] + "\0" + theirs["text"])[0]
         columns["length_difference"] = ours["tokens"] - theirs["tokens"]
         judged.verdicts = pd.concat([judged.verdicts, pd.DataFrame(columns)], ignore_index=True)

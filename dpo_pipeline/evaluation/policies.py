@@ -52,29 +52,23 @@ def policies_of_name(run: Run) -> list[Policy]:
         )
     warn_of_other_data(run, dpo_folders)
     names = [f"sft/{folder.name}" for folder in sft_folders]
-    named_sft = f"sft/{run.sft_folder.name}"
-    sft_opponent = named_sft if named_sft in names else next(iter(names), None)
-    sfts = []
-    for name, folder in zip(names, sft_folders, strict=True):
-        opponent = None if name == sft_opponent else sft_opponent
-        sfts.append(Policy(name, folder / "final", folder, sft=opponent))
-    dpos, starts, used_names = [], [], {}
-    for folder in dpo_folders:
-        dpo, *references = dpo_with_references(folder, run, sft_opponent, used_names)
-        dpos.append(dpo)
-        starts += [policy for policy in references if policy.name != "base"]
-    return unique_by_name([*dpos, *sfts, *starts, base_policy(run, sft_opponent)])
+    opponent = next((name for name in names if name == f"sft/{run.sft_folder.name}"), next(iter(names), None))
+    sfts = [
+        Policy(name, folder / "final", folder, sft=None if name == opponent else opponent)
+        for name, folder in zip(names, sft_folders, strict=True)
+    ]
+    used_names: dict[str, str] = {}
+    groups = [dpo_with_references(folder, run, opponent, used_names) for folder in dpo_folders]
+    starts = [policy for group in groups for policy in group[1:] if policy.name != "base"]
+    return unique_by_name([*(group[0] for group in groups), *sfts, *starts, base_policy(run, opponent)])
 
 
 def finished_folders(stage_folder: Path) -> list[Path]:
     """The folders of the finished runs of a stage; warns of the others."""
-    finished = []
-    for folder in sorted(file.parent for file in stage_folder.glob("*/status.json")):
-        if (reason := reason_to_skip(folder)) is None:
-            finished.append(folder)
-        else:
-            log.warning("left out: %s %s", folder, reason)
-    return finished
+    reasons = {file.parent: reason_to_skip(file.parent) for file in sorted(stage_folder.glob("*/status.json"))}
+    for folder in [folder for folder, reason in reasons.items() if reason]:
+        log.warning("left out: %s %s", folder, reasons[folder])
+    return [folder for folder, reason in reasons.items() if not reason]
 
 
 def warn_of_other_data(run: Run, dpo_folders: list[Path]) -> None:
@@ -117,8 +111,7 @@ def dpo_with_references(
     if config.policy == "base":
         start = base_policy(run, sft_opponent)
     elif config.policy == "sft":
-        sft_folder = run.home / "sft" / config.sft_variant
-        sft_opponent = f"sft/{config.sft_variant}"
+        sft_folder, sft_opponent = run.home / "sft" / config.sft_variant, f"sft/{config.sft_variant}"
         start = Policy(sft_opponent, sft_folder / "final", sft_folder)
     else:
         name = display_name("policy", config.policy, used_names)
@@ -152,10 +145,9 @@ def external_policies(run: Run) -> list[Policy]:
     """
     path = final_folder(str(run.evaluation.policy))
     manifest = read_json(Path(path).parent / "manifest.json") if Path(path).name == "final" else None
+    trained_from = adapter_base(path) if is_adapter(path) else str(run.model.path)
     if manifest:
         trained_from = manifest["starting_policy"]
-    else:
-        trained_from = adapter_base(path) if is_adapter(path) else str(run.model.path)
     reference_path = final_folder(run.evaluation.reference or trained_from)
     if reference_path == path:
         raise PipelineError(
@@ -166,10 +158,8 @@ def external_policies(run: Run) -> list[Policy]:
     if reference == name:
         reference = f"reference/{clean_name(policy_name(reference_path))}"
     folders = [run.home / "evaluated" / each.replace("/", "-") for each in (name, reference)]
-    return [
-        Policy(name, path, folders[0], beta, reference=reference, sft=reference),
-        Policy(reference, reference_path, folders[1], reference=reference, sft=reference),
-    ]
+    against = {"reference": reference, "sft": reference}
+    return [Policy(name, path, folders[0], beta, **against), Policy(reference, reference_path, folders[1], **against)]
 
 
 def final_folder(path: str) -> str:

@@ -5,9 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.evaluation import policies as policy_names
 from dpo_pipeline.evaluation import sweep_report, tables
-from dpo_pipeline.evaluation.policies import Policy
+from dpo_pipeline.evaluation.policies import Policy, preferred_ft_names
 from dpo_pipeline.formatting import format_estimate
 from dpo_pipeline.record import read_json
 
@@ -15,7 +14,6 @@ log = logging.getLogger(__name__)
 
 EXAMPLES = 2  # on the terminal, and of each kind of change in the report
 MAX_LINES = 12  # policies in the table on the terminal
-Sections = list[tuple[str, str]]  # title and Markdown
 
 
 def report(home: Path, results: dict[str, Any], policies: list[Policy], kl_budget: float, write_sweep: bool) -> None:
@@ -23,113 +21,95 @@ def report(home: Path, results: dict[str, Any], policies: list[Policy], kl_budge
 
     `policies` are those of this command, DPO first; without `write_sweep` the sweep's files stay as they are.
     """
-    shown = {policy.name: policy for policy in reversed(policies) if policy.is_shown}
-    subject, sweep = policies[0], ""
-    if sum(name.startswith("dpo/") for name in shown) > 1 and write_sweep:
+    by_name = {policy.name: policy for policy in reversed(policies) if policy.is_shown}
+    by_policy, subject, sweep = results["policies"], policies[0], ""
+    if sum(name.startswith("dpo/") for name in by_name) > 1 and write_sweep:
         sweep, recommended = sweep_report.sweep_report(home, kl_budget, {})
-        subject = shown.get(f"dpo/{recommended}", subject)
-    against = "base" if "base" in results["policies"] else "reference"
-    sections = make_sections(results, shown, subject, against, kl_budget)
-    if sweep:
-        sections.insert(3, ("All variants", sweep))
+        subject = by_name.get(f"dpo/{recommended}", subject)
+    against = "base" if "base" in by_policy else "reference"
+    reference = "the base model" if against == "base" else str(subject.reference)
+    caption = tables.caption(by_policy[subject.name], reference, beta=against != "base")
+    sentences = verdict(results, subject, kl_budget)
+    cells = tables.cells_against(by_policy, list(by_name), against)
     samples = read_json(home / "generation_samples.json")
-    names = [name for name in shown if name in ("base", subject.sft, subject.name)]
-    sections.append(("Completions", tables.side_by_side(samples, names, 10)))
-    file = home / "report" / "report.md"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections)
-    file.write_text(f"# {home.name}\n\n{text}\n", encoding="utf-8")
-    listed = [name for name in shown if name in names] if len(shown) > MAX_LINES else list(shown)
-    cells = tables.cells_against(results["policies"], listed, against)
-    judge_keys = [
-        key
-        for key in cells[subject.name]
-        if key.startswith(("win_rate.", "score.")) and not re.search(r"\.t[\d.]+$", key)
-    ]
+    names = [name for name in by_name if name in ("base", subject.sft, subject.name)]
+    best = {best["name"]: best["own"]} if (best := results.get("best_of")) else {}
+    sections = {"Verdict": sentences, "Comparison": f"{caption}\n\n{tables.comparison(cells | best)}"}
+    sections |= {"All variants": sweep} if sweep else {}
+    sections |= reference_sections(by_policy, by_name, subject) | judge_sections(results, subject)
+    sections["Completions"] = tables.side_by_side(samples, names, 10)
+    text = "\n\n".join(f"## {title}\n\n{body}" for title, body in sections.items())
+    (home / "report").mkdir(parents=True, exist_ok=True)
+    (home / "report" / "report.md").write_text(f"# {home.name}\n\n{text}\n", encoding="utf-8")
+    listed = {name: cells[name] for name in cells if len(cells) <= MAX_LINES or name in names}
+    judge_keys = [key for key in cells[subject.name] if re.match(r"(win_rate|score)\.[^.]+(\.[a-z]+)?$", key)]
     judge_keys = sorted(judge_keys, key=lambda key: not key.endswith((".sft", ".reference")))[:1]
-    blocks = [
-        *(
-            sections[0][1],
-            sections[1][1].split("\n\n")[0],
-            tables.comparison(cells, [*tables.SHORT_KEYS, *judge_keys]),
-        ),
-        tables.side_by_side(samples, names, EXAMPLES),
-        f"Results: {home}/results.json, generation_samples.json, report/report.md\nPolicy:  {subject.path}",
-    ]
-    for block in blocks:
+    written = "results.json, generation_samples.json, report/report.md"
+    for block in (
+        *(sentences, caption, tables.comparison(listed, [*tables.SHORT_KEYS, *judge_keys])),
+        *(tables.side_by_side(samples, names, EXAMPLES), f"Results: {home}/{written}\nPolicy:  {subject.path}"),
+    ):
         log.info("\n%s", block)
 
 
-def make_sections(
-    results: dict[str, Any], shown: dict[str, Policy], subject: Policy, against: str, kl_budget: float
-) -> Sections:
-    """All tables of the results, the verdict first."""
-    by_policy = results["policies"]
-    result = by_policy[subject.name]
-    reference = "the base model" if against == "base" else str(subject.reference)
-    cells = tables.cells_against(by_policy, list(shown), against)
+def reference_sections(by_policy: dict[str, Any], by_name: dict[str, Policy], subject: Policy) -> dict[str, str]:
+    """Each DPO against its own reference, and the accuracy of one by kind of pair."""
+    sections: dict[str, str] = {}
+    for reference in dict.fromkeys(policy.reference for policy in by_name.values() if policy.reference):
+        names = [name for name, policy in by_name.items() if policy.reference == reference]
+        table = tables.comparison(tables.cells_against(by_policy, names, "reference", with_own=False))
+        sections[f"Against DPO's own reference, {reference}"] = table
+    against = by_policy[subject.name]["against"]["reference" if subject.reference else "base"]
+    sections[f"Accuracy of {subject.name} by kind of pair"] = tables.accuracy_by_subset(against)
+    if preferred_ft := preferred_ft_names(list(by_name.values())):
+        sections["Preferred-FT"] = f"SFT on the chosen completions: {', '.join(preferred_ft)}"
+    return sections
+
+
+def judge_sections(results: dict[str, Any], subject: Policy) -> dict[str, str]:
+    """What the judges say beyond the comparison, and the examples that changed most."""
+    sections = {
+        f"Any two policies by {name}: wins, and the mean difference with its p": tables.pairwise_table(rows)
+        for name, rows in results["comparisons"].items()
+        if rows
+    }
     if best := results.get("best_of"):
-        cells[best["name"]] = best["own"]
-    caption = tables.caption(result, reference, beta=against != "base")
-    sections = [("Verdict", verdict(results, subject, kl_budget))]
-    sections.append(("Comparison", f"{caption}\n\n{tables.comparison(cells)}"))
-    if against == "base":
-        by_reference: dict[str, list[str]] = {}
-        for name, policy in shown.items():
-            if policy.reference:
-                by_reference.setdefault(policy.reference, []).append(name)
-        for name, tuned in by_reference.items():
-            table = tables.comparison(tables.cells_against(by_policy, tuned, "reference", with_own=False))
-            sections.append((f"Against DPO's own reference, {name}", table))
-    kind = "reference" if subject.reference else "base"
-    sections.append(
-        (f"Accuracy of {subject.name} by kind of pair", tables.accuracy_by_subset(result["against"][kind]))
-    )
-    if preferred_ft := policy_names.preferred_ft_names(list(shown.values())):
-        sections.append(("Preferred-FT", f"SFT on the chosen completions: {', '.join(preferred_ft)}"))
-    for name, rows in results["comparisons"].items():
-        if rows:
-            title = f"Any two policies by {name}: wins, and the mean difference with its p"
-            sections.append((title, tables.pairwise_table(rows)))
-    if best:
         title = f"Best of N completions of {best['policy']}, picked by {best['judge']}"
-        sections.append((title, tables.best_of_n_table(best)))
+        sections[title] = tables.best_of_n_table(best)
     if "safety" in results:
-        sections.append(("Prompts labelled safe and unsafe", tables.safety_table(results["safety"])))
+        sections["Prompts labelled safe and unsafe"] = tables.safety_table(results["safety"])
     if "bias" in results:
-        sections.append(("Prompts in groups", tables.bias_table(results["bias"])))
-    changes = results["notable"].get(subject.name, {})
-    for key, change in changes.items():
-        if key != "before":
-            text = tables.changes_as_markdown(change, changes["before"], subject.name, EXAMPLES)
-            sections.append((f"Changes by {change['quantity']}", text))
+        sections["Prompts in groups"] = tables.bias_table(results["bias"])
+    changes = dict(results["notable"].get(subject.name, {}))
+    before = changes.pop("before", None)
+    for change in changes.values():
+        text = tables.changes_as_markdown(change, before, subject.name, EXAMPLES)
+        sections[f"Changes by {change['quantity']}"] = text
     return sections
 
 
 def verdict(results: dict[str, Any], subject: Policy, kl_budget: float) -> str:
     """In words: is the policy better than what it is to beat, at what KL, and what to watch out for."""
-    name, other, sentences = subject.name, subject.sft, []
-    own = results["policies"][name]["own"]
-    kind = "reference" if subject.reference else "base"
-    against = results["policies"][name]["against"][kind]
+    own = results["policies"][subject.name]["own"]
+    against = results["policies"][subject.name]["against"]["reference" if subject.reference else "base"]
+    sentences = []
     for judge, rows in results["comparisons"].items():
-        row = next((row for row in rows if {row["one"], row["other"]} == {name, other}), None)
+        row = next((row for row in rows if {row["one"], row["other"]} == {subject.name, subject.sft}), None)
         if row is None or judge == "length":  # a control, on which no policy is better
             continue
-        sign = 1 if row["one"] == name else -1
-        difference, is_clear = row["difference"], row["p"] < 0.05
-        values = {key: difference[key] and sign * difference[key] for key in ("value", "low", "high")}
-        if sign < 0:
-            values["low"], values["high"] = values["high"], values["low"]
-        word = "no different from" if not is_clear else "better than" if values["value"] > 0 else "worse than"
-        noise = "" if is_clear else " beyond noise"
+        difference = row["difference"]
+        if row["one"] != subject.name and difference["low"] is not None:
+            bounds = {"low": -difference["high"], "high": -difference["low"]}
+            difference = {**difference, "value": -difference["value"], **bounds}
+        word = "better than" if difference["value"] > 0 else "worse than"
+        word = f"{word} {subject.sft}" if row["p"] < 0.05 else f"no different from {subject.sft} beyond noise"
         wins = own.get(f"win_rate.{judge}.sft") or own.get(f"win_rate.{judge}.reference")
         won = f", it wins {tables.format_cell(wins)}" if wins else ""
-        text = f"{name} is {word} {other}{noise} by {judge}: difference {tables.format_cell({**values, 'n': difference['n']})}"
-        sentences.append(f"{text}, p {row['p']:.2g}{won}.")
+        shown = tables.format_cell(difference)
+        sentences.append(f"{subject.name} is {word} by {judge}: difference {shown}, p {row['p']:.2g}{won}.")
     accuracy, kl = against["preference_accuracy"], against["kl"]
     sentences.append(
-        f"It prefers the chosen completion in {format_estimate(accuracy)} of {accuracy['n']} test pairs, at a KL of "
+        f"{'It' if sentences else subject.name} prefers the chosen completion in {format_estimate(accuracy)} of {accuracy['n']} test pairs, at a KL of "
         f"{tables.format_cell(kl)} nats from {subject.reference or 'the base'}."
     )
     warnings = [
@@ -139,12 +119,10 @@ def verdict(results: dict[str, Any], subject: Policy, kl_budget: float) -> str:
     ]
     if kl["value"] > kl_budget:
         warnings.append(f"KL is above evaluation.kl_budget={kl_budget:g}")
-    if other in results["policies"]:
-        before = results["policies"][other]["own"]
-        if (own["stop_rate"]["high"] or 1) < (before["stop_rate"]["low"] or 0):
+    if subject.sft in results["policies"]:
+        before = results["policies"][subject.sft]["own"]
+        if own["stop_rate"]["high"] < before["stop_rate"]["low"]:
             warnings.append("fewer completions come to an end")
         if (own["completion_tokens"]["low"] or 0) > (before["completion_tokens"]["high"] or 1e9):
             warnings.append("its completions are longer, which many judges like")
-    if warnings:
-        sentences.append(f"Watch out: {'; '.join(warnings)}.")
-    return "\n".join(sentences)
+    return "\n".join([*sentences, *([f"Watch out: {'; '.join(warnings)}."] if warnings else [])])

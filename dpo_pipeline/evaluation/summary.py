@@ -105,8 +105,7 @@ def judged_estimates(name: str, comparison: Comparison, verdicts: pd.DataFrame) 
     for column in [column for column in samples if column.startswith("score.")]:
         if len(values := samples[column].dropna()):
             results[column] = estimates.mean(values)
-    met = verdicts[verdicts["label"] != "pair"]
-    met = met[(met["policy"] == name) & met["verdict"].notna()] if len(met) else met
+    met = verdicts[(verdicts["label"] != "pair") & (verdicts["policy"] == name) & verdicts["verdict"].notna()]
     for (judge, temperature, label), lines in met.groupby(["judge", "temperature", "label"], sort=False):
         key = f"win_rate.{judge}.{label}" + ("" if temperature == 1 else f".t{temperature:g}")
         columns = [lines[column].tolist() for column in ("verdict", "length_difference", "distinct")]

@@ -139,7 +139,7 @@ def over_seeds(measured: list[Estimates], key: str) -> Estimate:
 
 
 def recommendation(variants: list[Variant], target: str, kl_budget: float) -> tuple[str, str | None]:
-    """The beta of the largest reward on validation within the KL budget, which are not worse beyond noise; its variant.
+    """The beta of the largest reward on validation within the KL budget and those within noise; its first variant.
 
     Without a reward the largest margin_nats; never the margin with beta, which grows with beta alone.
     """
@@ -167,15 +167,13 @@ def recommendation(variants: list[Variant], target: str, kl_budget: float) -> tu
 
 
 def write_csv(file: Path, variants: list[Variant], keys: list[str]) -> None:
-    """One line for each variant: the estimates of `keys` on test and on validation."""
-    rows = []
+    """One line for each variant: the estimates of `keys` on test and on validation, in columns as test.kl.value."""
+    rows: list[dict[str, Any]] = []
     for v in variants:
-        estimates = {"test": v.test, "validation": v.validation}
-        shown = {split: {key: of_split[key] for key in keys if of_split} for split, of_split in estimates.items()}
-        rows.append(
-            {"variant": v.name, "setting": v.setting, "beta": v.beta, "seed": v.seed, "why": v.problem, **shown}
-        )
-    pd.json_normalize(rows).convert_dtypes().to_csv(file, index=False)  # columns such as test.kl.value
+        rows.append({"variant": v.name, "setting": v.setting, "beta": v.beta, "seed": v.seed, "why": v.problem})
+        for split, estimates in (("test", v.test), ("validation", v.validation)):
+            rows[-1][split] = {key: estimates[key] for key in keys if estimates}
+    pd.json_normalize(rows).convert_dtypes().to_csv(file, index=False)
 
 
 def error_bars(estimates: list[Estimate]) -> list[list[float]]:
@@ -189,16 +187,16 @@ def plot_sweep(file: Path, variants: list[Variant], keys: list[str]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
-    axes, groups = figure.subplots(2, 2), group_seeds(variants)
-    keys = [key for key in keys if key != "completion_tokens"]
-    betas = sorted({v.beta for v in variants})
-    for axis, key in zip(axes.flat, keys, strict=False):
+    axes, groups, betas = figure.subplots(2, 2), group_seeds(variants), sorted({v.beta for v in variants})
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, key in zip(axes.flat, [key for key in keys if key != "completion_tokens"], strict=False):
+        axis.axis("on")
         for setting in sorted({v.setting for v in variants}):
             line = {beta: groups[setting, beta] for beta in betas if (setting, beta) in groups}
             points = [over_seeds([v.test for v in seeds], key) for seeds in line.values()]
-            seeds = max(map(len, line.values()))
+            seeds, values = max(map(len, line.values())), [point["value"] for point in points]
             label = setting[:40] + (f", {seeds} seeds" if seeds > 1 else "")
-            values = [point["value"] for point in points]
             axis.errorbar(list(line), values, yerr=error_bars(points), marker="o", capsize=3, label=label)
             if seeds > 1:
                 dots = [(v.beta, v.test[key]["value"]) for group in line.values() for v in group]
@@ -209,8 +207,6 @@ def plot_sweep(file: Path, variants: list[Variant], keys: list[str]) -> None:
         axis.set_xticks(betas, [f"{beta:g}" for beta in betas])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    for axis in axes.flat[len(keys) :]:
-        axis.axis("off")
     axes.flat[0].legend(fontsize="small")
     figure.savefig(file, dpi=120)
 
@@ -230,8 +226,8 @@ def plot_frontier(file: Path, variants: list[Variant], target: str, name: str) -
         for v, *point in zip(line, x, y, strict=True):
             axis.annotate(f"{v.beta:g}", point, textcoords="offset points", xytext=(5, 5), fontsize="small")
     axis.set(xlabel="KL from the reference, nats", ylabel=tables.label_of(target), xlim=(0, None))
-    what = "margin over KL, since no judge scored all" if target == "margin_nats" else "reward over KL"
-    axis.set_title(f"{name[:40]}: {what}; each point a policy, labelled with its beta", fontsize="medium")
+    quantity = "margin, since no judge scored all," if target == "margin_nats" else "reward"
+    axis.set_title(f"{name[:40]}: {quantity} over KL; each point a policy with its beta", fontsize="medium")
     axis.legend(fontsize="small")
     axis.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
