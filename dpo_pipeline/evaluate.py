@@ -46,12 +46,12 @@ def run_evaluate(run: Run) -> dict[str, Any]:
         if run.check:
             return {}
         requests = requests_of(policies, plan, eval_set, other_prompts)
-        comparison = Comparison(eval_set, policies, None if is_external else "base", requests)
-        measure_policies(comparison)
-        home = policies[0].folder if is_external else run.home
-        results, judged = on_main_process(lambda: judge_and_report(run, home, {"eval.json": comparison}, judges, plan))
-        if judged.failures:
-            reasons = "; ".join(f"{label}: {reason}" for label, reason in judged.failures.items())
+        base, home = (None, policies[0].folder) if is_external else ("base", run.home)
+        comparisons = {"eval.json": Comparison(eval_set, policies, base, requests)}
+        measure_policies(*comparisons.values())
+        results, outcome = on_main_process(lambda: judge_and_report(run, home, comparisons, judges, plan))
+        if outcome.failures:
+            reasons = "; ".join(f"{label}: {reason}" for label, reason in outcome.failures.items())
             raise PipelineError(f"{reasons} (all other results are written to {home}/results.json)")
         return results
 
@@ -62,8 +62,8 @@ def check_keys(run: Run) -> None:
     for name, node in run.judge.items():
         if "base_url" in node and node["base_url"] is None and not has_key_or_server:
             raise PipelineError(
-                f"judge=[{name}] asks OpenAI and there is no key: set the environment variable OPENAI_API_KEY, or name "
-                f"another server by judge.{name}.base_url="
+                f"judge=[{name}] asks OpenAI and there is no key: set the environment variable OPENAI_API_KEY, or "
+                f"name another server by judge.{name}.base_url="
             )
 
 

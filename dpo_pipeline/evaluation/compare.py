@@ -6,11 +6,11 @@ from typing import Any
 
 from dpo_pipeline.distributed import on_main_process
 from dpo_pipeline.evaluation.eval_set import EvalSet
-from dpo_pipeline.evaluation.judging import Judged, JudgingPlan, requests_of, run_judges
+from dpo_pipeline.evaluation.judging import JudgeOutcome, JudgingPlan, requests_of, run_judges
 from dpo_pipeline.evaluation.measure import Comparison, measure_policies
 from dpo_pipeline.evaluation.policies import base_policy, dpo_with_references, unique_by_name
 from dpo_pipeline.evaluation.report import report
-from dpo_pipeline.evaluation.results import summarize, write_name_results, write_results
+from dpo_pipeline.evaluation.results import summarize_comparison, write_name_results, write_results
 from dpo_pipeline.judges.judge import Judge
 from dpo_pipeline.record import read_json
 from dpo_pipeline.schema import Run
@@ -32,7 +32,7 @@ def compare_policies(run: Run, eval_sets: dict[str, EvalSet], judges: dict[str, 
 
 def judge_and_report(
     run: Run, home: Path, comparisons: dict[str, Comparison], judges: dict[str, Judge], plan: JudgingPlan
-) -> tuple[dict[str, Any], Judged]:
+) -> tuple[dict[str, Any], JudgeOutcome]:
     """Judge what was measured, write all results of each file, and report the test ones, the first.
 
     Results of a judge that failed are as they were, and with them the files of a sweep.
@@ -41,15 +41,15 @@ def judge_and_report(
     outcomes = {}
     for file, comparison in comparisons.items():
         outcomes[file] = run_judges(comparison, judges, plan)
-        results, more = summarize(comparison, outcomes[file], plan)
+        results, more = summarize_comparison(comparison, outcomes[file], plan)
         write_results(comparison, results, file, is_replaced)
         if file == "eval.json":
             extra = more
-    comparison, judged = comparisons["eval.json"], outcomes["eval.json"]
+    comparison, outcome = comparisons["eval.json"], outcomes["eval.json"]
     folders = None if comparison.base else [policy.folder for policy in comparison.shown_policies]
     results = write_name_results(home, folders, extra, is_replaced)
-    report(home, results, comparison.policies, run.evaluation.kl_budget, write_sweep=not judged.failures)
-    return results, judged
+    report(home, results, comparison.policies, run.evaluation.kl_budget, write_sweep=not outcome.failures)
+    return results, outcome
 
 
 def replaced_judges(judges: dict[str, Judge], earlier: dict[str, Any] | None) -> Callable[[str], bool]:

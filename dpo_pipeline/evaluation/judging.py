@@ -27,7 +27,7 @@ Side = tuple[str, float]  # a policy and its temperature
 
 @dataclass
 class JudgingPlan:
-    """What is judged: win rates at `temperatures`, also over the data's own completions, which `opponent` names.
+    """What is outcome: win rates at `temperatures`, also over the data's own completions, which `opponent` names.
 
     `cache` is the folder of verdicts; `all_pairs`: a judge that chooses compares any two policies too. Best-of-N: the
     judge `picking_judge` takes one of `best_of` completions of the policy `best_of_source`.
@@ -48,7 +48,7 @@ class JudgingPlan:
 
 
 @dataclass
-class Judged:
+class JudgeOutcome:
     """What the judges gave beside their scores: a line of `verdicts` for each comparison of two completions.
 
     A verdict is 1, 0.5 or 0, NaN if it cannot be read. `label` is the opponent's role, or `pair` between any two
@@ -90,7 +90,7 @@ def judging_plan(run: Run, policies: list[Policy], judges: dict[str, Judge]) -> 
 
 
 def requests_of(
-    policies: list[Policy], plan: JudgingPlan, eval_set: EvalSet, others: list[PromptSet]
+    policies: list[Policy], plan: JudgingPlan, eval_set: EvalSet, prompt_sets: list[PromptSet]
 ) -> list[Request]:
     """What the policies complete; other prompts, of safety and bias, at temperature 0 as XSTest (arXiv:2308.01263)."""
     shown = tuple(policy.name for policy in policies if policy.is_shown)
@@ -98,15 +98,15 @@ def requests_of(
     requests = [Request(eval_set.prompt_set, shown, temperature) for temperature in temperatures]
     if plan.best_of:
         requests.append(Request(eval_set.prompt_set, (plan.best_of_source,), draws=plan.best_of, first_draw=1))
-    return requests + [Request(prompt_set, shown, temperature=0.0) for prompt_set in others]
+    return requests + [Request(prompt_set, shown, temperature=0.0) for prompt_set in prompt_sets]
 
 
-def run_judges(comparison: Comparison, judges: dict[str, Judge], plan: JudgingPlan) -> Judged:
+def run_judges(comparison: Comparison, judges: dict[str, Judge], plan: JudgingPlan) -> JudgeOutcome:
     """Add a column `score.<judge>` to the completions, and give the verdicts; a judge that fails costs no other's.
 
     The lines of Best-of-N join the table as those of a policy, once the judge that picks has scored the draws.
     """
-    judged, prompt_set = Judged(), comparison.eval_set.prompt_set
+    outcome, prompt_set = JudgeOutcome(), comparison.eval_set.prompt_set
     data = [{"text": c.text, "tokens": len(c.ids), "completion": c} for c in prompt_set.data_completions]
     lines = pd.DataFrame(data).assign(policy=DATA, prompt_set=prompt_set.name, temperature=1.0, draw=0)
     comparison.completions = pd.concat([comparison.completions, lines.assign(row=lines.index)], ignore_index=True)
@@ -116,15 +116,15 @@ def run_judges(comparison: Comparison, judges: dict[str, Judge], plan: JudgingPl
     names = [policy.name for policy in comparison.shown_policies]
     for name in sorted(judges, key=lambda name: name != plan.picking_judge):
         try:
-            run_judge(name, judges[name], names, comparison, plan, judged)
+            run_judge(name, judges[name], names, comparison, plan, outcome)
         except (PipelineError, RuntimeError) as error:
-            judged.failures[f"judge {name}"] = " ".join(str(error).split())
+            outcome.failures[f"judge {name}"] = " ".join(str(error).split())
     comparison.completions = comparison.completions[comparison.completions["policy"] != DATA]
-    return judged
+    return outcome
 
 
 def run_judge(
-    name: str, judge: Judge, names: list[str], comparison: Comparison, plan: JudgingPlan, judged: Judged
+    name: str, judge: Judge, names: list[str], comparison: Comparison, plan: JudgingPlan, outcome: JudgeOutcome
 ) -> None:
     """Add what one judge says; raises PipelineError if none of it could be read."""
     replies: list[float | None] = []
@@ -135,14 +135,14 @@ def run_judge(
         can_score_draws = name == plan.picking_judge or not judge.post_training_only
         replies = add_scores(name, judge, is_readable & (can_score_draws | (table["draw"] == 0)), comparison, plan)
         if name == plan.picking_judge:
-            add_picks(name, comparison, plan, judged)
+            add_picks(name, comparison, plan, outcome)
     matches = matches_of(names, comparison, plan, judge.choose is None or plan.all_pairs)
     if judge.choose:
         pairs = [pair for match in matches for pair in zip(match["ours"], match["theirs"], strict=True)]
         texts = [tuple(comparison.completions.loc[list(pair), "completion"]) for pair in pairs]
         replies += choices(judge, texts, plan.cache, f"choices by {name}")
         verdicts = replies[len(replies) - len(pairs) :]
-    judged.counts[name] = {"version": judge.version, "results": len(replies), "unreadable": replies.count(None)}
+    outcome.counts[name] = {"version": judge.version, "results": len(replies), "unreadable": replies.count(None)}
     if replies and not drop_unparsed(replies) and name != "human":
         raise PipelineError(
             f"none of its {len(replies)} results could be read: look at what it says, and at judge.{name}.wording and "
@@ -158,23 +158,23 @@ def run_judge(
         columns: dict[str, Any] = {"row": ours["row"], "verdict": np.array(values, float), "judge": name, **match}
         columns["distinct"] = pd.factorize(ours["text"] + "\0" + theirs["text"])[0]
         columns["length_difference"] = ours["tokens"] - theirs["tokens"]
-        judged.verdicts = pd.concat([judged.verdicts, pd.DataFrame(columns)], ignore_index=True)
+        outcome.verdicts = pd.concat([outcome.verdicts, pd.DataFrame(columns)], ignore_index=True)
 
 
 def add_scores(name: str, judge: Judge, mask: Any, comparison: Comparison, plan: JudgingPlan) -> list[float | None]:
-    """Set the column of a judge on some lines; its replies."""
+    """Set the column of a judge on some lines, and return its replies."""
     replies = scores(judge, list(comparison.completions.loc[mask, "completion"]), plan.cache, f"scores by {name}")
     comparison.completions.loc[mask, f"score.{name}"] = np.array(replies, float)
     return replies
 
 
-def add_picks(name: str, comparison: Comparison, plan: JudgingPlan, judged: Judged) -> None:
+def add_picks(name: str, comparison: Comparison, plan: JudgingPlan, outcome: JudgeOutcome) -> None:
     """Add the draw of largest score to each prompt as a policy's completion; the first of equal ones."""
     pool = comparison.completions[comparison.completions["draw"] > 0]
     unreadable = int(pool[f"score.{name}"].isna().sum())
     if unreadable:
         reason = f"{unreadable} of {len(pool)} completions got no score that could be read: take another best_of.judge"
-        judged.failures[f"{plan.best_of_name} by {name}"] = reason
+        outcome.failures[f"{plan.best_of_name} by {name}"] = reason
         return
     picks = pool.loc[pool.groupby("row")[f"score.{name}"].idxmax()].assign(policy=plan.best_of_name, draw=0)
     comparison.completions = pd.concat([comparison.completions, picks], ignore_index=True)

@@ -109,12 +109,9 @@ def measure_policy(policy: Policy, comparison: Comparison, load_model: Callable[
     key = [weights, eval_set.compute_settings(), measuring_versions()]
 
     def sum_logprobs(rows: list[Any]) -> list[float]:
-        prompts, completions = map(list, zip(*rows, strict=True))
-        label = f"measuring {policy.name}"
-        return [
-            float(row.sum())
-            for row in completion_logprobs(load_model(), prompts, completions, eval_set.batch_size, label)
-        ]
+        prompts, completions = ([row[i] for row in rows] for i in (0, 1))  # a rank's share may be empty
+        options = (eval_set.batch_size, f"measuring {policy.name}")
+        return [float(row.sum()) for row in completion_logprobs(load_model(), prompts, completions, *options)]
 
     def sums(folder: Path, prompts: list[list[int]], completions: list[list[int]]) -> list[float]:
         rows = [list(row) for row in zip(prompts, completions, strict=True)]
@@ -133,8 +130,8 @@ def measure_policy(policy: Policy, comparison: Comparison, load_model: Callable[
         references = {"logprob": other.name}
         references |= {f"logprob_{kind}": name for kind, name in comparison.references_of(other).items()}
         for column in [column for column, name in references.items() if name == policy.name]:
-            samples = comparison.samples(other.name) if len(comparison.completions) else pd.DataFrame()
-            if len(samples):
+            if other.is_shown:  # and so has completions
+                samples = comparison.samples(other.name)
                 prompts = [list(each.prompt_ids) for each in samples["completion"]]
                 comparison.completions.loc[samples.index, column] = sums(other.folder, prompts, list(samples["ids"]))
 

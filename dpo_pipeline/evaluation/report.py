@@ -109,14 +109,11 @@ def verdict(results: dict[str, Any], subject: Policy, kl_budget: float) -> str:
         sentences.append(f"{subject.name} is {word} by {judge}: difference {shown}, p {row['p']:.2g}{won}.")
     accuracy, kl = against["preference_accuracy"], against["kl"]
     sentences.append(
-        f"{'It' if sentences else subject.name} prefers the chosen completion in {format_estimate(accuracy)} of {accuracy['n']} test pairs, at a KL of "
-        f"{tables.format_cell(kl)} nats from {subject.reference or 'the base'}."
+        f"{'It' if sentences else subject.name} prefers the chosen completion in {format_estimate(accuracy)} of "
+        f"{accuracy['n']} test pairs, at a KL of {tables.format_cell(kl)} nats from {subject.reference or 'the base'}."
     )
-    warnings = [
-        f"{counts['unreadable']} of {counts['results']} results of {judge} are unreadable"
-        for judge, counts in results["judges"].items()
-        if counts["unreadable"]
-    ]
+    judges = [(name, counts) for name, counts in results["judges"].items() if counts["unreadable"]]
+    warnings = [f"{each['unreadable']} of {each['results']} results of {name} are unreadable" for name, each in judges]
     if kl["value"] > kl_budget:
         warnings.append(f"KL is above evaluation.kl_budget={kl_budget:g}")
     if subject.sft in results["policies"]:

@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-import dpo_pipeline
+from dpo_pipeline import estimates
 from dpo_pipeline.content_hash import content_hash
-from dpo_pipeline.evaluation.judging import Judged, JudgingPlan
+from dpo_pipeline.evaluation.judging import JudgeOutcome, JudgingPlan
 from dpo_pipeline.evaluation.measure import Comparison, measuring_versions, write_table
 from dpo_pipeline.evaluation.subsets import bias, notable_changes, safety
 from dpo_pipeline.evaluation.summary import (
@@ -27,61 +27,56 @@ from dpo_pipeline.record import read_json, write_json
 
 REFUSALS = ("refusal_unsafe", "over_refusal_safe")
 LINE = ["policy", "prompt_set", "temperature", "draw", "row"]  # names a line of the completions
+IsReplaced = Callable[[str], bool]  # whether a judge's earlier numbers are those of another judge, and go
 
 
 @functools.cache
-def code_version() -> str:
-    """A hash of the libraries' versions and of all code that an estimate rests on: an upgrade mixes no numbers."""
-    folder = Path(dpo_pipeline.__file__).parent
-    return content_hash(folder / "evaluation", (".py",))[:16] + str(sorted(measuring_versions().items()))
+def results_version() -> str:
+    """A hash of the libraries' versions and of the code that an estimate rests on: an upgrade mixes no numbers."""
+    code = [content_hash(Path(__file__).parent, (".py",)), content_hash(Path(estimates.__file__))]
+    return hashlib.sha256(str([*code, sorted(measuring_versions().items())]).encode()).hexdigest()[:16]
 
 
-def summarize(comparison: Comparison, judged: Judged, plan: JudgingPlan) -> tuple[dict[str, Any], dict[str, Any]]:
+def summarize_comparison(
+    comparison: Comparison, outcome: JudgeOutcome, plan: JudgingPlan
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The eval.json of each shown policy, by name, and what results.json holds beside them."""
-    version = hashlib.sha256(code_version().encode()).hexdigest()[:16]
-    comparisons, ratings = compare_all(comparison, judged.verdicts)
-    extra: dict[str, Any] = {"comparisons": comparisons, "judges": judged.counts}
-    extra["notable"] = notable_changes(comparison)
     table, results = comparison.completions, {}
+    comparisons, ratings = compare_all(comparison, outcome.verdicts)
+    extra = {"comparisons": comparisons, "judges": outcome.counts, "notable": notable_changes(comparison)}
     for name, function in (("safety", safety), ("bias", bias)):
         lines = table[table["prompt_set"] == name].dropna(axis="columns", how="all")
-        if len(lines):
-            extra[name] = {
-                policy: function(lines[lines["policy"] == policy]) for policy in lines["policy"].unique()[::-1]
-            }
+        policies = lines["policy"].unique()[::-1]  # the base first
+        if len(policies):
+            extra[name] = {policy: function(lines[lines["policy"] == policy]) for policy in policies}
     for policy in comparison.shown_policies:
         references = comparison.references_of(policy)
-        names = dict.fromkeys((policy.name, *references.values()))
-        weights = {name: comparison.weights[name] for name in names}
-        settings = comparison.eval_set.settings() | {"beta": policy.beta, "version": version, "weights": weights}
-        own = own_estimates(policy, comparison) | judged_estimates(policy.name, comparison, judged.verdicts)
-        if plan.temperatures:  # else only some policies of the name meet, and not in all
+        weights = {name: comparison.weights[name] for name in (policy.name, *references.values())}
+        settings = {"beta": policy.beta, "version": results_version(), "weights": weights}
+        own = own_estimates(policy, comparison) | judged_estimates(policy.name, comparison, outcome.verdicts)
+        if plan.temperatures:  # else only some policies of the name meet: what evaluate says of all of them stays
             own |= ratings.get(policy.name, {})
-        of_safety = extra.get("safety", {}).get(policy.name, {})
+        refusals = extra.get("safety", {}).get(policy.name, {})
         results[policy.name] = {
             "policy": policy.name,
             "dataset": comparison.eval_set.dataset,
-            "settings": settings,
+            "settings": comparison.eval_set.settings() | settings,
             "against": {kind: estimates_against(policy, kind, name, comparison) for kind, name in references.items()},
-            "own": own | {key: of_safety[key] for key in REFUSALS if key in of_safety},
+            "own": own | {key: refusals[key] for key in REFUSALS if key in refusals},
         }
     if best := best_of_n(comparison, plan):
-        name = best["name"]
-        extra["best_of"] = best | {"own": judged_estimates(name, comparison, judged.verdicts) | ratings.get(name, {})}
+        own = judged_estimates(best["name"], comparison, outcome.verdicts) | ratings.get(best["name"], {})
+        extra["best_of"] = best | {"own": own}
     return results, extra
 
 
-def write_results(
-    comparison: Comparison, results: dict[str, Any], file: str, is_replaced: Callable[[str], bool]
-) -> None:
-    """Write the `file` of each policy and its tables; what another evaluation measured with the same settings stays.
-
-    `is_replaced` says of a judge's name whether its earlier numbers are those of another judge, and go.
-    """
+def write_results(comparison: Comparison, results: dict[str, Any], file: str, is_replaced: IsReplaced) -> None:
+    """Write the `file` of each policy and its tables; what others measured with the same settings stays."""
     for policy in comparison.shown_policies:
         result, earlier = results[policy.name], read_json(policy.folder / file)
         if earlier and earlier["settings"] == result["settings"]:
-            old = {key: value for key, value in earlier["own"].items() if not is_replaced((*key.split("."), "")[1])}
+            judges = {key: (*key.split("."), "")[1] for key in earlier["own"]}
+            old = {key: value for key, value in earlier["own"].items() if not is_replaced(judges[key])}
             result["own"] = old | result["own"]
         write_json(policy.folder / file, result)
         weights = comparison.weights[policy.name]
@@ -99,7 +94,7 @@ def merge_table(file: Path, lines: pd.DataFrame, key: list[str]) -> None:
         earlier = earlier[earlier["weights"].isin(lines["weights"])]
         same = [*key, *(["prompt", "text"] if "text" in lines else [])]
         columns = earlier.columns.difference(lines.columns).tolist()
-        merged = lines.merge(earlier[same + columns].drop_duplicates(key), on=same, how="left")
+        merged = lines.merge(earlier[same + columns], on=same, how="left")
         group = key[:-1]  # all lines of a prompt set at a temperature are measured together
         is_new = pd.MultiIndex.from_frame(earlier[group]).isin(pd.MultiIndex.from_frame(lines[group]))
         lines = pd.concat([merged, earlier[~is_new]])
@@ -107,7 +102,7 @@ def merge_table(file: Path, lines: pd.DataFrame, key: list[str]) -> None:
 
 
 def write_name_results(
-    home: Path, folders: list[Path] | None, extra: dict[str, Any], is_replaced: Callable[[str], bool]
+    home: Path, folders: list[Path] | None, extra: dict[str, Any], is_replaced: IsReplaced
 ) -> dict[str, Any]:
     """Write results.json and generation_samples.json in `home`, from all policies of the name or those of `folders`.
 
@@ -121,41 +116,35 @@ def write_name_results(
         for folder in folders:
             result = read_json(folder / "eval.json")
             policies[result["policy"]] = result
-            prompt_set = result["settings"]["prompts_file"] or "test"
             lines = pd.read_parquet(folder / "completions.parquet", columns=[*LINE, "prompt", "text"])
-            lines = lines[(lines["policy"] == result["policy"]) & (lines["prompt_set"] == prompt_set)]
-            lines = lines[(lines["temperature"] == 1) & (lines["draw"] == 0)]
+            samples = {"policy": result["policy"], "prompt_set": result["settings"]["prompts_file"] or "test"}
+            samples |= {"temperature": 1.0, "draw": 0}
+            lines = lines[(lines[list(samples)] == pd.Series(samples)).all(axis=1)]
             for prompt, text in zip(lines["prompt"], lines["text"], strict=True):
                 answers.setdefault(prompt, {})[result["policy"]] = text
-        results = {"policies": policies, **extra}
-        earlier = read_json(home / "results.json")
-        if earlier and all(
+        results, earlier = {"policies": policies, **extra}, read_json(home / "results.json")
+        unchanged = [
             old["settings"] == policies[name]["settings"]
-            for name, old in earlier["policies"].items()
+            for name, old in (earlier or {"policies": {}})["policies"].items()
             if name in policies
-        ):
-            results = merge_extra(earlier, results, is_replaced)
+        ]
+        if earlier and all(unchanged):
+            results = merge_results(earlier, results, is_replaced)
         write_json(home / "results.json", results)
-        samples = [{"prompt": prompt, "answers": by_policy} for prompt, by_policy in answers.items()]
-        write_json(home / "generation_samples.json", samples)
+        rows = [{"prompt": prompt, "answers": by_policy} for prompt, by_policy in answers.items()]
+        write_json(home / "generation_samples.json", rows)
     return results
 
 
-def merge_extra(
-    earlier: dict[str, Any], results: dict[str, Any], is_replaced: Callable[[str], bool]
-) -> dict[str, Any]:
-    """The results, with what earlier ones say beside the policies of other judges, policies and prompts."""
-    merged = {**earlier, **results}
+def merge_results(earlier: dict[str, Any], results: dict[str, Any], is_replaced: IsReplaced) -> dict[str, Any]:
+    """The results, with what earlier ones say of other judges, policies and prompts."""
+    merged = {**earlier, **results, "notable": earlier["notable"] | results["notable"]}
     for key in ("comparisons", "judges"):
-        others = {judge: value for judge, value in earlier.get(key, {}).items() if not is_replaced(judge)}
-        merged[key] = others | results[key]
-    merged["notable"] = earlier.get("notable", {}) | results["notable"]
-    for judge, rows in merged["comparisons"].items():
-        pairs = {frozenset((row["one"], row["other"])) for row in results["comparisons"].get(judge, rows)}
-        kept = [
-            row for row in earlier.get("comparisons", {}).get(judge, []) if {row["one"], row["other"]} not in pairs
-        ]
-        if judge in results["comparisons"] and kept and not is_replaced(judge):
-            merged["comparisons"][judge] = rows + kept
+        merged[key] = {name: value for name, value in earlier[key].items() if not is_replaced(name)} | results[key]
+    for judge, rows in results["comparisons"].items():
+        if not is_replaced(judge):
+            pairs = {frozenset((row["one"], row["other"])) for row in rows}
+            old = earlier["comparisons"].get(judge, [])
+            merged["comparisons"][judge] = rows + [row for row in old if {row["one"], row["other"]} not in pairs]
             adjust(merged["comparisons"][judge])
     return merged

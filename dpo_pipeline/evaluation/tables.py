@@ -40,7 +40,11 @@ def comparison(
     A column for each policy; with more than four, or with `gaps`, a line for each. `gaps` are policies without
     estimates, with the reason, on lines at the end.
     """
-    known = [*ROWS, *EXTRA_ROWS, *dict.fromkeys(key for cell in cells.values() for key in cell if JUDGE_KEYS.match(key))]
+    known = [
+        *ROWS,
+        *EXTRA_ROWS,
+        *dict.fromkeys(key for cell in cells.values() for key in cell if JUDGE_KEYS.match(key)),
+    ]
     keys = known if keys is None else keys
     labelled = {name: {label_of(key): cell[key] for key in keys if key in cell} for name, cell in cells.items()}
     labels = [label for label in map(label_of, keys) if any(label in cell for cell in labelled.values())]
