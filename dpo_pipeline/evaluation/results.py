@@ -45,9 +45,10 @@ def summarize_comparison(
     comparisons, ratings = compare_all(comparison, outcome.verdicts)
     extra = {"comparisons": comparisons, "judges": outcome.counts, "notable": notable_changes(comparison)}
     for name, function in (("safety", safety), ("bias", bias)):
-        lines = table[table["prompt_set"] == name].dropna(axis="columns", how="all")
-        policies = lines["policy"].unique()[::-1]  # the base first
-        if len(policies):
+        lines = table[table["prompt_set"] == name]
+        if len(lines):
+            lines = lines.dropna(axis="columns", how="all")  # of what is measured on other prompts
+            policies = lines["policy"].unique()[::-1]  # the base first
             extra[name] = {policy: function(lines[lines["policy"] == policy]) for policy in policies}
     for policy in comparison.shown_policies:
         references = comparison.references_of(policy)
