@@ -84,11 +84,7 @@ class EvalSet:
 
 
 def completion_texts(prompts: list[list[int]], completions: list[list[int]], tokenizer: Any) -> list[str]:
-    """Completions as text, each as it follows its prompt.
-
-    Some tokenizers drop the first space of a completion that is decoded alone. The data's own completions have it, so
-    a judge could tell them from sampled ones.
-    """
+    """Completions as text, each as it follows its prompt: decoded alone it may lose the space it begins with."""
     if not completions:  # transformers decodes an empty batch to one empty text
         return []
     sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
@@ -105,16 +101,15 @@ def cut_prompt(ids: list[int], limit: int) -> list[int]:
 
 
 def make_eval_sets(run: Run, data: Prepared) -> dict[str, EvalSet]:
-    """The eval sets of a DPO run: of the files `eval.json` and `validation.json`, and of the `tracker`.
+    """The eval sets of the files `eval.json` and `validation.json`, and of the `tracker`, for rank 0 with the rows.
 
-    Tables read test rows; what chooses between runs, or watches one, reads validation. For rank 0, which has the rows.
+    Tables read test rows; what chooses between runs, or watches one, reads validation.
     """
-    settings, validation_rows = run.evaluation, len(data.tables["validation"])
-    return {
-        "eval.json": make_eval_set(run, data, "test", settings.pairs, settings.prompts),
-        "validation.json": make_eval_set(run, data, "validation", settings.pairs, settings.prompts),
-        "tracker": make_eval_set(run, data, "validation", validation_rows, settings.tracker_prompts),
-    }
+    settings, rows = run.evaluation, len(data.tables["validation"])
+    sizes = {"eval.json": ("test", settings.pairs, settings.prompts)}
+    sizes["validation.json"] = ("validation", settings.pairs, settings.prompts)
+    sizes["tracker"] = ("validation", rows, settings.tracker_prompts)
+    return {name: make_eval_set(run, data, *size) for name, size in sizes.items()}
 
 
 def make_eval_set(run: Run, data: Prepared, split: str, pairs: int, prompts: int) -> EvalSet:

@@ -51,8 +51,8 @@ class JudgingPlan:
 class JudgeOutcome:
     """What the judges gave beside their scores: a line of `verdicts` for each comparison of two completions.
 
-    A verdict is 1, 0.5 or 0, NaN if it cannot be read. `label` is the opponent's role, or `pair` between any two
-    policies; `distinct` numbers the different pairs of texts; `counts` are by judge, `failures` by what failed.
+    A verdict is 1, 0.5 or 0, NaN if unreadable. `label` is the opponent's role, or `pair` between any two policies;
+    `distinct` numbers the different pairs of texts; `counts` are by judge, `failures` by what failed.
     """
 
     verdicts: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=VERDICT_COLUMNS))
@@ -139,7 +139,7 @@ def run_judge(
     matches = matches_of(names, comparison, plan, judge.choose is None or plan.all_pairs)
     if judge.choose:
         pairs = [pair for match in matches for pair in zip(match["ours"], match["theirs"], strict=True)]
-        texts = [tuple(comparison.completions.loc[list(pair), "completion"]) for pair in pairs]
+        texts = [tuple(comparison.completions["completion"][line] for line in pair) for pair in pairs]
         replies += choices(judge, texts, plan.cache, f"choices by {name}")
         verdicts = replies[len(replies) - len(pairs) :]
     outcome.counts[name] = {"version": judge.version, "results": len(replies), "unreadable": replies.count(None)}
@@ -196,11 +196,9 @@ def matches_of(names: list[str], comparison: Comparison, plan: JudgingPlan, all_
         meetings += [((name, temperature), (DATA, 1.0), plan.opponent)]
     if all_pairs:
         meetings += [((one, 1.0), (other, 1.0), "pair") for one, other in itertools.combinations(names, 2)]
-    return [
-        {
-            **{"policy": ours[0], "temperature": ours[1], "opponent": theirs[0], "label": label},
-            **{"ours": sides[ours], "theirs": sides[theirs]},
-        }
-        for ours, theirs, label in meetings
-        if ours in sides and theirs in sides and ours != theirs
-    ]
+    matches = []
+    for ours, theirs, label in meetings:
+        if ours in sides and theirs in sides and ours != theirs:
+            roles = {"policy": ours[0], "temperature": ours[1], "opponent": theirs[0], "label": label}
+            matches.append({**roles, "ours": sides[ours], "theirs": sides[theirs]})
+    return matches

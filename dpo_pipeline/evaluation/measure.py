@@ -27,7 +27,7 @@ from dpo_pipeline.logprobs import completion_logprobs
 from dpo_pipeline.models import load_policy
 from dpo_pipeline.sampling import sample
 
-PART = 512  # lines of a table that an interruption loses at most
+PART = 512  # lines that an interruption loses at most
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,10 @@ class Request:
 
 @dataclass
 class Comparison:
-    """Policies that are compared on an eval set, and what is measured of them; log-probs are sums over tokens, nats.
+    """Policies, each before what it is measured against, on an eval set, and the two tables of what is measured.
 
-    Each policy stands before what it is measured against. `base` names the policy that all are measured against, if
-    there is one. A line of `pairs` is a pair under a policy; one of `completions` is a sampled completion, with its
-    log-prob under its policy, the base and the reference where KL is taken: at temperature 1, of `eval_set`'s prompts.
+    All are measured against `base`, if there is one. A line of `pairs` is a pair under a policy; one of `completions`
+    a completion, where KL is taken with its log-prob under policy, base and reference: sums over tokens, in nats.
     """
 
     eval_set: EvalSet

@@ -114,7 +114,8 @@ def write_name_results(
             patterns = ("base/eval.json", "sft/*/eval.json", "dpo/**/eval.json")
             folders = [file.parent for pattern in patterns for file in sorted(home.glob(pattern))]
         policies, answers = {}, {}
-        for folder in folders:
+        # An older version of this package wrote no tables, and other numbers.
+        for folder in [folder for folder in folders if (folder / "completions.parquet").is_file()]:
             result = read_json(folder / "eval.json")
             policies[result["policy"]] = result
             lines = pd.read_parquet(folder / "completions.parquet", columns=[*LINE, "prompt", "text"])
@@ -129,7 +130,7 @@ def write_name_results(
             for name, old in (earlier or {"policies": {}})["policies"].items()
             if name in policies
         ]
-        if earlier and all(unchanged):
+        if unchanged and all(unchanged):
             results = merge_results(earlier, results, is_replaced)
         write_json(home / "results.json", results)
         rows = [{"prompt": prompt, "answers": by_policy} for prompt, by_policy in answers.items()]

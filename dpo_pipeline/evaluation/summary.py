@@ -1,7 +1,5 @@
 """Estimates from the tables: of a policy, against another, by kind of pair, by judges; and of Best-of-N."""
 
-import math
-import statistics as python_statistics
 from typing import Any
 
 import numpy as np
@@ -45,8 +43,7 @@ def estimates_against(policy: Policy, kind: str, opponent: str, comparison: Comp
     samples = comparison.samples(policy.name)
     gaps = samples["logprob"] - samples[f"logprob_{kind}"]
     results["kl"] = estimates.mean(gaps)
-    deviation = python_statistics.stdev(gaps) if len(gaps) > 1 else None
-    results["kl_standard_error"] = deviation and deviation / math.sqrt(len(gaps))
+    results["kl_standard_error"] = gaps.sem() if len(gaps) > 1 else None
     results["kl_per_token"] = estimates.ratio(gaps, samples["tokens"])
     groups = margins.groupby(ours["source"])
     results["accuracy_by_source"] = {source: estimates.accuracy(group) for source, group in groups}
@@ -63,11 +60,10 @@ def pairs_of(comparison: Comparison, policy: str) -> pd.DataFrame:
 
 
 def accuracy_by_bin(values: Any, margins: Any, beta: float) -> list[dict[str, Any]]:
-    """The accuracy on the pairs in quarters of another quantity, and the accuracy that the policy's rewards predict.
+    """The accuracy on the pairs in quarters of another quantity, and the one that the policy's rewards predict.
 
-    Predicted is the mean of sigmoid(beta * |margin|), the probability that the Bradley-Terry model gives to the
-    completion that it prefers: beside the accuracy it shows how well calibrated the implicit reward is. Pairs with
-    equal values share a bin.
+    Predicted is the mean of sigmoid(beta * |margin|), which shows how well calibrated the implicit reward is. Pairs
+    with equal values share a bin.
     """
     pairs = pd.DataFrame({"value": np.asarray(values), "margin": np.asarray(margins)})
     edges = np.unique(np.sort(values)[[len(pairs) * i // BINS for i in range(BINS)]])
