@@ -281,10 +281,12 @@ def test_best_of_n_draws_other_completions_than_the_policy_s_own(small, typed, e
 def test_other_judges_results_stay_and_those_of_another_version_go(small, typed, evaluated, monkeypatch):
     asked = small(*typed[:2], "evaluation.temperatures=[1]", "judge=[length]")
     results = run_evaluate(asked)
-    own, before = (found["policies"]["dpo/none"]["own"] for found in (results, evaluated))
+    both = (results, evaluated)
+    own, before = (each["policies"]["dpo/none"]["own"] for each in both)
     assert [key for key in before if own[key] != before[key]] == ["elo.length"]  # rated anew, without Best-of-N
     assert set(results["judges"]) >= {"truth", "length"}
-    assert results["comparisons"]["truth"] == evaluated["comparisons"]["truth"]
+    rows = [{(row["one"], row["other"]): row for row in each["comparisons"]["truth"]} for each in both]
+    assert rows[0] == rows[1]
     assert "score.truth" in completions(asked.dpo_folder.parent / "none")
     shorter = Judge(lambda items: ((i, float(-len(each.ids))) for i, each in enumerate(items)), version="2")
     monkeypatch.setattr(build, "build_judges", lambda run, loading: {"length": shorter})
