@@ -15,8 +15,7 @@ log = logging.getLogger("dpo_pipeline.evaluate")  # __name__ is __main__ when ru
 def run_evaluate(run: Run) -> dict[str, Any]:
     """Measure all policies of a name, or one folder against another, and report how they compare; the results.
 
-    What is measured already is not measured again, so an interrupted evaluation resumes. Raises PipelineError where a
-    policy cannot be measured, and where a judge failed, with all other results written.
+    What is measured already is not measured again. Raises PipelineError where a judge failed, with all else written.
     """
     from dpo_pipeline.data.prepare import prepare
     from dpo_pipeline.distributed import on_main_process
@@ -36,8 +35,7 @@ def run_evaluate(run: Run) -> dict[str, Any]:
         policies = on_main_process(lambda: external_policies(run) if is_external else policies_of_name(run))
         if is_external:
             run = with_base_of(run, policies[0].path)
-        judges = build_judges(run, load_options(run))
-        plan = judging_plan(run, policies, judges)
+        plan = judging_plan(run, policies, judges := build_judges(run, load_options(run)))
         data = prepare(run, "dpo", ("test",), strict=False)
         for policy in policies:
             check_same_tokenizer(data.tokenizer, run.model, policy.path)
@@ -45,13 +43,13 @@ def run_evaluate(run: Run) -> dict[str, Any]:
         log.info("evaluating %s", ", ".join(policy.name for policy in policies))
         if run.check:
             return {}
-        requests = requests_of(policies, plan, eval_set, other_prompts)
         base, home = (None, policies[0].folder) if is_external else ("base", run.home)
-        comparisons = {"eval.json": Comparison(eval_set, policies, base, requests)}
-        measure_policies(*comparisons.values())
-        results, outcome = on_main_process(lambda: judge_and_report(run, home, comparisons, judges, plan))
+        comparison = Comparison(eval_set, policies, base, requests_of(policies, plan, eval_set, other_prompts))
+        measure_policies(comparison)
+        arguments = (run, home, {"eval.json": comparison}, judges, plan)
+        results, outcome = on_main_process(lambda: judge_and_report(*arguments))
         if outcome.failures:
-            reasons = "; ".join(f"{label}: {reason}" for label, reason in outcome.failures.items())
+            reasons = "; ".join(map(": ".join, outcome.failures.items()))
             raise PipelineError(f"{reasons} (all other results are written to {home}/results.json)")
         return results
 

@@ -43,7 +43,6 @@ class JudgingPlan:
 
     @property
     def best_of_name(self) -> str:
-        """What tables call Best-of-N."""
         return f"best of {self.best_of} of {self.best_of_source}"
 
 
@@ -76,8 +75,7 @@ def judging_plan(run: Run, policies: list[Policy], judges: dict[str, Judge]) -> 
             f"{setting}: it takes a judge of judge= that scores completions{nearest(picking_judge, scoring)}: type "
             "judge=[NAME], such as length or reward_model"
         )
-    source = next((policy.sft for policy in policies if policy.sft), None)
-    if source is None:
+    if (source := next((policy.sft for policy in policies if policy.sft), None)) is None:
         raise PipelineError("best_of.n draws from the SFT policy, and there is none: run `make sft` first")
     if len(scoring) == 1:
         log.warning(
@@ -153,8 +151,7 @@ def run_judge(
         if judge.choose:
             values, verdicts = verdicts[: len(ours)], verdicts[len(ours) :]
         else:
-            differences = ours[f"score.{name}"] - theirs[f"score.{name}"]
-            values = (np.sign(differences) + 1) / 2
+            values = (np.sign(ours[f"score.{name}"] - theirs[f"score.{name}"]) + 1) / 2
         columns: dict[str, Any] = {"row": ours["row"], "verdict": np.array(values, float), "judge": name, **match}
         columns["distinct"] = pd.factorize(ours["text"] + "\0" + theirs["text"])[0]
         columns["length_difference"] = ours["tokens"] - theirs["tokens"]
@@ -171,8 +168,7 @@ def add_scores(name: str, judge: Judge, mask: Any, comparison: Comparison, plan:
 def add_picks(name: str, comparison: Comparison, plan: JudgingPlan, outcome: JudgeOutcome) -> None:
     """Add the draw of largest score to each prompt as a policy's completion; the first of equal ones."""
     pool = comparison.completions[comparison.completions["draw"] > 0]
-    unreadable = int(pool[f"score.{name}"].isna().sum())
-    if unreadable:
+    if unreadable := int(pool[f"score.{name}"].isna().sum()):
         reason = f"{unreadable} of {len(pool)} completions got no score that could be read: take another best_of.judge"
         outcome.failures[f"{plan.best_of_name} by {name}"] = reason
         return
