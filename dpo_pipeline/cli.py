@@ -20,8 +20,8 @@ from hydra_plugins.dpo_pipeline.launcher import ProcessLauncher
 from omegaconf import DictConfig
 
 from dpo_pipeline.config import CONF, check_flags, explain_error, quote_home, validate
-from dpo_pipeline.distributed import check_launch, is_main_process
-from dpo_pipeline.errors import OneRankError, PipelineError
+from dpo_pipeline.distributed import is_main_process, launch_fault
+from dpo_pipeline.errors import OneRankError
 from dpo_pipeline.formatting import mask_secrets, one_line
 from dpo_pipeline.hardware import STOPS
 from dpo_pipeline.quiet import quiet
@@ -54,10 +54,8 @@ def main(stage_function: Callable[[Run], Any]) -> None:
         except Exception as error:  # here, since Hydra prints a line of its own for what leaves a task
             end_with_error(error, root)
 
-    try:
-        check_launch()
-    except PipelineError as error:  # before anything asks which rank this is
-        sys.exit(f"error: {error}")
+    if fault := launch_fault():  # before anything asks which rank this is
+        sys.exit(f"error: {fault}")
     try:
         check_flags(sys.argv[1:])
         sys.argv[1:] = map(quote_home, sys.argv[1:])

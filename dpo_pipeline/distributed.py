@@ -23,19 +23,19 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def check_launch() -> None:
-    """Raise PipelineError where the environment names processes that no launcher of this package would name."""
+def launch_fault() -> str | None:
+    """What is wrong with the variables of a launcher, if anything: no process may be asked for its rank then."""
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         value = os.environ.get(name, "1")
         if not value.isdecimal() or (name == "WORLD_SIZE" and int(value) < 1):
-            raise PipelineError(f"{name}={value} is set but names no process: type `unset {name}`")
+            return f"{name}={value} is set but names no process: type `unset {name}`"
     if processes() > 1 and not {"MASTER_ADDR", "MASTER_PORT", "RANK"} <= os.environ.keys():
-        raise PipelineError(
-            f"WORLD_SIZE={processes()} is set without RANK, MASTER_ADDR and MASTER_PORT: type `unset WORLD_SIZE`, or "
-            "start with `accelerate launch`"
+        return (
+            "WORLD_SIZE is set without RANK, MASTER_ADDR or MASTER_PORT: `unset WORLD_SIZE`, or use accelerate launch"
         )
     if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":  # before TRL's arguments set it
-        raise PipelineError(f"the launch file says mixed_precision: {precision}: take that out, precision= says it")
+        return f"the launch file says mixed_precision: {precision}: take that out, precision= says it"
+    return None
 
 
 def on_main_process(function: Callable[[], Any]) -> Any:

@@ -40,10 +40,10 @@ def read_json(path: Path, *keys: str) -> Any:
 
     Raises PipelineError where it is not JSON, or not a dict with all of `keys`, if any are given.
     """
-    return parse_json(path, path.read_text(encoding="utf-8"), *keys) if path.is_file() else None
+    return parse_state(path, path.read_text(encoding="utf-8"), *keys) if path.is_file() else None
 
 
-def parse_json(path: Path, text: str, *keys: str) -> Any:
+def parse_state(path: Path, text: str, *keys: str) -> Any:
     """What a text from a file means; raises PipelineError as `read_json` does."""
     try:
         content = json.loads(text)
@@ -145,7 +145,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The complete lines of a run's metrics.jsonl; a kill may have cut the last one short."""
     file = folder / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-    return [parse_json(file, line, "step") for line in lines if line.endswith("\n")]
+    return [parse_state(file, line, "step") for line in lines if line.endswith("\n")]
 
 
 def loss_summary(folder: Path) -> str:
