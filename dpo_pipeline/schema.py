@@ -75,6 +75,7 @@ class Evaluation(Part):
     tracker_prompts: Count
     max_new_tokens: PositiveInt
     kl_budget: PositiveFloat
+    batch_size: PositiveInt | None
 
 
 class BestOf(Part):

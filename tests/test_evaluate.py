@@ -180,7 +180,7 @@ def test_the_numbers_do_not_hang_on_the_batch_nor_on_the_processes(small, typed,
             kept = [item for item in given if not item.startswith("evaluation.prompts=4")]
             assert launched(*TWO, "-m", "dpo_pipeline.evaluate", *kept).returncode == 0
         else:
-            run_evaluate(small(*options, "batch.global_size=7", "batch.micro_size=7"))
+            run_evaluate(small(*options, "evaluation.batch_size=7"))
         found = numbers(copy / "small")
         assert len(found) > 120
         assert found == pytest.approx({key: expected[key] for key in found}, abs=2e-4, nan_ok=True)

@@ -139,7 +139,7 @@ def make_eval_set(run: Run, data: Prepared, split: str, pairs: int, prompts: int
         max_new_tokens=run.evaluation.max_new_tokens,
         seed=run.dataset["split_seed"],
         loading=data.load_options,
-        batch_size=run.batch.micro_size,
+        batch_size=run.evaluation.batch_size or run.batch.micro_size,
     )
     first_rows: dict[tuple[int, ...], int] = {}  # of each different prompt
     for number, ids in enumerate(eval_set.prompts):
