@@ -1,9 +1,11 @@
 """Whatever is typed, set in the environment or left on the disk: an exit code of ours, and no traceback."""
 
+import ast
 import io
 import json
 import os
 import random
+import re
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -12,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from dpo_pipeline.cli import main
-from dpo_pipeline.config import known_keys
+from dpo_pipeline.config import CONF, known_keys
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.inspect_data import run_inspect
 from dpo_pipeline.sft import run_sft
@@ -111,3 +113,14 @@ def boundary(tmp_path_factory):
     folder = tmp_path_factory.mktemp("boundary")
     (folder / "somebodys").write_text("file")
     return SimpleNamespace(folder=folder, keys=[key for key in known_keys() if key not in ("check", "root")])
+
+
+def test_text_is_read_and_written_in_utf_8_whatever_the_locale_says():
+    calls = []
+    for file in [*(CONF.parent / "dpo_pipeline").rglob("*.py"), *(CONF.parent / "launch").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            name = getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
+            calls += [ast.unparse(node)] if name in ("open", "read_text", "write_text") else []
+    assert len(calls) > 10
+    is_binary = re.compile(r"^os\.open|^gzip\.open\(file\)$|\.open\('[rwx]b'\)")
+    assert [call for call in calls if "utf-8" not in call and not is_binary.search(call)] == []

@@ -183,7 +183,8 @@ def tokenizer_hash(tokenizer: Any) -> str:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         if (file := Path(folder) / "tokenizer.json").is_file():
-            file.write_text(json.dumps({**json.loads(file.read_text()), "padding": None, "truncation": None}))
+            content = json.loads(file.read_text(encoding="utf-8"))
+            file.write_text(json.dumps({**content, "padding": None, "truncation": None}), encoding="utf-8")
         return content_hash(Path(folder))
 
 

@@ -68,7 +68,7 @@ def cached_results(
                 )
             results[missing_keys[index]] = result
             if file and result is not None:
-                with file.open("a") as stream:  # an interrupt may cut a line short: it must not reach into the next
+                with file.open("a", encoding="utf-8") as stream:  # a line that was cut short must not reach into it
                     stream.write("\n" + json.dumps({"key": missing_keys[index], "result": result}))
             bar.update()
     if file and (unread := sum(results[key] is None for key in missing)):
@@ -86,7 +86,7 @@ def open_cache(judge: Judge, kind: str, cache: Path) -> tuple[Path | None, dict[
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "version.txt").write_text(judge.version, encoding="utf-8")
     file, results = folder / f"{kind}.jsonl", {}
-    for line in file.read_text(errors="replace").splitlines() if file.exists() else ():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
         with contextlib.suppress(ValueError):
             row = json.loads(line)
             if row["result"] is not None:  # earlier versions cached unreadable replies
