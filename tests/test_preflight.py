@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -410,6 +411,10 @@ def test_a_check_finds_what_a_run_would(small, sft, monkeypatch):
         run_sft(small("lora=none", "sft.learning_rate=1e-5", "check=true"))
     with pytest.raises(PipelineError, match="dataset.rows=1: .*16"):
         run_dpo(small("dataset.test_rows=0", "dataset.rows=1", "check=true", "name=unseen"))
+    with monkeypatch.context() as patch:  # as on a disk that is mounted read-only
+        patch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
+        with pytest.raises(PipelineError, match="cannot be written to: .*root="):
+            run_sft(small("check=true", "name=unseen"))
     usage = namedtuple("usage", "total used free")(10**6, 0, 10**6)
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage)  # a megabyte
     for typed in ("check=true", "check=false"):

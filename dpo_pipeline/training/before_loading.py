@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,11 @@ def check_disk_space(run: Run, stage: str, folder: Path, start: StartingPolicy, 
     if start.merge_to and not start.merge_to.is_dir():
         needed += 4 * sum(size for size, _ in sizes)
     root = Path(run.root).resolve()
-    free = shutil.disk_usage(next(place for place in (root, *root.parents) if place.exists())).free
+    for path in (root, folder.resolve()):
+        place = next(each for each in (path, *path.parents) if each.exists())
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PipelineError(f"{place} cannot be written to: change its permissions, or type another root=")
+    free = shutil.disk_usage(place).free
     if needed > free:
         raise PipelineError(
             f"the disk of {root} has {gigabytes(free)} left and this run writes up to {gigabytes(needed)}: free "
