@@ -4,6 +4,7 @@ import difflib
 import errno
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
@@ -62,7 +63,11 @@ def explain_disk(error: BaseException) -> str | None:
         error = error.__cause__
     if not isinstance(error, OSError) or error.errno not in (*REFUSED, *WRONG_KIND):
         return None
+    from huggingface_hub.constants import HF_HOME
+
     path, why = error.filename or "a file of this run", error.strerror
+    if Path(HF_HOME) in Path(path).parents or str(path) == HF_HOME:
+        return f"{path} cannot be made ({why}): downloads lie in HF_HOME={HF_HOME}, type export HF_HOME=FOLDER"
     if error.errno in REFUSED:
         return f"{path} cannot be read or written ({why}): change its permissions, or name another place by root=..."
     return f"{path} cannot be made or opened ({why}), it is a file and not a folder, or the reverse: move it away"

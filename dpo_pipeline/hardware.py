@@ -125,7 +125,9 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     """Commit of the checkout in `folder`, and whether it has changes; None without git or a checkout."""
     call = ["git", "-C", str(folder), "status", "--porcelain=2", "--branch"]
     try:
-        lines = subprocess.run(call, capture_output=True, encoding="utf-8", errors="replace", check=True).stdout.splitlines()
+        lines = subprocess.run(
+            call, capture_output=True, encoding="utf-8", errors="replace", check=True
+        ).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         return None
     commit = next(line.split()[-1] for line in lines if line.startswith("# branch.oid"))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
 from safetensors import SafetensorError
 
@@ -541,6 +542,15 @@ def test_what_the_disk_refuses_is_one_sentence(name, here, monkeypatch, capfd):
         assert "\n" not in told
     assert "Error executing job" not in capfd.readouterr().err  # Hydra's own line
     assert run_folder.run_state(here / SFT) == "failed"
+
+
+def test_a_download_folder_that_cannot_be_made_is_named(here, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", "/x/hf")
+    error = DatasetGenerationError("An error occurred while generating the dataset")
+    error.__cause__ = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/x/hf/datasets")
+    monkeypatch.setattr("datasets.load_dataset", raising(error))
+    told = end_of("sft", f"{MODEL} dataset=hh_rlhf", monkeypatch)
+    assert re.match("error: /x/hf/datasets cannot be made .*export HF_HOME=", told), told
 
 
 def test_what_a_library_says_in_several_lines_is_one(here, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_pipeline.data.files import FORM, OTHER_ENDINGS, ROWS_AT_A_TIME, Row, Rows, number_rows, read_file, unreadable
-from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.errors import PipelineError, explain_disk
 from dpo_pipeline.formatting import one_line
 
 log = logging.getLogger(__name__)
@@ -102,6 +102,8 @@ def read_hub(path: str, data_dir: str | None, revision: str | None, label: str) 
             "the network, run `hf auth login` for a gated one, or give a local copy by dataset.path=..."
         ) from error
     except (DatasetsError, ValueError, RuntimeError) as error:
+        if sentence := explain_disk(error):
+            raise PipelineError(sentence) from error
         raise unreadable(label, error.__cause__ or error, "give a local copy of its files") from error
     return read_dataset(parts, label)
 
