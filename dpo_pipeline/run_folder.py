@@ -23,6 +23,12 @@ log = logging.getLogger(__name__)
 
 TRACKER_FILE = "reward_kl_tracker.json"
 CHECKPOINT = r"checkpoint-\d+"
+# What runs write in their folder: whatever else lies there is somebody's, and outlives the run.
+RUN_FILES = (
+    *("config.yaml", "manifest.json", "status.json", "metrics.jsonl", "train.log", TRACKER_FILE, "*.partial", ".*.lock"),
+    *("eval.json", "validation.json", "pairs.json", "samples.json", "pairs.parquet", "completions.parquet", "records"),
+    *("checkpoints", "final", "merged", "starting_policy", "reference", "tensorboard", "wandb"),
+)
 DATA_PATHS = r"(sft_)?dataset\.(sets\.[^.]+\.)?(test_)?path"  # in a mixture each set has its own
 
 
@@ -64,7 +70,7 @@ def open_run(run: Run, stage: str) -> Iterator[RunRecord]:
                 raise
             record.finish()
             if is_main_process():
-                shutil.rmtree(backup_path(folder), ignore_errors=True)
+                remove_run(backup_path(folder), folder)
 
 
 def claim(run: Run, stage: str, folder: Path) -> RunRecord:
@@ -80,9 +86,10 @@ def claim(run: Run, stage: str, folder: Path) -> RunRecord:
     if decision == "resume":
         rollback_to_checkpoint(folder)
     if decision == "done":
-        shutil.rmtree(backup_path(folder), ignore_errors=True)  # left by a kill
+        remove_run(backup_path(folder), folder)  # left by a kill
         manifest = read_json(folder / "manifest.json", "identity")
         return RunRecord(folder, decision, manifest, read_json(folder / "status.json", "state"), read_only=True)
+    folder.resolve().mkdir(parents=True, exist_ok=True)  # of a link: what it points to
     return start_record(run, stage, folder, decision, fields)
 
 
@@ -129,18 +136,33 @@ def differences(existing: dict[str, Any], fields: dict[str, Any]) -> dict[str, s
 def back_up(folder: Path) -> None:
     """Move a run aside until the one that replaces it is done."""
     backup = backup_path(folder)
-    if run_state(folder) == "done":
-        shutil.rmtree(backup, ignore_errors=True)  # left by a kill
-    trash = backup.with_name(f"{folder.name}.trash")
-    shutil.rmtree(trash, ignore_errors=True)
+    trash = backup.with_name(f"{backup.name}.trash")
+    for leftover in (trash, backup) if run_state(folder) == "done" else (trash,):
+        remove_run(leftover, folder)  # left by a kill
     backup.parent.mkdir(parents=True, exist_ok=True)
-    folder.rename(trash if backup.exists() else backup)  # of several attempts to replace a run, that run is kept
-    shutil.rmtree(trash, ignore_errors=True)
+    # Of several attempts to replace a run, that run is kept.
+    folder.resolve().rename(trash if backup.exists() else backup)
+    remove_run(trash, backup)
 
 
 def backup_path(folder: Path) -> Path:
-    """Where a run lies while another one replaces it."""
+    """Where a run lies while another one replaces it: on the same disk, so beside what a link points to."""
+    if folder.is_symlink():
+        return folder.resolve().with_name(f".replaced-{folder.resolve().name}")
     return folder.parent.parent / ".replaced" / folder.parent.name / folder.name
+
+
+def remove_run(folder: Path, successor: Path) -> None:
+    """Delete the folder of a run, and move what no run wrote to the one behind it, beside what has its name there."""
+    for path in [*folder.glob("*"), *folder.glob("checkpoints/other-*")]:
+        if any(path.match(pattern) for pattern in RUN_FILES):
+            continue
+        place = successor / path.name
+        while place.exists():
+            place = place.with_name(f"replaced-{place.name}")
+        log.info("%s was written by no run: it is now %s", path, place)
+        path.rename(place)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def rollback_to_checkpoint(folder: Path) -> None:

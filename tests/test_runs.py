@@ -264,6 +264,30 @@ def test_a_run_that_is_replaced_is_kept_until_the_new_one_is_done(small, sft, tm
     assert not kept.exists()
 
 
+@pytest.mark.parametrize("is_link", [False, True])
+def test_what_no_run_wrote_outlives_a_run_that_is_replaced(is_link, small, tmp_path):
+    runs = [small(f"root={tmp_path}/outputs", "overwrite=true", f"seed={seed}") for seed in range(4)]
+    folder, scratch = runs[0].sft_folder, tmp_path / "scratch" / "x"
+    if is_link:
+        folder.parent.mkdir(parents=True)
+        folder.symlink_to(scratch)  # a scratch that was cleared
+    for run, notes in zip(runs, "abc", strict=False):  # of which the last attempt fails
+        with pytest.raises(ValueError, match="broken") if notes == "c" else contextlib.nullcontext():
+            raise_in(run, ValueError("broken") if notes == "c" else None, "new" if notes == "a" else "replace")
+        with (folder / "notes.txt").open("a") as file:
+            file.write(notes)
+        (folder / "checkpoints" / "other-checkpoint-5").mkdir(parents=True)
+        (folder / "final").mkdir()
+    for decision in ("replace", "done"):
+        raise_in(runs[3], None, decision)
+        assert sorted(file.read_text() for file in folder.glob("*notes.txt")) == ["ab", "c"]
+        assert (folder / "other-checkpoint-5").is_dir()
+        assert not backup_path(folder).exists()
+        assert not (folder / "final").exists()
+    assert folder.is_symlink() == is_link
+    assert (scratch / "manifest.json").is_file() == is_link
+
+
 HOLDS = """
 import sys, time
 from pathlib import Path
