@@ -25,7 +25,16 @@ TRACKER_FILE = "reward_kl_tracker.json"
 CHECKPOINT = r"checkpoint-\d+"
 # What runs write in their folder: whatever else lies there is somebody's, and outlives the run.
 RUN_FILES = (
-    *("config.yaml", "manifest.json", "status.json", "metrics.jsonl", "train.log", TRACKER_FILE, "*.partial", ".*.lock"),
+    *(
+        "config.yaml",
+        "manifest.json",
+        "status.json",
+        "metrics.jsonl",
+        "train.log",
+        TRACKER_FILE,
+        "*.partial",
+        ".*.lock",
+    ),
     *("eval.json", "validation.json", "pairs.json", "samples.json", "pairs.parquet", "completions.parquet", "records"),
     *("checkpoints", "final", "merged", "starting_policy", "reference", "tensorboard", "wandb"),
 )

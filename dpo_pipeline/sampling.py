@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ def sample(
     draws: int = 1,
     label: str | None = None,
     synced: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[list[int]]:
     """`draws` completions for each prompt, one prompt after the other, as token ids.
 
@@ -34,7 +35,8 @@ def sample(
     own distribution at `temperature` (0: the likeliest token), without top-k, top-p or penalty: at temperature 1 the
     log-prob of a completion is that of its draw. The random numbers depend on `seed`, prompt and draw alone, so that
     all policies sample with the same ones. `synced`: the weights are sharded, and all processes sample the same
-    prompts together. `label` names a progress bar, which rank 0 shows.
+    prompts together. `label` names a progress bar, which rank 0 shows. `should_stop` is asked before each batch:
+    what is not sampled by then is an empty list.
     """
     rows = [(prompt, draw) for prompt in prompts for draw in range(draws)]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
@@ -45,6 +47,8 @@ def sample(
     bar = tqdm(total=len(rows), desc=label, leave=False, disable=label is None or not is_main_process())
     with inference(model), generation_config(model, config), bar:
         for start in range(0, len(order), batch_size):
+            if should_stop():
+                break
             batch = order[start : start + batch_size]
             outputs = generate_batch(model, [rows[i] for i in batch], seed, temperature, synced)
             for i, completion in zip(batch, outputs, strict=True):

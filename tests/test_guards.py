@@ -159,10 +159,12 @@ def steps(monkeypatch):
     return take
 
 
-def test_a_single_process_stops_after_the_step_of_the_signal(steps):
+def test_a_single_process_says_that_it_heard_a_signal_and_stops_after_that_step(steps, caplog):
     interrupt = callbacks.CheckpointOnInterrupt()
     assert steps(interrupt, 1, 1, 6) is None
-    interrupt.note(signal.SIGTERM, None)
+    for _ in range(2):
+        interrupt.note(signal.SIGTERM, None)
+    assert caplog.messages == ["SIGTERM: stops with a checkpoint after this step or evaluation"]
     assert steps(interrupt, 1, 7, 9) == 7
     assert steps.reduced == []
 

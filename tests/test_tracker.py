@@ -21,8 +21,8 @@ from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluation import compare
 from dpo_pipeline.judges import build
 from dpo_pipeline.judges.judge import Judge
-from dpo_pipeline.models import load_policy
-from dpo_pipeline.sampling import uniform_draws
+from dpo_pipeline.models import load_options, load_policy
+from dpo_pipeline.sampling import sample, uniform_draws
 from dpo_pipeline.training import kept_reference, reward_kl, trainer
 from dpo_pipeline.training.arguments import BEST, training_arguments
 from dpo_pipeline.training.reward_kl import RewardKLTracker
@@ -263,25 +263,36 @@ def test_a_run_whose_judge_is_down_goes_on_without_a_reward(train, full):
 
 
 @pytest.mark.slow
-def test_an_interrupt_while_it_samples_loses_no_point_and_makes_none_twice(train, full, monkeypatch):
-    sample, calls = reward_kl.sample, []
+def test_an_interrupt_stops_the_sampling_at_the_next_batch_and_loses_no_point(train, full, monkeypatch, caplog):
+    calls = []
 
     def interrupted(*args, **options):
         calls.append(args)
-        if len(calls) == 2:  # at step 2
-            signal.raise_signal(signal.SIGINT)
+        if len(calls) in (1, 3):  # at step 0, and after a resume at step 2
+            signal.raise_signal(signal.SIGTERM)
         return sample(*args, **options)
 
+    folder = full.folder.with_name("stopped")
     with monkeypatch.context() as patch:
         patch.setattr(reward_kl, "sample", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train("variant=stopped")
-    folder = full.folder.with_name("stopped")
-    assert run_folder.newest_checkpoint(folder).name == "checkpoint-3"
-    assert run_folder.read_json(folder / run_folder.TRACKER_FILE) == full.points[:2]
+        for checkpoint, points in ((None, None), (folder / "checkpoints" / "checkpoint-2", full.points[:1])):
+            with pytest.raises(KeyboardInterrupt):
+                train("variant=stopped")
+            assert run_folder.newest_checkpoint(folder) == checkpoint
+            assert run_folder.read_json(folder / run_folder.TRACKER_FILE) == points
+    assert caplog.text.count("SIGTERM: stops with a checkpoint after this step or evaluation") == 2
     assert train("variant=stopped").points == full.points
     assert [row["step"] for row in run_folder.read_metrics(folder) if "eval_kl" in row] == [0, 2, 4]
     assert weights(folder / "final") == weights(full.folder / "final")
+
+
+def test_sampling_stops_at_the_next_batch(full):
+    asked, eval_set = iter((False, False, True)), full.tracker.eval_set
+    model, prompts = load_policy(full.folder / "final", load_options(full.run)), eval_set.prompt_set.ids
+    arguments = (model, prompts, eval_set.eos_ids, eval_set.tokenizer.pad_token_id, 5, 2, 0)
+    completions, part = sample(*arguments), sample(*arguments, should_stop=lambda: next(asked))
+    assert sum(map(bool, part)) == 4
+    assert all(some in ([], whole) for some, whole in zip(part, completions, strict=True))
 
 
 def test_what_lies_behind_the_checkpoint_is_cut_from_the_points(tmp_path):

@@ -1,6 +1,7 @@
 """What happens beside the training steps: metrics.jsonl and one bar, exact perplexity, a checkpoint on a signal."""
 
 import json
+import logging
 import math
 import signal
 import time
@@ -10,9 +11,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from dpo_pipeline.distributed import processes
 from dpo_pipeline.estimates import perplexity
 from dpo_pipeline.logprobs import completion_logprobs
 from dpo_pipeline.record import RunRecord
+
+log = logging.getLogger(__name__)
 
 BAR_KEYS = ("loss", "rewards/accuracies", "eval_perplexity", "eval_kl", "eval_reward")
 SIGNAL_STEPS = 4  # steps between two all-reduces of the stop flag
@@ -82,9 +86,9 @@ class KeepRandomState(TrainerCallback):
 class CheckpointOnInterrupt(TrainerCallback):
     """Ends training with a checkpoint after a signal to stop; a second Ctrl-C stops at once.
 
-    A single process stops after its step. Several stop at the same step, the next multiple of SIGNAL_STEPS: one that
-    stopped alone would leave the others waiting. (TRL's `enable_jit_checkpoint` deadlocks there, and returns as if
-    training were done.)
+    A single process stops after its step. Several stop at the same step, the next multiple of SIGNAL_STEPS, or after
+    an evaluation: one that stopped alone would leave the others waiting. (TRL's `enable_jit_checkpoint` deadlocks
+    there, and returns as if training were done.)
     """
 
     interrupted = False  # the same on all ranks
@@ -96,11 +100,17 @@ class CheckpointOnInterrupt(TrainerCallback):
         # A terminal sends Ctrl-C to a rank and to its launcher, which sends it on: that is not a second one.
         if signum == signal.SIGINT and time.monotonic() > self.first_signal + 2:
             raise KeyboardInterrupt
+        if not self.has_signal:
+            when = "this step" if processes() == 1 else f"the next step that {SIGNAL_STEPS} divides"
+            log.warning("%s: stops with a checkpoint after %s or evaluation", signal.Signals(signum).name, when)
         self.has_signal, self.first_signal = True, min(self.first_signal, time.monotonic())
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.world_size == 1 or state.global_step % SIGNAL_STEPS == 0:
-            self.reduce_signal(args)
+            self.on_evaluate(args, state, control)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.reduce_signal(args)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 

@@ -15,10 +15,12 @@ from dpo_pipeline import estimates
 from dpo_pipeline.distributed import map_over_ranks, on_main_process
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.logprobs import completion_logprobs
+from dpo_pipeline.naming import TRACKED
 from dpo_pipeline.record import RunRecord, read_json, write_json
 from dpo_pipeline.run_folder import TRACKER_FILE
 from dpo_pipeline.sampling import sample
 from dpo_pipeline.schema import Run
+from dpo_pipeline.training.callbacks import CheckpointOnInterrupt
 from dpo_pipeline.training.kept_reference import keep_reference
 from dpo_pipeline.training.preflight import random_state_kept
 from dpo_pipeline.training.trainer import sharding
@@ -67,12 +69,18 @@ class RewardKLTracker(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.points[:] = on_main_process(lambda: read_json(self.record.folder / TRACKER_FILE) or [])
-        if state.global_step == 0 and self.prompts:
+        callbacks = self.trainer.callback_handler.callbacks
+        self.interrupt = next(each for each in callbacks if isinstance(each, CheckpointOnInterrupt))
+        evaluated = {row["step"] for row in state.log_history if "eval_loss" in row}
+        measured = {point["step"] for point in self.points}
+        # A signal stopped the sampling of this step, or nothing was sampled yet.
+        if self.prompts and state.global_step in ({0} | evaluated) - measured:
             if sharding(self.trainer):
                 # FSDP sets up its gathering at the first forward: in inference mode it could not train after that.
                 with torch.no_grad():
                     self.trainer.model(torch.tensor(self.prompts[:1], device=args.device))
-            self.measure_and_log(0)
+            if not self.measure_and_log(state.global_step):
+                raise KeyboardInterrupt
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "rewards/accuracies" in logs:
@@ -81,8 +89,9 @@ class RewardKLTracker(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         step, guard = state.global_step, self.run.guard
         if self.prompts:
-            metrics.update(self.measure_and_log(step))
-        if guard.action == "off":
+            tracked = self.measure_and_log(step)
+            metrics.update(tracked)
+        if guard.action == "off" or (self.prompts and not tracked):
             return
         self.warn(step, metrics)
         kl = self.points[-1]["kl"] if self.points else None
@@ -97,7 +106,10 @@ class RewardKLTracker(TrainerCallback):
             log.warning("no checkpoint has a reward within evaluation.kl_budget=%g: the least KL is chosen", budget)
 
     def measure_and_log(self, step: int) -> dict[str, float]:
-        """Log the point of a step, measured unless the run has it; the metrics that a checkpoint is chosen by."""
+        """Log the point of a step, measured unless the run has it; the metrics that a checkpoint is chosen by.
+
+        It is empty where a signal stops the sampling: the run that goes on measures it.
+        """
         if not self.points or self.points[-1]["step"] != step:
             count = len(self.prompts)
             with random_state_kept():  # a judge may draw
@@ -105,6 +117,8 @@ class RewardKLTracker(TrainerCallback):
                     sampled = self.sample_and_compare(list(range(count)))
                 else:
                     sampled = map_over_ranks(self.sample_and_compare, count)
+                if not all(completion for completion, _ in sampled):
+                    return {}
                 self.points.append(on_main_process(lambda: self.save_point(step, sampled)))
         point = self.points[-1]
         names = ("kl", "reward", "stop_rate", "completion_tokens")
@@ -121,14 +135,20 @@ class RewardKLTracker(TrainerCallback):
             completions = sample(
                 policy, prompts, eval_set.eos_ids, eval_set.tokenizer.pad_token_id, eval_set.max_new_tokens,
                 2 * eval_set.batch_size, eval_set.seed, synced=bool(sharding(self.trainer)),
+                should_stop=self.should_stop,
             )  # fmt: skip
         gaps: list[float | None] = [None] * len(indices)
-        if self.reference is not None:
+        if self.reference is not None and all(completions):
             policy_logprobs = self.sum_logprobs(policy, prompts, completions)
             with self.reference(policy) as reference:
                 reference_logprobs = self.sum_logprobs(reference, prompts, completions)
             gaps = [ours - base for ours, base in zip(policy_logprobs, reference_logprobs, strict=True)]
         return list(zip(completions, gaps, strict=True))
+
+    def should_stop(self) -> bool:
+        """Whether a signal ends the sampling: not where ranks sample together, or a choice depends on this point."""
+        is_needed = self.run.dpo_best in TRACKED or self.run.guard.action == "stop" or sharding(self.trainer)
+        return self.interrupt.has_signal and not is_needed
 
     def sum_logprobs(self, model: Any, prompts: list[list[int]], completions: list[list[int]]) -> list[float]:
         """The log-prob of each completion in nats, in the precision that trains."""
