@@ -1,8 +1,11 @@
-"""Tells weights and data apart by their bytes, and reads each file once."""
+"""Tells weights, tokenizers and data apart by their bytes, and reads each file once."""
 
 import functools
 import hashlib
+import json
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from dpo_pipeline.models import adapter_base, is_adapter
 
@@ -32,6 +35,16 @@ def content_hash(path: Path, endings: tuple[str, ...] = ()) -> str:
         digest.update(str(file.relative_to(path)).encode())
         digest.update(file_hash(file, file.stat().st_size, file.stat().st_mtime_ns))
     return digest.hexdigest()
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of what a tokenizer saves, its chat template included, except for its last padding."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        if (file := Path(folder) / "tokenizer.json").is_file():
+            content = json.loads(file.read_text(encoding="utf-8"))
+            file.write_text(json.dumps({**content, "padding": None, "truncation": None}), encoding="utf-8")
+        return content_hash(Path(folder))
 
 
 @functools.cache

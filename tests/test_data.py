@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from datetime import datetime
 
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -10,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_pipeline.config import ROW_KEYS, compose, instantiate_node
 from dpo_pipeline.content_hash import content_hash
-from dpo_pipeline.data import prepare, tokens
+from dpo_pipeline.data import messages, prepare, tokens
+from dpo_pipeline.data.prompts import prompt_ids
 from dpo_pipeline.data.report import SPLITS, count_rows, find_errors, find_warnings, kept_rows
 from dpo_pipeline.data.splits import find_test_names, hold_out, load_splits
 from dpo_pipeline.data.token_table import LengthLimits, tokenize
@@ -590,6 +592,33 @@ def test_rows_are_tokenized_once_and_accounted_for_each_time(small, tmp_path, mo
     assert adds_up(rows)
     prepare_run(small(*given, "length.completion=keep_eos"), "dpo", "train", "test")
     assert len(seen) == 4
+
+
+def test_a_template_that_writes_the_date_writes_that_of_the_first_run_of_a_name(small, tmp_path, monkeypatch):
+    rows = [
+        {"prompt": [{"role": "user", "content": f"say {i}"}]}
+        | {name: [{"role": "assistant", "content": name}] for name in PAIR}
+        for i in range(20)
+    ]
+    given = ["dataset=json", f"dataset.path={write(tmp_path / 'pairs.jsonl', rows)}", f"root={tmp_path}"]
+
+    def tables_on(day: str, *typed: str) -> tuple:
+        tokenizer = characters(bos_token="<s>", eos_token="</s>")
+        tokenizer.chat_template, tokenizer.pad_token = "{{ strftime_now('%d %b %Y') }}" + CHATML, "</s>"
+        today = type("Today", (datetime,), {"now": classmethod(lambda _: datetime.fromisoformat(day))})
+        monkeypatch.setattr(messages, "datetime", today)
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", today)
+        monkeypatch.setattr(prepare, "load_tokenizer", lambda model: tokenizer)
+        prepared = prepare_run(small(*given, *typed), "dpo", "train")
+        return prepared.tables["train"]["prompt_ids"][:], prompt_ids([rows[0]["prompt"]], True, prepared.tokenizer)
+
+    first = tables_on("2026-01-31")
+    assert "31Jan2026" in characters(bos_token="<s>", eos_token="</s>").decode(first[1][0]).replace(" ", "")
+    assert tables_on("2026-02-01") == first
+    assert tables_on("2026-02-01", "check=true") == first
+    other = tables_on("2026-02-01", "name=other")
+    assert other[0] != first[0]
+    assert other[1] != first[1]
 
 
 def test_completions_cut_without_their_end_are_trained_on_where_asked(small, tmp_path):

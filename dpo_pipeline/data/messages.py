@@ -5,10 +5,15 @@ import hashlib
 import json
 import re
 from contextlib import suppress
+from datetime import datetime
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from dpo_pipeline.data.files import Row, check_text, is_dialogue, is_message, show_value
+from dpo_pipeline.distributed import on_main_process
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.record import read_json, write_json
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
@@ -16,6 +21,7 @@ Prompt = str | list[Message]
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "developer": "system", "human": "user"}
 ROLES |= dict.fromkeys(("gpt", "bot", "chatbot", "model"), "assistant")
 ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
+DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 MEANING = ("role", "content", "tool_calls", "reasoning_content")  # the fields that tell messages apart
 
 
@@ -76,3 +82,27 @@ def prompt_key(prompt: Prompt) -> str:
 def prompt_texts(prompt: Prompt) -> list[str]:
     """The text, or that of each message."""
     return [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+
+
+def fix_date(tokenizer: Any, home: Path, check: bool) -> str:
+    """Have a chat template write one date as today's, else rows would differ from day to day; empty if it writes none.
+
+    That is the date of the first run of a name, kept in `chat_date.json` in its folder `home` unless only `check`.
+    """
+    if "strftime_now" not in str(tokenizer.chat_template):
+        return ""
+    file, today = home / "chat_date.json", datetime.now().date().isoformat()
+
+    def read_or_write() -> str:
+        if not (check or file.is_file()):
+            write_json(file, {"date": today})
+        return (read_json(file, "date") or {"date": today})["date"]
+
+    date = on_main_process(read_or_write)
+    tokenizer.get_chat_template = partial(dated_template, tokenizer.get_chat_template, datetime.fromisoformat(date))
+    return date
+
+
+def dated_template(get_chat_template: Any, date: datetime, *args: Any, **options: Any) -> str:
+    """What `get_chat_template` gives, with this date where it writes today's; the library takes no function for it."""
+    return DATE_CALL.sub(lambda call: json.dumps(date.strftime(call[2])), get_chat_template(*args, **options))

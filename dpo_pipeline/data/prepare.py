@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,9 +15,10 @@ import pyarrow as pa
 from datasets import load_from_disk
 from pyarrow import parquet
 
-from dpo_pipeline.content_hash import content_hash
+from dpo_pipeline.content_hash import content_hash, tokenizer_hash
 from dpo_pipeline.data import tokens
 from dpo_pipeline.data.files import Row
+from dpo_pipeline.data.messages import fix_date
 from dpo_pipeline.data.normalize import check_template, reply_key
 from dpo_pipeline.data.report import count_rows, find_errors, find_warnings, kept_rows, print_report
 from dpo_pipeline.data.splits import find_test_names, load_splits
@@ -54,6 +54,7 @@ class Prepared:
     limits: LengthLimits
     load_options: LoadOptions
     dataset: dict[str, Any] = field(default_factory=dict)
+    chat_date: str = ""
     tables: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, list[Row]] = field(default_factory=dict)
     all_rows: list[Row] = field(default_factory=list)
@@ -83,7 +84,8 @@ def prepare(run: Run, stage: str, splits: tuple[str, ...] | None = None, strict:
     limits = LengthLimits.resolve(run.length, config.get_text_config().max_position_embeddings)
     eos_ids = tokens.eos_ids_of(tokenizer, load_generation_config(run.model, config))
     dataset, columns = stage_dataset(run, stage)
-    data = Prepared(stage, columns, config, tokenizer, eos_ids, limits, load_options(run), dataset)
+    date = fix_date(tokenizer, run.home, run.check)
+    data = Prepared(stage, columns, config, tokenizer, eos_ids, limits, load_options(run), dataset, date)
     splits = splits or SPLITS[stage]
 
     def load_and_tokenize() -> tuple[dict[str, Path], dict[str, Any]]:
@@ -166,26 +168,16 @@ def save_table(table: Any, rows: list[Row], names: list[str], folder: Path) -> A
 
 
 def table_key(data: Prepared, rows: list[Row]) -> str:
-    """sha256 of all that a token table depends on: rows, tokenizer, end tokens, limits, and the code."""
+    """sha256 of all that a token table depends on: rows, tokenizer, date, end tokens, limits, and the code."""
     code = [content_hash(Path(tokens.__file__).parent, (".py",)), *map(version, ("tokenizers", "transformers"))]
     limits = dataclasses.astuple(data.limits)
-    settings = [tokenizer_hash(data.tokenizer), data.eos_ids, limits, data.stage, data.columns, code]
+    settings = [tokenizer_hash(data.tokenizer), data.chat_date, data.eos_ids, limits, data.stage, data.columns, code]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for row in rows:
         texts = [reply_key(row, name) for name in data.columns]
         tools = json.dumps(row["tools"]) if "tools" in row else ""
         digest.update("\0".join((row["key"], *texts, tools, row["source"], row["origin"], "")).encode())
     return digest.hexdigest()
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """sha256 of what a tokenizer saves, its chat template included, except for its last padding."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        if (file := Path(folder) / "tokenizer.json").is_file():
-            content = json.loads(file.read_text(encoding="utf-8"))
-            file.write_text(json.dumps({**content, "padding": None, "truncation": None}), encoding="utf-8")
-        return content_hash(Path(folder))
 
 
 def check_report(data: Prepared) -> None:
