@@ -53,6 +53,7 @@ class RewardKLTracker(TrainerCallback):
         self.validation_losses: dict[int, float] = {}  # by step
         self.warned_sizes: dict[str, float] = {}  # by kind of warning
         self.has_judge_failed = False
+        self.interrupt = CheckpointOnInterrupt()  # from on_train_begin on that of the trainer
         self.judge = next((judge for judge in judges.values() if judge.score and not judge.post_training_only), None)
         if run.dpo_best == "reward" and self.judge is None:
             raise PipelineError(
