@@ -48,8 +48,8 @@ def paths_to_fetch(run: Run) -> list[str]:
     return list(dict.fromkeys([*paths, *([] if run.model.builder else [run.model.path])]))
 
 
-def fetch(model: Model, path: str) -> None:
-    """Download what `from_pretrained` reads, weights included, so that a machine without network finds it.
+def fetch(model: Model, path: str) -> Path:
+    """The folder of a model; what `from_pretrained` reads of a hub id, weights included, is downloaded first.
 
     Raises PipelineError where it is not to be had, or where a local folder's weights are missing or cut short.
     """
@@ -73,3 +73,4 @@ def fetch(model: Model, path: str) -> None:
     for file in folder.glob("*.safetensors"):
         # Opening reads the header and compares it with the length of the file.
         explain_load_errors(lambda _, file=file: safe_open(file, "pt").keys(), folder)
+    return folder

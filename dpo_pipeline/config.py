@@ -105,7 +105,7 @@ def resolve_defaults(run: Run, overrides: list[str], choices: dict[str, str]) ->
     run.sft_target = run.sft_target or (run.sft_dataset or run.dataset)["sft_target"]
     run.dpo_best = run.dpo_best.removeprefix("eval_")  # as TRL logs it
     name_folders(run, overrides, choices)
-    if run.policy not in ("sft", "base"):
+    if Path(run.policy).is_dir() and run.policy not in ("sft", "base"):
         run.policy = str(Path(run.policy).resolve())
     if run.model.builder:
         run.model.path = str((run.home / "base" / "model").resolve())

@@ -1,5 +1,6 @@
 """The keys that our code reads: types, bounds, allowed values and combinations; conf/config.yaml gives the rest."""
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
@@ -190,9 +191,9 @@ class Run(Part):
                 fault = "reference.path is another model, which no adapter is: type reference=frozen or cached"
             case "root" if file := next((path for path in Path(value, "x").parents if path.is_file()), None):
                 fault = f"root={value}: {file} is a file, so no folder can lie in it: type another root="
-            case "policy" if value not in ("sft", "base") and not any(Path(value, file).is_file() for file in CONFIGS):
+            case "policy" if value not in ("sft", "base") and not is_policy(value):
                 near = nearest(value, ("sft", "base"))
-                fault = f"policy={value}: must be sft, base or a folder with {' or '.join(CONFIGS)}{near}"
+                fault = f"policy={value}: must be sft, base, a hub id or a folder with {' or '.join(CONFIGS)}{near}"
             case "report_to" if value != "none" and not find_spec(value):
                 fault = f"report_to={value} needs a package: `pip install {value}`, or type report_to=none"
             case "evaluation" if value.reference and not value.policy:
@@ -202,6 +203,13 @@ class Run(Part):
         if fault:
             raise ValueError(fault)
         return value
+
+
+def is_policy(path: str) -> bool:
+    """Whether a path is a folder with a model or an adapter, or could be a hub id, `user/model`."""
+    if Path(path).is_dir():
+        return any(Path(path, file).is_file() for file in CONFIGS)
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) is not None
 
 
 def loss_fault(dpo: dict[str, Any]) -> str | None:

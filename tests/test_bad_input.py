@@ -385,7 +385,8 @@ CASES = {
         "adapter is an adapter, not a whole model: give its base by model.path=, .*policy=FOLDER"),
     # Policies and references.
     "no such policy": ("dpo", f"{POLICY}nope",
-        "policy=nope: must be sft, base or a folder with config.json or adapter_config"),
+        "policy=nope: must be sft, base, a hub id or a folder with config.json or adapter_config"),
+    "no such policy on the hub": ("dpo", f"{POLICY}nobody/x", "nobody/x .*: check the name: .* is no folder here"),
     "adapter that names none": ("dpo", ADAPTER, adapter(base_model_name_or_path=None),
         "adapter in .* names no base: set base_model_name_or_path"),
     "adapter on another base": ("dpo", ADAPTER, part("wide"), adapter(base_model_name_or_path="HERE/wide"),

@@ -17,6 +17,7 @@ from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.models import load_options, load_policy
 from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training.merge import merge
+from dpo_pipeline.training.starting_policy import load_start, resolve_starting_policy
 from tests.helpers import SMALL, build
 from tests.test_models import save_base
 
@@ -268,3 +269,24 @@ def test_an_adapter_on_a_base_that_was_saved_quantized_is_merged(small, sft, tmp
     config = run_folder.read_json(tmp_path / "merged" / "config.json")
     assert "quantization_config" not in config
     assert torch.isfinite(load_policy(tmp_path / "merged", load_options(small())).lm_head.weight).all()
+
+
+def test_dpo_starts_from_a_model_of_the_hub_and_names_the_folder_of_an_adapter(small, sft, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name, lora in (("model", "none"), ("adapter", "r8")):
+        repository = tmp_path / f"models--user--{name}"
+        shutil.copytree(sft[lora] / "final", repository / "snapshots" / "abc")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("abc")
+    run = small("policy=user/model")
+    start = resolve_starting_policy(run, "dpo")
+    assert (start.source, start.merge_to, start.is_adapter) == ("user/model", None, False)
+    assert run_folder.identity(run, "dpo")["policy"] == "user/model@main"
+    assert run.variant.startswith("sigmoid-beta0.1-model-seed0")
+    weights, expected = (
+        load_start(run, each).state_dict() for each in (start, resolve_starting_policy(small(), "dpo"))
+    )
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    folder = tmp_path / "models--user--adapter" / "snapshots" / "abc"
+    with pytest.raises(PipelineError, match=f"policy=user/adapter is an adapter.*type policy={folder}"):
+        resolve_starting_policy(small("policy=user/adapter", "lora=r8"), "dpo")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_pipeline.base_model import fetch
 from dpo_pipeline.config import instantiate_node
 from dpo_pipeline.distributed import on_main_process
 from dpo_pipeline.errors import PipelineError
@@ -55,13 +56,16 @@ def resolve_starting_policy(run: Run, stage: str) -> StartingPolicy:
     """
     if stage == "sft" or run.policy == "base":
         return StartingPolicy(run.model.path, False, None, new_adapter(run, run.model.path))
-    source = run.sft_folder / "final" if run.policy == "sft" else Path(run.policy)
+    source = run.sft_folder / "final" if run.policy == "sft" else run.policy
     if run.check and run.policy == "sft" and run_state(run.sft_folder) != "done":
         return StartingPolicy(source, run.lora is not None, None, None)  # the SFT that this config will train
+    is_hub_id = run.policy != "sft" and not Path(source).is_dir()
+    if is_hub_id and is_adapter(folder := fetch(run.model, str(source))):
+        raise PipelineError(f"policy={source} is an adapter, now in a folder here: type policy={folder}")
     if not is_adapter(source):
         check_architecture(run, source)
         return StartingPolicy(source, False, None, new_adapter(run, source))
-    return hand_over_adapter(run, source)
+    return hand_over_adapter(run, Path(source))
 
 
 def hand_over_adapter(run: Run, source: Path) -> StartingPolicy:
