@@ -26,7 +26,8 @@ def run_evaluate(run: Run) -> dict[str, Any]:
     from dpo_pipeline.evaluation.policies import external_policies, policies_of_name
     from dpo_pipeline.hardware import check_device
     from dpo_pipeline.judges.build import build_judges
-    from dpo_pipeline.models import check_same_tokenizer, load_options, with_base_of
+    from dpo_pipeline.models import load_options, with_base_of
+    from dpo_pipeline.tokenizer import check_same_tokenizer
 
     with run_logging(None):
         check_device("dpo_pipeline.evaluate")

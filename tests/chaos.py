@@ -30,7 +30,7 @@ from typing import Any
 
 import psutil
 
-from dpo_pipeline import run_folder
+from dpo_pipeline import checkpoints
 from dpo_pipeline.config import CONF
 from dpo_pipeline.record import read_json
 
@@ -154,7 +154,7 @@ def torn(root: Path) -> list[str]:
     """The visible JSON files that are not whole; `.partial` and an incomplete checkpoint are not visible to a run."""
     found = []
     for file in (*root.rglob("*.json"), *root.rglob("*.jsonl")):
-        unfinished = file.parent.name.startswith("checkpoint-") and not run_folder.is_complete(file.parent)
+        unfinished = file.parent.name.startswith("checkpoint-") and not checkpoints.is_complete(file.parent)
         if unfinished or ".partial" in str(file.relative_to(root)):
             continue
         text = file.read_text(encoding="utf-8")
@@ -211,7 +211,7 @@ def survive(command: Command, root: Path, aims: list[str], rng: random.Random, k
         written = root.with_suffix(".writes")
         where = phase(written.read_text().splitlines()) if written.exists() else "start"
         kills[where] += 1
-        checkpoint = run_folder.newest_checkpoint(command.folder(root))
+        checkpoint = checkpoints.newest_checkpoint(command.folder(root))
         print(f"{how} in {where} ({checkpoint.name if checkpoint else 'no checkpoint'})", end=", ", flush=True)
         resumed |= {int(checkpoint.name.rsplit("-", 1)[1])} if checkpoint else set()
         found += torn(root)

@@ -56,6 +56,19 @@ def test_base_and_sft_are_measured_once_for_a_name_each_dpo_with_its_own_beta(sm
     assert first_samples(tmp_path / "small" / "sft" / "full")["row"].tolist() == [0, 1, 2]
 
 
+def test_run_folders_may_be_links(small, sft, tmp_path):
+    shutil.copytree(small().home, tmp_path / "small", ignore=shutil.ignore_patterns("dpo"))
+    for folder in ("sft/full", "dpo/linked"):
+        (place := tmp_path / "scratch" / folder).mkdir(parents=True)
+        link = tmp_path / "small" / folder
+        if link.exists():
+            shutil.rmtree(place)
+            link.rename(place)
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(place)
+    assert {"sft/full", "dpo/linked"} <= set(run_dpo(small(f"root={tmp_path}", "variant=linked", *STEPS))["policies"])
+
+
 def test_the_base_against_itself_and_the_shape_of_eval_json(small, sft):
     run = small("variant=shape", *STEPS)
     run_dpo(run)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dpo_pipeline import run_folder
+from dpo_pipeline import checkpoints, run_folder
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.training import callbacks, guards
@@ -68,7 +68,7 @@ def test_no_checkpoint_is_written_before_its_loss_is_looked_at(small, sft, monke
     run = small("variant=late-nan", "dpo.logging_steps=99", "dpo.save_steps=2", "dpo.eval_steps=99")
     with pytest.raises(PipelineError, match="the loss is nan by step 4"):
         run_dpo(run)
-    assert run_folder.newest_checkpoint(run.dpo_folder).name == "checkpoint-2"
+    assert checkpoints.newest_checkpoint(run.dpo_folder).name == "checkpoint-2"
 
 
 def guard_at(step: int, fp16: bool = False, **trainer: float) -> tuple:
@@ -210,10 +210,10 @@ def saved_checkpoint(folder, step: int):
 @pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: b"", lambda data: bytes(len(data))])
 def test_a_run_falls_back_to_the_checkpoint_before_a_damaged_one(file, damage, tmp_path, caplog):
     whole, damaged = (saved_checkpoint(tmp_path, step) for step in (5, 10))
-    assert run_folder.newest_checkpoint(tmp_path) == damaged
+    assert checkpoints.newest_checkpoint(tmp_path) == damaged
     (damaged / file).write_bytes(damage((damaged / file).read_bytes()))
-    assert run_folder.newest_checkpoint(tmp_path) == whole
-    run_folder.rollback_to_checkpoint(tmp_path)
+    assert checkpoints.newest_checkpoint(tmp_path) == whole
+    checkpoints.rollback_to_checkpoint(tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-5"]
     assert "checkpoint-10: it is incomplete or damaged" in caplog.text
 
@@ -229,8 +229,8 @@ def test_what_is_no_checkpoint_of_the_run_is_neither_read_nor_deleted(tmp_path):
     for name in ("checkpoint-5.bak", "checkpoint-abc"):
         shutil.copytree(own, home / "checkpoints" / name)
     before = sorted(elsewhere.rglob("*"))
-    assert run_folder.newest_checkpoint(home) == own
-    run_folder.rollback_to_checkpoint(home)
+    assert checkpoints.newest_checkpoint(home) == own
+    checkpoints.rollback_to_checkpoint(home)
     assert sorted(elsewhere.rglob("*")) == before
     others = {f"other-checkpoint-{name}" for name in ("5.bak", "7", "8", "abc")}
     assert {path.name for path in (home / "checkpoints").iterdir()} == {"checkpoint-5", *others}

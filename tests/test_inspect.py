@@ -19,7 +19,7 @@ from dpo_pipeline.data.report import kept_rows
 from dpo_pipeline.data.token_table import LengthLimits
 from dpo_pipeline.evaluation import data_page, token_view
 from dpo_pipeline.inspect_data import count_repeats, leaked_prompts, odd_completions, overlap, run_inspect, text_fields
-from dpo_pipeline.models import load_tokenizer
+from dpo_pipeline.tokenizer import load_tokenizer
 
 SCRIPT = "<script>alert(1)</script>"
 NASTY = f'{SCRIPT} \x1b[31mred\x07 \u202eback <img src=x onerror=alert(2)> | [a](javascript:b) ``` &amp; "q"'

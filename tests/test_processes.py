@@ -16,7 +16,7 @@ from datasets import load_from_disk
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dpo_pipeline import hardware, run_folder
+from dpo_pipeline import checkpoints, hardware, run_folder
 from dpo_pipeline.cli import main
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
@@ -167,7 +167,7 @@ def test_a_signal_stops_both_ranks_at_one_step_and_the_command_goes_on(stage, se
     assert done.returncode != 0
     assert seen[0]["step"] == seen[1]["step"] < 16
     assert read_json(folder / "status.json")["state"] == "interrupted"
-    assert run_folder.newest_checkpoint(folder).name == f"checkpoint-{seen[0]['step']}"
+    assert checkpoints.newest_checkpoint(folder).name == f"checkpoint-{seen[0]['step']}"
     assert done.stdout.count("interrupted: type the same command to go on from") == 1
     done, seen = two_ranks(tmp_path, *call)
     assert done.returncode == 0
@@ -220,7 +220,7 @@ def test_a_sharded_run_that_was_stopped_goes_on_and_in_whole_copies_it_is_refuse
     done, seen = two_ranks(tmp_path, *stopped, SIGNAL="launcher SIGINT", **FSDP2)
     assert done.returncode != 0
     folder = whole.sft_folder.with_name("stopped-fsdp")
-    assert run_folder.newest_checkpoint(folder).name == f"checkpoint-{seen[1]['step']}"
+    assert checkpoints.newest_checkpoint(folder).name == f"checkpoint-{seen[1]['step']}"
     refused = launched(*TWO, "-m", "dpo_pipeline.sft", *stopped[1:], "batch.micro_size=4")
     assert f"{folder} began with sharded=fsdp and cannot resume" in refused.stderr
     done, _ = two_ranks(tmp_path, *stopped, **FSDP2)

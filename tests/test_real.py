@@ -12,8 +12,8 @@ from dpo_pipeline.data.token_table import LengthLimits, tokenize
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.evaluate import run_evaluate
 from dpo_pipeline.inspect_data import run_inspect
-from dpo_pipeline.models import load_tokenizer
 from dpo_pipeline.sft import run_sft
+from dpo_pipeline.tokenizer import load_tokenizer
 
 SHARED = CONF.parent.parent / "shared"
 POLITE = SHARED / "data" / "rasbt_preference" / "instruction-data-with-preference.json"

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dpo_pipeline import run_folder
+from dpo_pipeline import checkpoints, run_folder
 from dpo_pipeline.cli import interrupt
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.hardware import STOPS
@@ -62,7 +62,7 @@ def test_an_interrupted_run_is_resumed_bit_for_bit(stage, typed, small, sft, mon
             run_stage(stopped, stage)
     other = stopped.sft_folder if stage == "sft" else stopped.dpo_folder
     assert run_folder.run_state(other) == "interrupted"
-    assert run_folder.newest_checkpoint(other).name == "checkpoint-7"
+    assert checkpoints.newest_checkpoint(other).name == "checkpoint-7"
     assert not (other / "final").exists()
     run_stage(stopped, stage)
     assert run_folder.run_state(other) == "done"
@@ -95,7 +95,7 @@ def test_a_signal_to_stop_ends_a_command_with_75_and_a_checkpoint(sent, tmp_path
     assert "Traceback" not in printed
     assert "interrupted: type the same command to go on from" in printed
     assert run_folder.run_state(folder) == "interrupted"
-    assert run_folder.newest_checkpoint(folder)
+    assert checkpoints.newest_checkpoint(folder)
 
 
 def test_a_signal_that_comes_while_python_deletes_something_is_not_lost():

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_pipeline import content_hash, locks, record, run_folder
+from dpo_pipeline import checkpoints, content_hash, locks, record, run_folder
 from dpo_pipeline.config import compose
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
@@ -48,7 +48,7 @@ def test_an_empty_place_is_new(tmp_path):
 def test_the_same_identity_is_done_or_resumed_with_or_without_overwrite(state, decision, overwrite, tmp_path):
     lay(tmp_path, state, {"beta": 0.1}, checkpoint=True)
     assert run_folder.decide(tmp_path, {"beta": 0.1}, overwrite) == decision
-    assert run_folder.newest_checkpoint(tmp_path)
+    assert checkpoints.newest_checkpoint(tmp_path)
 
 
 def test_another_identity_is_refused_with_both_values_and_what_to_type(tmp_path):
@@ -101,8 +101,8 @@ def test_the_newest_checkpoint_is_the_newest_complete_one(tmp_path):
     for step in (9, 10):
         write_json(tmp_path / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json", {})
     (tmp_path / "checkpoints" / "checkpoint-11").mkdir()
-    assert run_folder.newest_checkpoint(tmp_path).name == "checkpoint-10"
-    assert run_folder.newest_checkpoint(tmp_path / "nowhere") is None
+    assert checkpoints.newest_checkpoint(tmp_path).name == "checkpoint-10"
+    assert checkpoints.newest_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path):
@@ -343,11 +343,11 @@ def test_torn_checkpoints_are_never_resumed_from_and_go_before_a_run_goes_on(tmp
         saved_at(tmp_path, 12, {**whole, "rng_state_1.pth": saved.getvalue()[:-30]}),
         saved_at(tmp_path, 13, {**whole, "optimizer.pt": b""}),
     ]
-    assert run_folder.newest_checkpoint(tmp_path) == kept
+    assert checkpoints.newest_checkpoint(tmp_path) == kept
     rows = [{"step": 7, "loss": 1}, {"step": 8, "loss": 1}, {"step": 8, "train_runtime": 1}, {"step": 9, "loss": 1}]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 9, "lo')
-    run_folder.rollback_to_checkpoint(tmp_path)
+    checkpoints.rollback_to_checkpoint(tmp_path)
     assert kept.is_dir()
     assert not [place for place in torn if place.exists()]
     assert record.read_metrics(tmp_path) == rows[:2]

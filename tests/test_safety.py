@@ -22,7 +22,7 @@ from dpo_pipeline.data.token_table import LengthLimits, tokenize
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluation.subsets import bias, largest_changes, safety
 from dpo_pipeline.evaluation.tables import bias_table, changes_as_markdown, safety_table
-from dpo_pipeline.models import load_tokenizer
+from dpo_pipeline.tokenizer import load_tokenizer
 from dpo_pipeline.training.tiny import word_tokenizer
 
 SHARED = CONF.parent.parent / "shared"

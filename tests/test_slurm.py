@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_pipeline import run_folder
+from dpo_pipeline import checkpoints
 from dpo_pipeline.config import CONF
 from dpo_pipeline.record import read_json
 from tests.helpers import SMALL
@@ -157,7 +157,7 @@ def test_what_the_limit_interrupts_is_requeued_and_ends_with_the_same_bytes(whol
     job = slurm.submit([*typed, "sft_variant=stopped"], "--time=10", warning)
     until(lambda: status(other)["state"] == "interrupted")
     slurm("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # so that the rest is not interrupted
-    stopped = run_folder.newest_checkpoint(other)
+    stopped = checkpoints.newest_checkpoint(other)
     assert stopped.name == f"checkpoint-{status(other)['step']}"
     told = slurm.ended(job)
     assert (told["JobState"], told["Restarts"], status(other)["state"]) == ("COMPLETED", "1", "done")

@@ -17,7 +17,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra_plugins.dpo_pipeline import launcher
 
-from dpo_pipeline import locks, run_folder
+from dpo_pipeline import checkpoints, locks, run_folder
 from dpo_pipeline.config import CONF
 from dpo_pipeline.data import prepare
 from dpo_pipeline.dpo import run_dpo
@@ -91,7 +91,7 @@ def test_a_killed_job_has_failed_and_ctrl_c_stops_the_others_at_a_checkpoint(typ
     assert "stopping 1 job(s) at a checkpoint: type the same command to resume" in printed
     assert re.search(r"seed=22: interrupted, loss 0\.\d+ at step \d+", printed)
     assert run_folder.run_state(folders[22]) == "interrupted"
-    assert run_folder.newest_checkpoint(folders[22])
+    assert checkpoints.newest_checkpoint(folders[22])
 
 
 def test_rows_are_tokenized_once_for_every_beta_loss_and_seed(small, sft, tmp_path, monkeypatch):

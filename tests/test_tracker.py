@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dpo_pipeline import run_folder
+from dpo_pipeline import checkpoints, run_folder
 from dpo_pipeline.config import compose
 from dpo_pipeline.data.reviews import reward
 from dpo_pipeline.dpo import run_dpo
@@ -278,7 +278,7 @@ def test_an_interrupt_stops_the_sampling_at_the_next_batch_and_loses_no_point(tr
         for checkpoint, points in ((None, None), (folder / "checkpoints" / "checkpoint-2", full.points[:1])):
             with pytest.raises(KeyboardInterrupt):
                 train("variant=stopped")
-            assert run_folder.newest_checkpoint(folder) == checkpoint
+            assert checkpoints.newest_checkpoint(folder) == checkpoint
             assert run_folder.read_json(folder / run_folder.TRACKER_FILE) == points
     assert caplog.text.count("SIGTERM: stops with a checkpoint after this step or evaluation") == 2
     assert train("variant=stopped").points == full.points
@@ -299,10 +299,10 @@ def test_what_lies_behind_the_checkpoint_is_cut_from_the_points(tmp_path):
     points = [{"step": step, "kl": 0.1 * step} for step in (0, 2, 4, 6)]
     run_folder.write_json(tmp_path / run_folder.TRACKER_FILE, points)
     run_folder.write_json(tmp_path / "checkpoints" / "checkpoint-4" / "trainer_state.json", {})
-    run_folder.rollback_to_checkpoint(tmp_path)
+    checkpoints.rollback_to_checkpoint(tmp_path)
     assert run_folder.read_json(tmp_path / run_folder.TRACKER_FILE) == points[:3]
     (tmp_path / "checkpoints" / "checkpoint-4" / "trainer_state.json").unlink()
-    run_folder.rollback_to_checkpoint(tmp_path)
+    checkpoints.rollback_to_checkpoint(tmp_path)
     assert run_folder.read_json(tmp_path / run_folder.TRACKER_FILE) == []
 
 

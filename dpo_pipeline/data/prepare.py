@@ -26,8 +26,9 @@ from dpo_pipeline.data.token_table import LengthLimits, check_ids, table_fingerp
 from dpo_pipeline.distributed import is_main_process, on_main_process, processes
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.locks import file_lock
-from dpo_pipeline.models import LoadOptions, load_config, load_generation_config, load_options, load_tokenizer
+from dpo_pipeline.models import LoadOptions, load_config, load_generation_config, load_options
 from dpo_pipeline.schema import Run
+from dpo_pipeline.tokenizer import load_tokenizer
 
 __all__ = ["Prepared", "prepare", "table_fingerprint"]
 

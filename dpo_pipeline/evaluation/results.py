@@ -111,7 +111,12 @@ def write_name_results(
     """
     with file_lock(home / "results.json"):
         if folders is None:
-            patterns = ("base/eval.json", "sft/*/eval.json", "dpo/**/eval.json")
+            patterns = (
+                "base/eval.json",
+                "sft/*/eval.json",
+                "dpo/*/eval.json",
+                "dpo/*/*/eval.json",
+            )  # `**` follows no link
             folders = [file.parent for pattern in patterns for file in sorted(home.glob(pattern))]
         policies, answers = {}, {}
         # An older version of this package wrote no tables, and other numbers.

@@ -4,7 +4,8 @@ from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.hardware import device
 from dpo_pipeline.judges.judge import Completion, Judge, Results
 from dpo_pipeline.logprobs import completion_logprobs
-from dpo_pipeline.models import LoadOptions, adapter_base, is_adapter, load_policy, load_tokenizer
+from dpo_pipeline.models import LoadOptions, adapter_base, is_adapter, load_policy
+from dpo_pipeline.tokenizer import load_tokenizer
 
 
 def implicit_reward(policy: str, reference: str, beta: float, load_options: LoadOptions, batch_size: int = 8) -> Judge:

@@ -10,9 +10,10 @@ from typing import Any
 from dpo_pipeline.data.prepare import Prepared
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.hardware import gigabytes
-from dpo_pipeline.models import check_same_tokenizer, empty_model, weights_outside_adapter
+from dpo_pipeline.models import empty_model, weights_outside_adapter
 from dpo_pipeline.record import RunRecord
 from dpo_pipeline.schema import Run
+from dpo_pipeline.tokenizer import check_same_tokenizer
 from dpo_pipeline.training.preflight import check_rows
 from dpo_pipeline.training.starting_policy import StartingPolicy, new_adapter
 

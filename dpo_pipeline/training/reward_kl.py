@@ -12,12 +12,12 @@ import torch
 from transformers import TrainerCallback
 
 from dpo_pipeline import estimates
+from dpo_pipeline.checkpoints import TRACKER_FILE
 from dpo_pipeline.distributed import map_over_ranks, on_main_process
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.logprobs import completion_logprobs
 from dpo_pipeline.naming import TRACKED
 from dpo_pipeline.record import RunRecord, read_json, write_json
-from dpo_pipeline.run_folder import TRACKER_FILE
 from dpo_pipeline.sampling import sample
 from dpo_pipeline.schema import Run
 from dpo_pipeline.training.callbacks import CheckpointOnInterrupt

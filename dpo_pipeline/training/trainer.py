@@ -14,6 +14,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer
 
+from dpo_pipeline.checkpoints import newest_checkpoint
 from dpo_pipeline.content_hash import WEIGHTS, content_hash
 from dpo_pipeline.data.prepare import Prepared, table_fingerprint
 from dpo_pipeline.distributed import on_main_process, processes
@@ -21,7 +22,6 @@ from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.hardware import STOPS, device
 from dpo_pipeline.logprobs import completion_logprobs
 from dpo_pipeline.models import LoadOptions, load_policy
-from dpo_pipeline.run_folder import newest_checkpoint
 from dpo_pipeline.training.callbacks import CheckpointOnInterrupt, KeepRandomState
 from dpo_pipeline.training.merge import add_older_keys
 from dpo_pipeline.training.starting_policy import StartingPolicy
