@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 
 .NOTPARALLEL:
-.PHONY: help install check inspect sft dpo sweep evaluate deepspeed test test-real test-slurm test-chaos bench-data bench-eval \
+.PHONY: help install check inspect sft dpo sweep evaluate deepspeed test test-real test-slurm test-chaos test-gpu bench-data bench-eval \
 	bench-sweep lint clean
 .DEFAULT_GOAL := help
 
@@ -60,6 +60,9 @@ test-slurm: install  ## get Slurm from Debian into .slurm/ and run the tests on 
 
 test-chaos: install  ## kill runs at random moments, resume them and compare; prints the tally
 	@$(PY) -m tests.chaos
+
+test-gpu: install  ## check one GPU in under 8 minutes: precisions, references, memory, speed; prints a table
+	@$(PY) -m tests.gpu $(ARGS)
 
 bench-data: install  ## time the preparation of 160,000 pairs against DPOTrainer's own; prints peak memory
 	@$(PY) tests/bench/data.py

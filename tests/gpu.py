@@ -10,51 +10,43 @@ Tokens/s are those of the steps after the first, prompts included; peak memory i
 
 import argparse
 import gc
-import json
-import math
 import os
-import random
 import re
 import shutil
 import sys
 import tempfile
 import time
 import traceback
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import SkipTest
 from unittest.mock import patch
 
 os.environ.update(TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
+import psutil
+import torch
+from transformers import TrainerCallback
+
 from dpo_pipeline.config import compose
+from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.hardware import mixed_precision
 from dpo_pipeline.quiet import quiet
 from dpo_pipeline.record import read_json, read_metrics
+from dpo_pipeline.sft import run_sft
+from tests.shapes import SHAPES, TINY, make_model, write_pairs
 
 GIB = 2**30
+LOG = Path(tempfile.gettempdir()) / "dpo-pipeline-gpu.log"
 CAP = 14.5 * GIB  # a T4
 LAYER_BYTES = 0.41e9  # of one layer of the 7B shape in bfloat16
-SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
-SHAPES = {
-    "135M": (576, 1536, 30, 9, 3, 49152),
-    "1.4B": (2048, 5632, 24, 16, 16, 50304),
-    "7B": (4096, 11008, 32, 32, 32, 32000),
-}
-TINY = (64, 128, 2, 2, 2, 256)  # in place of each of them on a CPU
-EMBEDDED = (
-    *("name=embedded", "model.builder.hidden_size=32", "model.builder.layers=2", "model.builder.heads=2"),
-    *("model.builder.steps=40", "dataset.rows=300", "batch.global_size=16"),
-)
-SHORT = (
-    *("evaluation.tracker_prompts=0", "sft_best=last", "sft.logging_steps=1", "dpo.logging_steps=1"),
-    *("sft.eval_steps=100000", "dpo.eval_steps=100000"),
-)
+EMBEDDED = "name=embedded model.builder.hidden_size=32 model.builder.layers=2 model.builder.heads=2".split()
+EMBEDDED += "model.builder.steps=40 dataset.rows=300 batch.global_size=16".split()
+SHORT = "evaluation.tracker_prompts=0 sft_best=last sft.logging_steps=1 dpo.logging_steps=1".split()
+SHORT += "sft.eval_steps=100000 dpo.eval_steps=100000".split()
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}  # of the losses of equal runs, in nats
-
-
-class SkippedCheck(Exception):
-    """This device cannot do a check."""
 
 
 class Bench:
@@ -64,16 +56,8 @@ class Bench:
         self.root, self.on_gpu, self.steps = root, on_gpu, steps
         self.trainings: dict[str, dict[str, Any]] = {}
 
-    def require_gpu(self) -> None:
-        if not self.on_gpu:
-            raise SkippedCheck("needs a GPU")
-
     def train(self, stage: str, variant: str, *overrides: str) -> dict[str, Any]:
         """Train by the stage's command, without its comparison of policies: manifest, losses, loss scale, speed."""
-        from transformers import TrainerCallback
-
-        from dpo_pipeline.dpo import run_dpo
-        from dpo_pipeline.sft import run_sft
         from dpo_pipeline.training import preflight, trainer
 
         ends, limits, facts = [], [], {}
@@ -89,18 +73,16 @@ class Bench:
             limits.append(float(tolerance(*args).min()))
             return tolerance(*args)
 
-        key = {"sft": "sft_variant", "dpo": "variant"}[stage]
+        command, key = {"sft": (run_sft, "sft_variant"), "dpo": (run_dpo, "variant")}[stage]
         run = compose([f"root={self.root}", *SHORT, f"{stage}.max_steps={self.steps}", f"{key}={variant}", *overrides])
         with (
             patch.object(trainer, "train", train_with_clock),
             patch.object(preflight, "tolerance", note_limit),
             patch("dpo_pipeline.evaluation.compare.compare_policies"),
         ):
-            {"sft": run_sft, "dpo": run_dpo}[stage](run)
+            command(run)
         rows = [row for row in read_metrics(facts["folder"]) if "loss" in row]
         losses, tokens = [row["loss"] for row in rows], rows[-1]["num_tokens"] - rows[0]["num_tokens"]
-        if not all(map(math.isfinite, losses)):
-            raise ValueError(f"{variant} {stage}: a loss is no number: {losses}")
         facts |= {"losses": losses, "speed": tokens / (ends[-1] - ends[0])}
         if limits:
             reward = re.search(r"largest reward (\S+) nats", (facts["folder"] / "train.log").read_text("utf-8"))
@@ -112,67 +94,16 @@ class Bench:
         """Train a model of a shape on random words, so many tokens a row; DPO starts from that base too."""
         model, data = self.root / f"model-{shape}", self.root / f"{tokens}.jsonl"
         if not model.exists():
-            make_model(model, dict(zip(SIZES, SHAPES[shape] if self.on_gpu else TINY, strict=True)), layers)
-        write_rows(data, 160, tokens)
+            make_model(model, SHAPES[shape] if self.on_gpu else TINY, layers)
+        write_pairs(data, 40_000 // tokens, tokens)
         keys = ("model=path", f"model.path={model}", "policy=base", "dataset=json", f"dataset.path={data}")
         return self.train(stage, shape, *keys, f"name={tokens}", f"length.max={tokens}", *overrides)
 
 
-def make_model(folder: Path, sizes: dict[str, int], layers: int = 0) -> None:
-    """Write a Llama of random bfloat16 weights, a file a layer. All layers hold the same values: one is in memory."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from dpo_pipeline.training.tiny import word_tokenizer
-
-    tokenizer, place = word_tokenizer(), "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer.model_max_length = 2048
-    ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    layers = {"num_hidden_layers": layers or sizes["num_hidden_layers"]}
-    config = LlamaConfig(**sizes | layers | ends, max_position_embeddings=2048, tie_word_embeddings=False)
-    config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
-    with torch.device("meta"):
-        parameters = dict(LlamaForCausalLM(config).named_parameters())
-    values, files, generator = {}, {}, torch.Generator(place).manual_seed(0)
-    for name, weight in parameters.items():
-        layer, key = re.search(r"layers\.(\d+)", name), re.sub(r"layers\.\d+", "", name)
-        files.setdefault(f"layer-{layer[1]}.safetensors" if layer else "rest.safetensors", {})[name] = key
-        if key not in values:
-            drawn = torch.randn(weight.shape, generator=generator, device=place, dtype=torch.bfloat16).mul(0.02).cpu()
-            values[key] = drawn if weight.dim() > 1 else torch.ones_like(drawn)
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    for file, keys in files.items():
-        save_file({name: values[key] for name, key in keys.items()}, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: file for file, keys in files.items() for name in keys}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def write_rows(file: Path, count: int, tokens: int) -> None:
-    """Write pairs of random words: half of the tokens for the prompt, half for each completion."""
-    from dpo_pipeline.data.reviews import VOCABULARY
-
-    rng = random.Random(0)
-    with file.open("w") as output:
-        for _ in range(count):
-            text = [" ".join(rng.choices(VOCABULARY, k=tokens // 2 - 1)) for _ in range(3)]
-            row = {"prompt": f"{text[0]}\n", "chosen": text[1], "rejected": text[2]}
-            output.write(json.dumps(row) + "\n")
-
-
-@contextmanager
-def memory_cap(size: float):
-    """Let PyTorch allocate at most so many bytes of the GPU."""
-    import torch
-
-    gc.collect()
+def cap_memory(size: float) -> None:
+    """Let PyTorch allocate at most so many bytes of the GPU, until the check ends."""
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, size / torch.cuda.get_device_properties(0).total_memory))
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def compare_losses(losses: list[float], others: list[float], precision: str) -> str:
@@ -185,14 +116,13 @@ def compare_losses(losses: list[float], others: list[float], precision: str) -> 
 
 def check_precision(bench: Bench, precision: str) -> str:
     """SFT and DPO of all weights against float32; fp16 is what `auto` takes where the GPU has no bf16, as a T4."""
-    if precision == "fp16":
-        bench.require_gpu()
+    if precision == "bf16" and mixed_precision("auto") == "fp16":
+        raise SkipTest("this GPU has no bf16")
     gaps, requested = [], {"fp16": "auto"}.get(precision, precision)
     for stage in ("sft", "dpo"):
         start = [*EMBEDDED, "sft_variant=fp32"] if stage == "dpo" else EMBEDDED
-        known = bench.trainings.get(f"fp32 {stage}")
-        exact = known or bench.train(stage, "fp32", "precision=fp32", *start)
-        with patch("torch.cuda.is_bf16_supported", return_value=precision != "fp16"):
+        exact = bench.trainings.get(f"fp32 {stage}") or bench.train(stage, "fp32", "precision=fp32", *start)
+        with patch("torch.cuda.is_bf16_supported", lambda **options: precision == "bf16"):
             facts = bench.train(stage, precision, f"precision={requested}", *start)
         if facts["precision"] != precision:
             raise ValueError(f"precision={requested} trained in {facts['precision']}")
@@ -214,25 +144,22 @@ def check_nf4(bench: Bench) -> str:
 def check_references(bench: Bench) -> str:
     """A continued adapter has the same losses with each reference."""
     gaps = []
-    for precision in ("fp32", "bf16") if bench.on_gpu else ("fp32",):
-        keys, losses = (*EMBEDDED, "lora=r8", f"precision={precision}"), {}
+    for precision in dict.fromkeys(("fp32", mixed_precision("auto"))):
+        keys = (*EMBEDDED, "lora=r8", f"precision={precision}", f"sft_variant=lora-{precision}")
         bench.train("sft", f"lora-{precision}", *keys)
-        for mode in ("cached", "frozen", "adapter"):
-            start = (f"sft_variant=lora-{precision}", f"reference={mode}")
-            losses[mode] = bench.train("dpo", f"{mode}-{precision}", *keys, *start)["losses"]
-        for mode in ("frozen", "adapter"):
-            gaps.append(f"{mode} {precision} {compare_losses(losses['cached'], losses[mode], precision)}")
-    return f"losses differ from cached: {', '.join(gaps)}"
+        cached, *others = (
+            bench.train("dpo", f"{mode}-{precision}", *keys, f"reference={mode}")["losses"]
+            for mode in ("cached", "frozen", "adapter")
+        )
+        gaps += [f"{precision} {compare_losses(cached, losses, precision)}" for losses in others]
+    return f"losses of frozen and adapter differ from cached: {', '.join(gaps)}"
 
 
 def check_out_of_memory(bench: Bench) -> str:
     """135M parameters in 0.9 GiB: the weights fit, gradients do not."""
-    import torch
-
-    bench.require_gpu()
+    cap_memory(torch.cuda.memory_allocated() + 0.9 * GIB)
     try:
-        with memory_cap(torch.cuda.memory_allocated() + 0.9 * GIB):
-            bench.train_shape("dpo", "135M", 256, "batch.global_size=16", "batch.micro_size=16")
+        bench.train_shape("dpo", "135M", 256, "batch.global_size=16", "batch.micro_size=16")
     except PipelineError as error:
         if re.search(r"out of memory.*batch\.micro_size=8", str(error)):
             return str(error).split("Add one of these, ")[1]
@@ -240,29 +167,30 @@ def check_out_of_memory(bench: Bench) -> str:
     raise ValueError("trained in 0.9 GiB")
 
 
-def measure_speed(bench: Bench, stage: str, shape: str, *overrides: str) -> str:
-    facts = bench.train_shape(stage, shape, 512 if bench.on_gpu else 64, "batch.global_size=16", *overrides)
-    return describe_speed(facts)
-
-
-def describe_speed(facts: dict[str, Any]) -> str:
+def measure_speed(bench: Bench, stage: str, shape: str, *overrides: str, tokens: int = 512, layers: int = 0) -> str:
+    tokens = tokens if bench.on_gpu else 64
+    facts = bench.train_shape(stage, shape, tokens, "batch.global_size=16", *overrides, layers=layers)
     sizes = f"{facts['trainable_parameters'] / 1e6:,.1f}M of {facts['parameters'] / 1e6:,.1f}M parameters"
     peak = facts["peak_memory_bytes"] / GIB
-    return f"{facts['precision']}, {sizes}: {facts['speed']:,.0f} tokens/s, peak {peak:.2f} GiB"
+    return f"{facts['precision']}, {sizes}: {facts['speed']:,.0f} tokens/s of {tokens} a row, peak {peak:.2f} GiB"
 
 
 def check_qlora(bench: Bench) -> str:
     """QLoRA DPO of 7B at 1,024 tokens within 14.5 GiB; fewer layers where the disk or the host is short."""
-    import psutil
-
-    keys = ("lora=r16", "quantization=nf4", "model.activation_checkpointing=true", "batch.global_size=4")
-    if not bench.on_gpu:
-        return describe_speed(bench.train_shape("dpo", "7B", 64, *keys, "batch.micro_size=1"))
-    room = min(shutil.disk_usage(bench.root).free, psutil.virtual_memory().available) - 4e9
-    layers = max(2, min(32, int(room // LAYER_BYTES)))
-    with memory_cap(CAP):
-        facts = bench.train_shape("dpo", "7B", 1024, *keys, "batch.micro_size=1", "dpo.max_steps=3", layers=layers)
-    return f"{layers} of 32 layers, {describe_speed(facts)}"
+    layers = 2
+    if bench.on_gpu:
+        room = min(shutil.disk_usage(bench.root).free, psutil.virtual_memory().available) - 4e9
+        layers = max(2, min(32, int(room // LAYER_BYTES)))
+        cap_memory(CAP)
+    keys = (
+        "lora=r16",
+        "quantization=nf4",
+        "model.activation_checkpointing=true",
+        "dpo.max_steps=3",
+        "batch.global_size=4",
+    )
+    speed = measure_speed(bench, "dpo", "7B", *keys, "batch.micro_size=1", tokens=1024, layers=layers)
+    return f"{layers} layers, {speed}"
 
 
 def check_preflight(bench: Bench) -> str:
@@ -287,6 +215,7 @@ CHECKS = {
     "QLoRA DPO 7B": check_qlora,
     "preflight": check_preflight,  # reads the others
 }
+NEEDS_GPU = ("fp16 alone", "out of memory")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -295,28 +224,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--only", nargs="+", default=list(CHECKS), choices=CHECKS, metavar="CHECK")
     parser.add_argument("--steps", type=int, default=6, help="of each training")
-    parser.add_argument("--log", type=Path, default=Path(tempfile.gettempdir()) / "dpo-pipeline-gpu.log")
     options = parser.parse_args(arguments)
     if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before CUDA starts
     quiet()
-    import torch
-
     on_gpu = options.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         parser.error("no GPU is visible: type --device cpu for what a CPU can do")
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
-    print(f"{name}, torch {torch.__version__}; log: {options.log}\n\n| check         | result  | seconds | numbers")
+    print(f"{name}, torch {torch.__version__}; log: {LOG}\n\n| check         | result  | seconds | numbers")
     print("| ------------- | ------- | ------- | -------", flush=True)
     results = []
-    with tempfile.TemporaryDirectory(prefix="gpu-") as folder, options.log.open("w") as log:
+    with tempfile.TemporaryDirectory(prefix="gpu-") as folder, LOG.open("w") as log:
         bench = Bench(Path(folder).resolve(), on_gpu, options.steps)
         for check in options.only:
             start = time.monotonic()
             try:
+                if check in NEEDS_GPU and not on_gpu:
+                    raise SkipTest("needs a GPU")
                 with redirect_stdout(log), redirect_stderr(log):
                     result, numbers = "ok", CHECKS[check](bench)
-            except SkippedCheck as reason:
+            except SkipTest as reason:
                 result, numbers = "skipped", str(reason)
             except Exception as error:
                 result, numbers = "FAILED", f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -324,6 +252,8 @@ def main(arguments: list[str] | None = None) -> int:
             results.append(result)
             print(f"| {check:13} | {result:7} | {time.monotonic() - start:7.1f} | {numbers}", flush=True)
             gc.collect()
+            if on_gpu:
+                torch.cuda.set_per_process_memory_fraction(1.0)
     return int("FAILED" in results)
 
 
