@@ -41,11 +41,9 @@ from tests.shapes import SHAPES, TINY, make_model, write_pairs
 GIB = 2**30
 LOG = Path(tempfile.gettempdir()) / "dpo-pipeline-gpu.log"
 EMBEDDED = "name=embedded model.builder.hidden_size=32 model.builder.layers=2 model.builder.heads=2".split()
-EMBEDDED += "model.builder.steps=40 dataset.rows=300 batch.global_size=16".split()
+EMBEDDED += "model.builder.steps=40 dataset.rows=300".split()
 SHORT = "evaluation.tracker_prompts=0 sft_best=last sft.logging_steps=1 dpo.logging_steps=1".split()
-SHORT += "sft.eval_steps=100000 dpo.eval_steps=100000".split()
-SMALL = ("batch.global_size=16", "batch.micro_size=8")
-LARGE = ("batch.global_size=16", "batch.micro_size=2", "lora=r16")
+SHORT += "sft.eval_steps=100000 dpo.eval_steps=100000 batch.global_size=16".split()
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.05}  # of the losses of equal runs, in nats
 
 
@@ -75,11 +73,7 @@ class Bench:
 
         command, key = {"sft": (run_sft, "sft_variant"), "dpo": (run_dpo, "variant")}[stage]
         run = compose([f"root={self.root}", *SHORT, f"{stage}.max_steps={self.steps}", f"{key}={variant}", *overrides])
-        with (
-            patch.object(trainer, "train", train_with_clock),
-            patch.object(preflight, "tolerance", note_limit),
-            patch("dpo_pipeline.evaluation.compare.compare_policies"),
-        ):
+        with patch.object(trainer, "train", train_with_clock), patch.object(preflight, "tolerance", note_limit):
             command(run)
         rows = [row for row in read_metrics(facts["folder"]) if "loss" in row]
         losses, tokens = [row["loss"] for row in rows], rows[-1]["num_tokens"] - rows[0]["num_tokens"]
@@ -94,8 +88,7 @@ class Bench:
     def train_shape(self, stage: str, shape: str, tokens: int, *overrides: str, layers: int = 0) -> dict[str, Any]:
         """Train a model of a shape on random words, so many tokens a row; DPO starts from that base too."""
         model, data = self.root / f"model-{shape}", self.root / f"{tokens}.jsonl"
-        if not model.exists():
-            make_model(model, SHAPES[shape] if self.on_gpu else TINY, layers)
+        make_model(model, SHAPES[shape] if self.on_gpu else TINY, layers)
         write_pairs(data, 40_000 // tokens, tokens)
         keys = ("model=path", f"model.path={model}", "policy=base", "dataset=json", f"dataset.path={data}")
         return self.train(stage, shape, *keys, f"name={tokens}", f"length.max={tokens}", *overrides)
@@ -158,7 +151,7 @@ def check_out_of_memory(bench: Bench) -> str:
     """135M parameters in 0.9 GiB: the weights fit, gradients do not."""
     cap_memory(torch.cuda.memory_allocated() + 0.9 * GIB)
     try:
-        bench.train_shape("dpo", "135M", 256, "batch.global_size=16", "batch.micro_size=16")
+        bench.train_shape("dpo", "135M", 256, "batch.micro_size=16")
     except PipelineError as error:
         if re.search(r"out of memory.*batch\.micro_size=8", str(error)):
             return str(error).split("Add one of these, ")[1]
@@ -170,8 +163,8 @@ def measure_speed(bench: Bench, stage: str, shape: str, *overrides: str, tokens:
     tokens = tokens if bench.on_gpu else 64
     facts = bench.train_shape(stage, shape, tokens, *overrides, layers=layers)
     sizes = f"{facts['trainable_parameters'] / 1e6:,.1f}M of {facts['parameters'] / 1e6:,.1f}M parameters"
-    peak = facts["peak_memory_bytes"] / GIB
-    return f"{facts['precision']}, {sizes}: {facts['speed']:,.0f} tokens/s of {tokens} a row, peak {peak:.2f} GiB"
+    speed, peak = f"{facts['speed']:,.0f} tokens/s of {tokens} a row", facts["peak_memory_bytes"] / GIB
+    return f"{facts['precision']}, {sizes}: {speed}, peak {peak:.2f} GiB"
 
 
 def check_qlora(bench: Bench) -> str:
@@ -181,15 +174,9 @@ def check_qlora(bench: Bench) -> str:
         room = min(shutil.disk_usage(bench.root).free, psutil.virtual_memory().available) - 4e9
         layers = max(2, min(32, int(room // 0.41e9)))  # the bytes of a layer in bfloat16
         cap_memory(14.5 * GIB)
-    keys = (
-        "lora=r16",
-        "quantization=nf4",
-        "model.activation_checkpointing=true",
-        "dpo.max_steps=3",
-        "batch.global_size=4",
-    )
-    speed = measure_speed(bench, "dpo", "7B", *keys, "batch.micro_size=1", tokens=1024, layers=layers)
-    return f"{layers} layers, {speed}"
+    keys = "lora=r16 quantization=nf4 model.activation_checkpointing=true dpo.max_steps=3".split()
+    keys += ["batch.global_size=4", "batch.micro_size=1"]
+    return f"{layers} layers, {measure_speed(bench, 'dpo', '7B', *keys, tokens=1024, layers=layers)}"
 
 
 def check_preflight(bench: Bench) -> str:
@@ -207,10 +194,10 @@ CHECKS = {
     "nf4 + fp16": check_nf4,
     "references": check_references,
     "out of memory": check_out_of_memory,
-    "SFT 135M": lambda bench: measure_speed(bench, "sft", "135M", *SMALL),
-    "DPO 135M": lambda bench: measure_speed(bench, "dpo", "135M", *SMALL),
-    "SFT 1.4B": lambda bench: measure_speed(bench, "sft", "1.4B", *LARGE),
-    "DPO 1.4B": lambda bench: measure_speed(bench, "dpo", "1.4B", *LARGE),
+    "SFT 135M": lambda bench: measure_speed(bench, "sft", "135M", "batch.micro_size=8"),
+    "DPO 135M": lambda bench: measure_speed(bench, "dpo", "135M", "batch.micro_size=8"),
+    "SFT 1.4B": lambda bench: measure_speed(bench, "sft", "1.4B", "batch.micro_size=2", "lora=r16"),
+    "DPO 1.4B": lambda bench: measure_speed(bench, "dpo", "1.4B", "batch.micro_size=2", "lora=r16"),
     "QLoRA DPO 7B": check_qlora,
     "preflight": check_preflight,  # reads the others
 }
@@ -234,7 +221,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{name}, torch {torch.__version__}; log: {LOG}\n\n| check         | result  | seconds | numbers")
     print("| ------------- | ------- | ------- | -------", flush=True)
     results = []
-    with tempfile.TemporaryDirectory(prefix="gpu-") as folder, LOG.open("w") as log:
+    no_comparison = patch("dpo_pipeline.evaluation.compare.compare_policies")
+    with tempfile.TemporaryDirectory(prefix="gpu-") as folder, LOG.open("w") as log, no_comparison:
         bench = Bench(Path(folder).resolve(), on_gpu, options.steps)
         for check in options.only:
             start = time.monotonic()

@@ -19,7 +19,9 @@ TINY = (64, 128, 2, 2, 2, 256)  # in place of each of them on a CPU
 
 
 def make_model(folder: Path, shape: tuple[int, ...], layers: int = 0) -> None:
-    """Write a Llama of random bfloat16 weights, a file a layer. All layers hold the same values: one is in memory."""
+    """Write a Llama of random bfloat16 weights, unless it is there; layers share their values: one is in memory."""
+    if folder.exists():
+        return
     tokenizer, place = word_tokenizer(), "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer.model_max_length = 2048
     ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
