@@ -637,7 +637,8 @@ def test_a_broken_output_is_no_traceback(name, here):
     command = f"{sys.executable} -m dpo_pipeline.inspect_data {GIVEN} {redirection}"
     call = ["bash", "-c", f"set -o pipefail; {command}"]
     done = subprocess.run(call, env=os.environ | variables, capture_output=True, text=True)
-    assert done.returncode in ((1,) if variables == {} else (0,)), done.stderr
+    # What fits into the pipe's buffer before its reader ends is no error.
+    assert done.returncode in {"a closed pipe": (0, 1), "a full device": (1,)}.get(name, (0,)), done.stderr
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
 

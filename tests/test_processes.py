@@ -356,7 +356,7 @@ def test_make_check_looks_at_both_stages():
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_sweep_under_a_launcher_is_refused(rank, monkeypatch):
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", rank)):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", rank), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["dpo.py", "-m", "beta=0.1,0.3"])
     monkeypatch.setattr("dpo_pipeline.cli.time.sleep", lambda seconds: None)
