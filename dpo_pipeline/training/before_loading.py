@@ -77,7 +77,7 @@ def plan_steps(run: Run, stage: str, args: Any, rows: int) -> None:
     if steps == 1:
         args.warmup_steps = 0
     warmup = args.get_warmup_steps(steps)
-    log.info("%d steps of %d rows: %.3g epochs, of them %d steps of warm-up", steps, size, steps / epoch, warmup)
+    log.info("%d steps of %d rows (epochs: %.3g), the first %d are warm-up", steps, size, steps / epoch, warmup)
     if run.debug:
         log.warning("debug=true: %d steps on %d rows show that it works, its numbers mean nothing", steps, rows)
     elif steps < FEW_STEPS:
