@@ -19,7 +19,8 @@ def format_number(value: float | None) -> str:
 
 
 def markdown_table(rows: list[list[str]]) -> str:
-    """A Markdown table with aligned columns; the first row is the header."""
+    """A Markdown table with aligned columns, of cells on one line and without pipes; the first row is the header."""
+    rows = [[one_line(cell, limit=1000).replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rule = ["-" * width for width in widths]
     lines = []

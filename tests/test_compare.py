@@ -250,3 +250,11 @@ def test_the_verdict_says_in_words_which_is_better(sign, p, words):
     assert "by length" not in text
     assert "KL is above evaluation.kl_budget=10; its completions are longer" in text
     assert "2 of 9 results of truth are unreadable" in text
+
+
+def test_a_cell_breaks_no_table_and_sends_nothing_to_the_terminal():
+    text = formatting.markdown_table([["name", "a|b"], ["x\ny", "\x1b]0;title\x07"]])
+    lines = text.splitlines()
+    assert len(lines) == 3
+    assert "a\\|b" in lines[0]
+    assert not set(text) & set("\x1b\x07")
