@@ -50,7 +50,7 @@ def a_rank() -> None:
     step_end, save = callbacks.Metrics.on_step_end, SFTTrainer._save_optimizer_and_scheduler
 
     def counted(*args):
-        seen["tokenized"] = seen.get("tokenized", 0) + 1
+        seen["tokenized"] += 1
         return tokenize(*args)
 
     def cached(made, *args):
@@ -92,6 +92,7 @@ def a_rank() -> None:
     everything = []
     for command in json.loads(os.environ["COMMANDS"]):
         os.environ["STAGE"], *sys.argv[1:] = command
+        seen["tokenized"] = 0
         try:
             main(told)
         finally:

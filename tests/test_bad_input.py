@@ -194,11 +194,11 @@ def run_of(stage, typed, state="done", pid=None):
         run = compose(typed.split())
         place = run.sft_folder if stage == "sft" else run.dpo_folder
         status = {"state": state, "step": 5, "error": None, "pid": pid or os.getpid(), "host": socket.gethostname()}
-        run_folder.write_json(place / "status.json", status)
-        run_folder.write_json(
+        record.write_json(place / "status.json", status)
+        record.write_json(
             place / "manifest.json", {"identity": run_folder.identity(run, stage), "final": {"sha256": "x"}}
         )
-        run_folder.write_json(place / "checkpoints" / "checkpoint-5" / "trainer_state.json", {})
+        record.write_json(place / "checkpoints" / "checkpoint-5" / "trainer_state.json", {})
         file("final/model.safetensors", "weights")(place, parts)
 
     return lay
@@ -757,7 +757,7 @@ def test_ctrl_c_ends_with_75_anywhere_and_the_same_command_goes_on(name, here, m
     main(STAGES[stage])
     assert run_folder.run_state(own) == "done"
     assert (own / "final" / "model.safetensors").is_file()
-    assert stage == "sft" or "dpo/run" in run_folder.read_json(here / "outputs/run/results.json")["policies"]
+    assert stage == "sft" or "dpo/run" in record.read_json(here / "outputs/run/results.json")["policies"]
 
 
 def test_the_process_itself_ends_with_these_codes(here, parts):
@@ -772,7 +772,7 @@ def test_the_process_itself_ends_with_these_codes(here, parts):
     (here / "pairs.jsonl").write_bytes(good)
     process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
-    while (status := run_folder.read_json(here / SFT / "status.json")) is None or status["pid"] != process.pid:
+    while (status := record.read_json(here / SFT / "status.json")) is None or status["pid"] != process.pid:
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from dpo_pipeline import formatting, run_folder
+from dpo_pipeline import formatting, record
 from dpo_pipeline.data.prepare import Prepared
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.evaluation import eval_set, measure, report, summary, tables
@@ -72,7 +72,7 @@ def test_run_folders_may_be_links(small, sft, tmp_path):
 def test_the_base_against_itself_and_the_shape_of_eval_json(small, sft):
     run = small("variant=shape", *STEPS)
     run_dpo(run)
-    base, dpo = (run_folder.read_json(folder / "eval.json") for folder in (run.home / "base", run.dpo_folder))
+    base, dpo = (record.read_json(folder / "eval.json") for folder in (run.home / "base", run.dpo_folder))
     itself = base["against"]["base"]
     assert itself["preference_accuracy"]["value"] == itself["length_normalised_accuracy"]["value"] == 0.5
     assert [itself[key]["value"] for key in ("margin", "margin_nats", "kl", "kl_per_token")] == [0] * 4
@@ -117,7 +117,7 @@ def loop(model, prompt, completion):
 def test_every_estimate_of_pairs_and_samples_is_that_of_a_plain_loop(small, sft):
     run = small("variant=loop", *STEPS)
     run_dpo(run)
-    result = run_folder.read_json(run.dpo_folder / "eval.json")
+    result = record.read_json(run.dpo_folder / "eval.json")
     on = eval_set.make_eval_sets(run, prepare_run(run, "dpo"))["eval.json"]
     models = {
         name: AutoModelForCausalLM.from_pretrained(path)

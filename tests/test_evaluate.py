@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from dpo_pipeline import run_folder
+from dpo_pipeline import record
 from dpo_pipeline.cli import main
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
@@ -73,9 +73,9 @@ def test_a_whole_name_is_measured_against_the_base_and_each_dpo_against_its_own(
     policies = evaluated["policies"]
     assert set(policies) == {"base", "sft/full", "sft/r8", "dpo/none", "dpo/r8"}
     home = small(*typed).home
-    assert evaluated == run_folder.read_json(home / "results.json")
+    assert evaluated == record.read_json(home / "results.json")
     for name, result in policies.items():
-        assert result == run_folder.read_json((home / "base" if name == "base" else home / name) / "eval.json")
+        assert result == record.read_json((home / "base" if name == "base" else home / name) / "eval.json")
         assert "kl" in result["against"]["base"]
         assert ("reference" in result["against"]) == name.startswith("dpo/")
     assert policies["base"]["against"]["base"]["kl"]["value"] == 0
@@ -88,7 +88,7 @@ def test_a_whole_name_is_measured_against_the_base_and_each_dpo_against_its_own(
                 assert f"length_controlled_{key}{at}" not in own  # of six prompts it would say nothing
         assert own[f"elo.{judge}"]["n"] == 6
     assert "win_rate.truth.sft" not in policies["sft/full"]["own"]  # itself
-    samples = run_folder.read_json(home / "generation_samples.json")
+    samples = record.read_json(home / "generation_samples.json")
     assert len(samples) == 6
     assert set(samples[0]["answers"]) == set(policies)
 
@@ -150,7 +150,7 @@ def test_another_version_of_the_code_or_a_library_measures_anew(small, typed, ev
 def test_what_another_command_has_measured_stays_in_eval_json(small, typed, evaluated):
     run = small(*typed, "lora=none", "variant=none", *STEPS)
     results = run_dpo(run)  # already done: prints its own table
-    own = run_folder.read_json(run.dpo_folder / "eval.json")["own"]
+    own = record.read_json(run.dpo_folder / "eval.json")["own"]
     assert {"win_rate.truth.sft", "elo.truth"} <= set(own)
     assert results["policies"]["dpo/r8"]["against"] == evaluated["policies"]["dpo/r8"]["against"]
     rows = {frozenset((row["one"], row["other"])) for row in results["comparisons"]["truth"]}
@@ -161,7 +161,7 @@ def test_the_numbers_do_not_hang_on_the_batch_nor_on_the_processes(small, typed,
     def numbers(home):
         return {
             f"{name} {block} {key}": estimate["value"]
-            for name, result in run_folder.read_json(home / "results.json")["policies"].items()
+            for name, result in record.read_json(home / "results.json")["policies"].items()
             for block, found in (("own", result["own"]), *result["against"].items())
             for key, estimate in found.items()
             if isinstance(estimate, dict) and "value" in estimate
@@ -217,8 +217,8 @@ def test_without_a_reference_a_folder_is_measured_against_what_it_was_trained_fr
 def test_a_dpo_of_an_sft_that_was_trained_anew_is_left_out(small, typed, evaluated, tmp_path, caplog):
     shutil.copytree(small(*typed).home, tmp_path / "small", ignore=shutil.ignore_patterns("evaluated"))
     file = tmp_path / "small" / "sft" / "full" / "manifest.json"
-    manifest = run_folder.read_json(file)
-    run_folder.write_json(file, {**manifest, "final": {**manifest["final"], "sha256": "another"}})
+    manifest = record.read_json(file)
+    record.write_json(file, {**manifest, "final": {**manifest["final"], "sha256": "another"}})
     (tmp_path / "small" / "sft" / "r8" / "final" / "adapter_model.safetensors").unlink()
     with caplog.at_level("WARNING"):
         found = policies.policies_of_name(small(*typed[1:], f"root={tmp_path}", "dataset.split_seed=3"))
@@ -319,7 +319,7 @@ def test_a_judge_that_cannot_be_read_is_told_of_and_ends_neither_best_of_n_nor_t
         run_evaluate(asked)
     assert (asked.home / "report" / "sweep.md").read_text() == "as it was"
     (asked.home / "report" / "sweep.md").write_text(sweep)
-    results = run_folder.read_json(asked.home / "results.json")
+    results = record.read_json(asked.home / "results.json")
     assert "truth" in results["comparisons"]
     assert results["best_of"]["points"] == best_of["points"]
 
@@ -415,7 +415,7 @@ def test_a_judge_that_fails_costs_no_other_result(small, typed, evaluated, monke
     with pytest.raises(PipelineError, match=r"judge implicit_reward: .*all other results are written") as told:
         run_evaluate(small(*typed[:2], *asked))
     assert "\n" not in str(told.value)
-    results = run_folder.read_json(small(*typed).home / "results.json")
+    results = record.read_json(small(*typed).home / "results.json")
     assert "truth" in results["comparisons"]
     assert "implicit_reward" not in results["comparisons"]
 
@@ -480,7 +480,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_measured_stays(small, typed, e
             main(run_evaluate)
         (disk / "filler").unlink()
         main(run_evaluate)
-        own = run_folder.read_json(disk / "small" / "dpo" / "none" / "eval.json")["own"]
+        own = record.read_json(disk / "small" / "dpo" / "none" / "eval.json")["own"]
         assert "win_rate.truth.sft.t0.33" in own
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -8,7 +8,7 @@ import shlex
 import pytest
 import torch
 
-from dpo_pipeline import run_folder
+from dpo_pipeline import record
 from dpo_pipeline.config import CONF, compose
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.logprobs import completion_logprobs
@@ -138,7 +138,7 @@ def test_a_recipe_runs_whole_and_teaches_what_it_promises(name, gpt2, tmp_path, 
     assert [set(row["answers"]) for row in samples] == [set(policies)] * 4
 
     # SFT imitates the completion that the recipe names: the chosen one of HH, the instruction's own output.
-    sft, dpo = (run_folder.read_json(home / stage / "manifest.json") for stage in ("sft/full", "dpo/it"))
+    sft, dpo = (record.read_json(home / stage / "manifest.json") for stage in ("sft/full", "dpo/it"))
     held_out = 9 if name == "gpt2_instruction_preference" else 16  # a tenth; the others have a test split
     assert sft["rows"] == dpo["rows"] == {"train": 92 - held_out, "validation": 4}
     imitated = logprobs_of(home / "sft/full/final", *asked)

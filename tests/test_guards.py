@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dpo_pipeline import checkpoints, run_folder
+from dpo_pipeline import checkpoints, record, run_folder
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.training import callbacks, guards
@@ -28,7 +28,7 @@ def test_a_rate_that_moves_nothing_or_destroys_everything_ends_the_run(typed, se
     with pytest.raises(PipelineError, match=sentence):
         run_dpo(run)
     assert run_folder.run_state(run.dpo_folder) == "failed"
-    assert "the learning rate" in run_folder.read_json(run.dpo_folder / "status.json")["error"]
+    assert "the learning rate" in record.read_json(run.dpo_folder / "status.json")["error"]
 
 
 def test_a_loss_that_is_no_number_ends_the_run_at_its_step(small, sft, monkeypatch):
@@ -199,7 +199,7 @@ def test_a_second_ctrl_c_stops_at_once_but_not_the_copy_that_a_launcher_sends_on
 def saved_checkpoint(folder, step: int):
     """A checkpoint with the kinds of files that a trainer writes."""
     place = folder / "checkpoints" / f"checkpoint-{step}"
-    run_folder.write_json(place / "trainer_state.json", {})
+    record.write_json(place / "trainer_state.json", {})
     save_file({"a": torch.ones(9)}, place / "model.safetensors")
     for name in ("optimizer.pt", "rng_state.pth", "training_args.bin"):
         torch.save({"a": torch.ones(9)}, place / name)

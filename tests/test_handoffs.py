@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from dpo_pipeline import run_folder
+from dpo_pipeline import record, run_folder
 from dpo_pipeline.config import compose
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
@@ -58,7 +58,7 @@ SFT_FIRST = {  # what a road starts from, beside the fixture's two
 
 def named_base(run) -> str | None:
     """The base that the adapter of a finished DPO names; None where it is a whole model."""
-    config = run_folder.read_json(run.dpo_folder / "final" / "adapter_config.json")
+    config = record.read_json(run.dpo_folder / "final" / "adapter_config.json")
     return config and config["base_model_name_or_path"]
 
 
@@ -82,7 +82,7 @@ def test_a_road_starts_at_its_reference_and_all_reference_modes_agree(road, smal
             assert log[0][key] == pytest.approx(0, abs=1e-5)
         losses[mode] = [row["loss"] for row in log]
         assert abs(losses[mode][-1] - math.log(2)) > 1e-4  # the policy has moved
-        manifest = run_folder.read_json(run.dpo_folder / "manifest.json")
+        manifest = record.read_json(run.dpo_folder / "manifest.json")
         starting = {"base": run.model.path, "sft": run.sft_folder / "final"}.get(run.policy, run.policy)
         assert manifest["starting_policy"] == str(starting)
         assert manifest["reference"] == f"{starting} ({mode})"
@@ -137,7 +137,7 @@ def test_final_loads_with_plain_libraries_from_another_directory(typed, small, s
     ours = load_policy(final, load_options(run))
     ids = AutoTokenizer.from_pretrained(final)("film : the wild river . review :", return_tensors="pt").input_ids
     assert torch.equal(torch.load(out), ours(ids).logits)
-    assert run_folder.read_json(run.dpo_folder / "manifest.json")["final"]["reload_difference_nats"] < 1e-5
+    assert record.read_json(run.dpo_folder / "manifest.json")["final"]["reload_difference_nats"] < 1e-5
     assert not (final / "ref").exists()
     expected = (
         {"adapter_config.json", "adapter_model.safetensors"} if run.lora else {"config.json", "model.safetensors"}
@@ -181,7 +181,7 @@ def test_a_policy_with_another_chat_template_than_its_base_is_refused(small, sft
 def test_a_run_in_16_bits_loads_back_as_it_was_trained(lora, small):
     run = small(f"lora={lora}", "precision=bf16", "sft_variant=bf16-" + lora, "++sft.max_steps=4")
     run_sft(run)
-    manifest = run_folder.read_json(run.sft_folder / "manifest.json")
+    manifest = record.read_json(run.sft_folder / "manifest.json")
     assert manifest["precision"] == "bf16"
     assert manifest["final"]["reload_difference_nats"] < 1e-5
 
@@ -239,7 +239,7 @@ def test_kl_at_step_0_and_later_is_against_the_biases_of_step_0_too(biased):
     points = {}
     for mode in ("cached", "frozen"):
         run_dpo(run := biased(*typed, f"reference={mode}", f"variant=biased-{mode}"))
-        points[mode] = [point["kl"] for point in run_folder.read_json(run.dpo_folder / "reward_kl_tracker.json")]
+        points[mode] = [point["kl"] for point in record.read_json(run.dpo_folder / "reward_kl_tracker.json")]
     assert points["cached"][0] == pytest.approx(0, abs=1e-6)
     assert points["cached"] == pytest.approx(points["frozen"], abs=1e-5)
 
@@ -248,8 +248,8 @@ def test_kl_at_step_0_and_later_is_against_the_biases_of_step_0_too(biased):
 def test_an_adapter_whose_base_is_gone_is_trained_on_the_one_that_is_given(named, small, sft, tmp_path, caplog):
     folder = tmp_path / "adapter"
     shutil.copytree(sft["r8"] / "final", folder)
-    config = run_folder.read_json(folder / "adapter_config.json")
-    run_folder.write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": named})
+    config = record.read_json(folder / "adapter_config.json")
+    record.write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": named})
     run = small("lora=r8", f"policy={folder}", f"variant=gone-{named[:2].strip('/')}", "++dpo.max_steps=2")
     run_dpo(run)
     assert f"names the base {named}, not here: model.path={run.model.path} is taken for it" in caplog.text
@@ -263,10 +263,10 @@ def test_an_adapter_on_a_base_that_was_saved_quantized_is_merged(small, sft, tmp
     model.save_pretrained(tmp_path / "nf4")
     adapter = tmp_path / "final"
     shutil.copytree(sft["r8"] / "final", adapter)
-    config = run_folder.read_json(adapter / "adapter_config.json")
-    run_folder.write_json(adapter / "adapter_config.json", config | {"base_model_name_or_path": f"{tmp_path}/nf4"})
+    config = record.read_json(adapter / "adapter_config.json")
+    record.write_json(adapter / "adapter_config.json", config | {"base_model_name_or_path": f"{tmp_path}/nf4"})
     merge(adapter, tmp_path / "merged", load_options(small("lora=none")))
-    config = run_folder.read_json(tmp_path / "merged" / "config.json")
+    config = record.read_json(tmp_path / "merged" / "config.json")
     assert "quantization_config" not in config
     assert torch.isfinite(load_policy(tmp_path / "merged", load_options(small())).lm_head.weight).all()
 

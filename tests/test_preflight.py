@@ -20,7 +20,7 @@ import trl
 from datasets import Dataset
 from transformers.training_args import OptimizerNames
 
-from dpo_pipeline import run_folder
+from dpo_pipeline import record
 from dpo_pipeline.config import compose
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import OneRankError, PipelineError
@@ -90,7 +90,7 @@ def test_a_reference_named_on_purpose_is_told_and_trains(small, sft):
 @pytest.mark.parametrize("lora", ["none", "r8"])
 def test_an_sft_policy_that_was_not_loaded_is_refused(lora, built, small, sft):
     run = small(f"lora={lora}")
-    fingerprint = run_folder.read_json(sft[lora] / "manifest.json")["final"]["probe"]
+    fingerprint = record.read_json(sft[lora] / "manifest.json")["final"]["probe"]
     preflight.check_start(built("dpo", f"lora={lora}").trainer, fingerprint, True, "the SFT")
     base = load_policy(run.model.path, load_options(run), trainable=True)
     wrong = built("dpo", "lora=none", policy=base).trainer
@@ -99,7 +99,7 @@ def test_an_sft_policy_that_was_not_loaded_is_refused(lora, built, small, sft):
 
 
 def test_an_sft_that_changed_nothing_is_refused(built, sft):
-    fingerprint = run_folder.read_json(sft["none"] / "manifest.json")["final"]["probe"]
+    fingerprint = record.read_json(sft["none"] / "manifest.json")["final"]["probe"]
     unchanged = {**fingerprint, "after": fingerprint["before"]}
     with pytest.raises(PipelineError, match="is the bare base, .*train it again"):
         preflight.check_start(built("dpo", "lora=none").trainer, unchanged, True, "the SFT")

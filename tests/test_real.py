@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dpo_pipeline import run_folder
+from dpo_pipeline import record
 from dpo_pipeline.config import CONF, compose
 from dpo_pipeline.data.report import SPLITS, kept_rows
 from dpo_pipeline.data.splits import load_splits
@@ -49,14 +49,14 @@ def test_sft_then_dpo_on_real_pairs(lora, data, tmp_path):
     run = real("stories260K", *data.split(), *typed)
     run_sft(run)
     results = run_dpo(run)["policies"]
-    first = next(row for row in run_folder.read_metrics(run.dpo_folder) if "loss" in row)
+    first = next(row for row in record.read_metrics(run.dpo_folder) if "loss" in row)
     assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert results["dpo/it"]["against"]["reference"]["margin_nats"]["n"] == 40
-    assert len(run_folder.read_json(run.dpo_folder / "reward_kl_tracker.json")) == 2
+    assert len(record.read_json(run.dpo_folder / "reward_kl_tracker.json")) == 2
     if lora == "r8":
         evaluated_by_a_real_classifier([*data.split(), *typed])
-    rows = run_folder.read_json(run.dpo_folder / "manifest.json")["rows"]
+    rows = record.read_json(run.dpo_folder / "manifest.json")["rows"]
     assert rows == ({"train": 934, "validation": 49} if "instruction" in data else {"train": 1501, "validation": 82})
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dpo_pipeline import checkpoints, run_folder
+from dpo_pipeline import checkpoints, record, run_folder
 from dpo_pipeline.config import compose
 from dpo_pipeline.data.reviews import reward
 from dpo_pipeline.dpo import run_dpo
@@ -59,8 +59,8 @@ def train(small, sft):
             if judges is not None:
                 patch.setattr(build, "build_judges", lambda *args: judges)
             run_dpo(made)
-        found.points = run_folder.read_json(made.dpo_folder / run_folder.TRACKER_FILE)
-        found.manifest = run_folder.read_json(made.dpo_folder / "manifest.json")
+        found.points = record.read_json(made.dpo_folder / checkpoints.TRACKER_FILE)
+        found.manifest = record.read_json(made.dpo_folder / "manifest.json")
         return found
 
     return run
@@ -135,11 +135,11 @@ def test_policy_and_reference_are_multiplied_in_one_precision(train):
 
 
 def test_its_numbers_are_in_the_log_of_the_same_step(full):
-    rows = [row for row in run_folder.read_metrics(full.folder) if "eval_kl" in row]
+    rows = [row for row in record.read_metrics(full.folder) if "eval_kl" in row]
     assert [row["step"] for row in rows] == [0, 2, 4]
     for row, point in zip(rows, full.points, strict=True):
         assert {f"eval_{key}": point[key] for key in LOGGED}.items() <= row.items()
-    assert len([row for row in run_folder.read_metrics(full.folder) if "eval_loss" in row]) == 2
+    assert len([row for row in record.read_metrics(full.folder) if "eval_loss" in row]) == 2
 
 
 def noisy(completions):
@@ -162,16 +162,14 @@ def test_the_weights_are_the_same_with_and_without_it(how, train, monkeypatch):
     tail = how.replace(" ", "-").replace("=", "_")
     without = train(*how.split(), f"variant=without-{tail}", "evaluation.tracker_prompts=0")
     assert without.points is None
-    assert not any("eval_kl" in row for row in run_folder.read_metrics(without.folder))
+    assert not any("eval_kl" in row for row in record.read_metrics(without.folder))
     monkeypatch.setattr(RewardKLTracker, "measure_and_log", kept)
     found = train(*how.split(), f"variant=with-{tail}", judges={"noisy": Judge(noisy)})
     assert weights(found.folder / "final") == weights(without.folder / "final")
     assert states[::2] == states[1::2]
     assert len(states) == 6
     for name in ("generation_config.json", "config.json" if how == "lora=none" else "adapter_config.json"):
-        assert run_folder.read_json(found.folder / "final" / name) == run_folder.read_json(
-            without.folder / "final" / name
-        )
+        assert record.read_json(found.folder / "final" / name) == record.read_json(without.folder / "final" / name)
 
 
 @pytest.mark.parametrize("typed", ["lora=none", "lora=r8", "lora=none reference.path=BASE"])
@@ -259,7 +257,7 @@ def test_a_run_whose_judge_is_down_goes_on_without_a_reward(train, full):
     assert [point["reward"] for point in found.points] == [None] * 3
     for key in ("kl", "stop_rate"):
         assert [point[key] for point in found.points] == pytest.approx([p[key] for p in full.points], abs=1e-4)
-    assert not any("eval_reward" in row for row in run_folder.read_metrics(found.folder))
+    assert not any("eval_reward" in row for row in record.read_metrics(found.folder))
 
 
 @pytest.mark.slow
@@ -279,10 +277,10 @@ def test_an_interrupt_stops_the_sampling_at_the_next_batch_and_loses_no_point(tr
             with pytest.raises(KeyboardInterrupt):
                 train("variant=stopped")
             assert checkpoints.newest_checkpoint(folder) == checkpoint
-            assert run_folder.read_json(folder / run_folder.TRACKER_FILE) == points
+            assert record.read_json(folder / checkpoints.TRACKER_FILE) == points
     assert caplog.text.count("SIGTERM: stops with a checkpoint after this step or evaluation") == 2
     assert train("variant=stopped").points == full.points
-    assert [row["step"] for row in run_folder.read_metrics(folder) if "eval_kl" in row] == [0, 2, 4]
+    assert [row["step"] for row in record.read_metrics(folder) if "eval_kl" in row] == [0, 2, 4]
     assert weights(folder / "final") == weights(full.folder / "final")
 
 
@@ -297,13 +295,13 @@ def test_sampling_stops_at_the_next_batch(full):
 
 def test_what_lies_behind_the_checkpoint_is_cut_from_the_points(tmp_path):
     points = [{"step": step, "kl": 0.1 * step} for step in (0, 2, 4, 6)]
-    run_folder.write_json(tmp_path / run_folder.TRACKER_FILE, points)
-    run_folder.write_json(tmp_path / "checkpoints" / "checkpoint-4" / "trainer_state.json", {})
+    record.write_json(tmp_path / checkpoints.TRACKER_FILE, points)
+    record.write_json(tmp_path / "checkpoints" / "checkpoint-4" / "trainer_state.json", {})
     checkpoints.rollback_to_checkpoint(tmp_path)
-    assert run_folder.read_json(tmp_path / run_folder.TRACKER_FILE) == points[:3]
+    assert record.read_json(tmp_path / checkpoints.TRACKER_FILE) == points[:3]
     (tmp_path / "checkpoints" / "checkpoint-4" / "trainer_state.json").unlink()
     checkpoints.rollback_to_checkpoint(tmp_path)
-    assert run_folder.read_json(tmp_path / run_folder.TRACKER_FILE) == []
+    assert record.read_json(tmp_path / checkpoints.TRACKER_FILE) == []
 
 
 PEAK = ("dpo.learning_rate=3e-2", "++dpo.max_steps=12", "evaluation.tracker_prompts=13")
@@ -334,7 +332,7 @@ def test_the_best_by_reward_is_the_largest_within_the_budget_else_the_nearest(bu
 def test_the_best_by_a_metric_is_its_checkpoint_and_the_log_has_it(typed, better, train):
     found = train(*typed.split(), f"variant=best-{len(typed)}")
     name = found.run.dpo_best.removeprefix("eval_")
-    rows = [row for row in run_folder.read_metrics(found.folder) if f"eval_{name}" in row and row["step"]]
+    rows = [row for row in record.read_metrics(found.folder) if f"eval_{name}" in row and row["step"]]
     best = better(rows, key=lambda row: row[f"eval_{name}"])["step"]
     assert found.manifest["final"]["step"] == best
     assert weights(found.folder / "checkpoints" / f"checkpoint-{best}") == weights(found.folder / "final")
@@ -352,7 +350,7 @@ def test_a_reward_that_is_missing_is_never_the_best():
 
 def test_each_number_that_may_be_chosen_by_is_one_that_a_run_has(full):
     assert {name for name, more in BEST.items() if not more} == {"loss", "kl"}
-    rows = [row for row in run_folder.read_metrics(full.folder) if row["step"] == 4]
+    rows = [row for row in record.read_metrics(full.folder) if row["step"] == 4]
     assert {f"eval_{name}" for name in BEST} <= {key for row in rows for key in row}
 
 
@@ -600,18 +598,18 @@ def test_two_ranks_have_the_points_of_one(kind, how, small, full, train, tmp_pat
     assert done.returncode == 0
     folder = small().home / "dpo" / f"{kind}-{tail}"
     assert run_folder.run_state(folder) == "done"
-    points = run_folder.read_json(folder / run_folder.TRACKER_FILE)
+    points = record.read_json(folder / checkpoints.TRACKER_FILE)
     assert [point["step"] for point in points] == [0, 2, 4]
     for point, other in zip(points, one.points, strict=True):
         assert point == pytest.approx(other, abs=1e-4)
-    assert len([row for row in run_folder.read_metrics(folder) if "eval_reward" in row]) == 3
+    assert len([row for row in record.read_metrics(folder) if "eval_reward" in row]) == 3
 
 
 def test_sharded_weights_with_a_cached_reference_have_no_kl(full, tmp_path, caplog):
     run, sharded, eval_set = copy.copy(full.run), copy.copy(full.tracker.trainer), full.tracker.eval_set
     sharded.is_fsdp_enabled = True
-    record = SimpleNamespace(folder=tmp_path)
-    blind = RewardKLTracker(sharded, run, record, eval_set, {}, "nowhere")
+    run_record = SimpleNamespace(folder=tmp_path)
+    blind = RewardKLTracker(sharded, run, run_record, eval_set, {}, "nowhere")
     (warning,) = caplog.messages
     assert "KL cannot be measured on sharded weights" in warning
     assert "type reference=frozen" in warning
@@ -620,9 +618,9 @@ def test_sharded_weights_with_a_cached_reference_have_no_kl(full, tmp_path, capl
     point = blind.save_point(4, blind.sample_and_compare(list(range(6))))
     assert [point[key] for key in ("kl", "kl_low", "kl_high", "reward")] == [None] * 4
     assert {key: point[key] for key in LOGGED[2:]} == {key: full.points[-1][key] for key in LOGGED[2:]}
-    assert run_folder.read_json(tmp_path / run_folder.TRACKER_FILE) == [point]
+    assert record.read_json(tmp_path / checkpoints.TRACKER_FILE) == [point]
     for key, value in (("dpo_best", "kl"), ("guard", SimpleNamespace(action="stop"))):
         needing = copy.copy(run)
         setattr(needing, key, value)
         with pytest.raises(PipelineError, match="dpo_best or guard.action=stop needs it: type reference=frozen"):
-            RewardKLTracker(sharded, needing, record, eval_set, {}, "nowhere")
+            RewardKLTracker(sharded, needing, run_record, eval_set, {}, "nowhere")

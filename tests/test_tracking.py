@@ -14,7 +14,7 @@ import wandb
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import WandbCallback
 
-from dpo_pipeline import run_folder
+from dpo_pipeline import record
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training import tracking
@@ -70,12 +70,12 @@ def test_wandb_without_a_key_keeps_a_dpo_run_with_name_group_id_and_all_numbers(
     run_dpo(run)
     assert "wandb cannot be reached (not logged in: type `wandb login`): type `wandb sync" in caplog.text
     (file,) = offline_runs(run.dpo_folder)
-    content, run_id = file.read_bytes(), run_folder.read_json(run.dpo_folder / "manifest.json")["run_id"]
+    content, run_id = file.read_bytes(), record.read_json(run.dpo_folder / "manifest.json")["run_id"]
     assert file.stem == f"run-{run_id}"
     names = ("train/loss", "train/margins_nats", "eval/margins_nats", "eval/kl", "eval/reward", "weight_decay")
     for text in ("offline", "a-group", "a-project", run_id, *names):
         assert text.encode() in content
-    rows = run_folder.read_metrics(run.dpo_folder)
+    rows = record.read_metrics(run.dpo_folder)
     losses = [row[key] for row in rows for key in ("loss", "eval_loss", "eval_kl") if key in row]
     assert len(losses) == 8
     assert all(json.dumps(loss).encode() in content for loss in losses)
@@ -98,10 +98,10 @@ def test_a_resumed_run_has_the_id_of_its_first_part(small, monkeypatch):
             run_sft(run)
     time.sleep(1)  # the folder's name holds the second
     run_sft(run)
-    run_id = run_folder.read_json(run.sft_folder / "manifest.json")["run_id"]
+    run_id = record.read_json(run.sft_folder / "manifest.json")["run_id"]
     assert [file.stem for file in offline_runs(run.sft_folder)] == [f"run-{run_id}"] * 2
     assert b"eval/perplexity" in offline_runs(run.sft_folder)[1].read_bytes()
-    assert run_id != run_folder.read_json(run_sft(small("lora=none")) / "manifest.json")["run_id"]
+    assert run_id != record.read_json(run_sft(small("lora=none")) / "manifest.json")["run_id"]
 
 
 class WandbServer(BaseHTTPRequestHandler):

@@ -9,7 +9,14 @@ import pandas as pd
 
 from dpo_pipeline.estimates import Estimate
 from dpo_pipeline.evaluation import tables
-from dpo_pipeline.evaluation.sweep_variants import Variant, group_seeds, load_variants, over_seeds, reference_of
+from dpo_pipeline.evaluation.sweep_variants import (
+    Variant,
+    group_seeds,
+    list_differences,
+    load_variants,
+    over_seeds,
+    reference_of,
+)
 from dpo_pipeline.formatting import format_estimate
 from dpo_pipeline.record import read_json
 
@@ -46,6 +53,8 @@ def sweep_report(home: Path, kl_budget: float, failed: dict[str, str]) -> tuple[
     gaps = {v.name: v.problem for v in variants if not v.test}
     wins = dict.fromkeys(key for v in measured for key in v.test if re.match(r"win_rate\.[^.]+\.\w+$", key))
     blocks.append(tables.comparison({v.name: v.test for v in measured}, [*tables.SHORT_KEYS, target, *wins], gaps))
+    if differences := list_differences(home, names):
+        blocks.append(differences)
     if chosen_from := {v.name: v.validation for v in measured if v.validation}:
         blocks.append("On validation, by which beta is chosen:")
         blocks.append(tables.comparison(chosen_from, list(dict.fromkeys(["kl", "margin_nats", target])), {}))

@@ -62,6 +62,18 @@ def load_variants(
     return sorted(variants, key=lambda v: (v.setting, v.beta or math.inf, v.seed or 0, v.name))
 
 
+def list_differences(home: Path, names: list[str]) -> str:
+    """A line for each variant with the keys in which the variants differ, beta and seed apart: names may be hashes."""
+    manifests = {name: read_json(home / "dpo" / name / "manifest.json") for name in names}
+    identities = {name: manifest["identity"] for name, manifest in manifests.items() if manifest}
+    keys = sorted({key for identity in identities.values() for key in identity} - {"beta", "seed"})
+    keys = [key for key in keys if len({json.dumps(identity.get(key)) for identity in identities.values()}) > 1]
+    lines = []
+    for name, identity in identities.items():
+        lines.append(f"- {name}: " + ", ".join(f"{key}={str(identity.get(key))[:40]}" for key in keys))
+    return "\n".join(["Where they differ, beside beta and seed:", "", *lines]) if keys else ""
+
+
 def unfinished(folder: Path) -> str:
     """The state, step and error of a run that is not done; else nothing."""
     if (state := run_state(folder)) == "done":
