@@ -107,7 +107,8 @@ class RunRecord:
         elif isinstance(error, KeyboardInterrupt):
             self.save_status(state="interrupted")
         else:
-            self.save_status(state="failed", error=(str(error).strip() or type(error).__name__).splitlines()[0])
+            sentence = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.save_status(state="failed", error=mask_secrets(sentence))
 
 
 def start_record(run: Run, stage: str, folder: Path, decision: str, identity: dict[str, Any]) -> RunRecord:
@@ -155,10 +156,10 @@ def loss_summary(folder: Path) -> str:
 
 
 class EscapingFormatter(logging.Formatter):
-    """Text from data, model folders and templates shows its control characters instead of sending them."""
+    """Text from data, model folders and templates shows its control characters instead of sending them; secrets are masked."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return escape_controls(super().format(record))
+        return escape_controls(mask_secrets(super().format(record)))
 
 
 @contextlib.contextmanager

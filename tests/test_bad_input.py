@@ -663,8 +663,12 @@ def test_a_state_file_of_another_shape_is_named(name, shape, here, monkeypatch):
 
 def test_what_looks_like_a_secret_is_written_and_printed_nowhere(here, monkeypatch, capfd):
     secret = "t0psecret"
-    typed = f"{GIVEN} 'reference.path=https://me:{secret}@host/m?key={secret}' wandb.entity=sk-{secret}-{secret}"
-    end_of("sft", f"{typed} overwrite=true dpo.max_steps=1", monkeypatch)
+    address, key = f"https://me:{secret}@host/m?key={secret}", f"sk-{secret}-{secret}"
+    monkeypatch.setattr(base_model, "base_model", raising(PipelineError(f"no answer from {address} with {key}")))
+    sentence = end_of("sft", f"{GIVEN} reference.path='{address}' wandb.entity={key}", monkeypatch)
+    assert "no answer" in sentence
+    assert secret not in sentence
+    assert (here / SFT / "config.yaml").is_file()
     printed = capfd.readouterr()
     assert secret not in printed.out + printed.err
     assert not [path for path, text in content(here / "outputs").items() if secret.encode() in text]

@@ -27,7 +27,7 @@ Side = tuple[str, float]  # a policy and its temperature
 
 @dataclass
 class JudgingPlan:
-    """What is outcome: win rates at `temperatures`, also over the data's own completions, which `opponent` names.
+    """What the judges are asked: win rates at `temperatures`, also over the data's completions that `opponent` names.
 
     `cache` is the folder of verdicts; `all_pairs`: a judge that chooses compares any two policies too. Best-of-N: the
     judge `picking_judge` takes one of `best_of` completions of the policy `best_of_source`.
