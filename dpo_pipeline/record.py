@@ -156,7 +156,7 @@ def loss_summary(folder: Path) -> str:
 
 
 class EscapingFormatter(logging.Formatter):
-    """Text from data, model folders and templates shows its control characters instead of sending them; secrets are masked."""
+    """Shows control characters of data, model folders and templates instead of sending them, and masks secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
         return escape_controls(mask_secrets(super().format(record)))
