@@ -477,7 +477,7 @@ def test_steps_are_told_and_one_that_would_not_count_has_no_warm_up(typed, rows,
     plan_steps(run, "dpo", args, rows)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(rows / run.batch.global_size)
     assert (args.max_steps, args.warmup_steps, args.get_warmup_steps(steps)) == plan
-    assert f"{steps} steps of {run.batch.global_size} rows: " in caplog.text
+    assert f"{steps} steps of {run.batch.global_size} rows (epochs: " in caplog.text
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == bool(warned)
     assert not warned or re.search(warned, warnings[0])
