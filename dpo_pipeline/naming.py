@@ -22,7 +22,7 @@ NOT_IDENTITY = (
 # Keys that one stage alone reads.
 READ_BY_OTHER_STAGE = {
     "sft": ("dpo.*", "dpo_best", "beta", "policy", "reference.*"),
-    "dpo": ("sft.*", "sft_best", "sft_target", "*sft_dataset*"),
+    "dpo": ("sft.*", "sft_best", "sft_target", "sft_loss", "*sft_dataset*"),
 }
 MAX_LABELS = 40  # characters of a folder's name for the typed keys; longer ones become a hash
 TRACKED = ("reward", "kl", "stop_rate")  # what `dpo_best` may name that the tracker alone measures

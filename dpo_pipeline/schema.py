@@ -137,6 +137,7 @@ class Run(Part):
     sft_best: Literal["perplexity", "last"]
     dpo_best: str
     sft_target: Literal["chosen", "demonstration"] | None
+    sft_loss: Literal["last", "all"]
     report_to: Literal["none", "wandb", "tensorboard", "trackio", "mlflow"]
     debug: bool
     check: bool

@@ -74,6 +74,11 @@ def meanings(prompt: Prompt | None) -> Any:
     return [{field: message[field] for field in MEANING if message.get(field)} for message in prompt]
 
 
+def is_trained(message: Message) -> bool:
+    """Whether a message is one to learn: not marked by `weight: 0` or `train: false`."""
+    return message.get("weight", 1) != 0 and message.get("train", True) is not False
+
+
 def prompt_key(prompt: Prompt) -> str:
     """What tells prompts apart: text itself, a hash of messages."""
     return prompt if isinstance(prompt, str) else hashlib.sha256(json.dumps(meanings(prompt)).encode()).hexdigest()

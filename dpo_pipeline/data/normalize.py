@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from dpo_pipeline.data.files import Row
-from dpo_pipeline.data.messages import Message, Prompt, meanings, parse_messages, prompt_key, prompt_texts
+from dpo_pipeline.data.messages import Message, Prompt, is_trained, meanings, parse_messages, prompt_key, prompt_texts
 from dpo_pipeline.errors import PipelineError
 
 COMPLETIONS = ("chosen", "rejected", "demonstration")
@@ -63,7 +63,7 @@ def read_reply(row: Row, name: str, reply: Message) -> Row:
     """The fields of a row that the message of a completion gives."""
     extra = {key: value for key, value in reply.items() if key not in ("role", "content", "weight", "train")}
     fields = {name: reply["content"]} | ({"extra": {**row.get("extra", {}), name: extra}} if extra else {})
-    if reply.get("weight", 1) == 0 or reply.get("train", True) is False:
+    if not is_trained(reply):
         fields["problem"] = "a completion that is marked as not trained on"
     return fields
 
@@ -170,12 +170,17 @@ def prompt_to_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
-def check_template(rows: list[Row], template: str) -> None:
-    """Note each field of messages that a chat template does not write; PipelineError where the meaning is lost."""
+def check_template(rows: list[Row], template: str, used: tuple[str, ...] = ()) -> None:
+    """Note each field of messages, but those `used`, that a chat template does not write.
+
+    Raises PipelineError where the meaning is lost.
+    """
     unwritten: dict[str, bool] = {}
     for row in rows:
         messages = [*row["prompt"], *(completion_message(row, name) for name in row.get("extra", ()))]
-        for name in {name for message in messages for name in message} - {"role", "content"} | {"tools"} & set(row):
+        for name in {name for message in messages for name in message} - {"role", "content", *used} | {"tools"} & set(
+            row
+        ):
             if unwritten.setdefault(name, name not in template):
                 if name in CALLS:
                     remedy = f"take a model whose template does, or take {name} out of the rows"

@@ -18,7 +18,7 @@ from pyarrow import parquet
 from dpo_pipeline.content_hash import content_hash, tokenizer_hash
 from dpo_pipeline.data import tokens
 from dpo_pipeline.data.files import Row
-from dpo_pipeline.data.messages import fix_date
+from dpo_pipeline.data.messages import fix_date, is_trained
 from dpo_pipeline.data.normalize import check_template, reply_key
 from dpo_pipeline.data.report import count_rows, find_errors, find_warnings, kept_rows, print_report
 from dpo_pipeline.data.splits import find_test_names, load_splits
@@ -44,7 +44,8 @@ class Prepared:
 
     `dataset` is the config node of the set, `config` the base model's. `tables` hold token ids by split: `prompt_ids`
     and `completion_ids` (SFT), or `chosen_ids` and `rejected_ids` (DPO); their column `row` counts in `rows`. Rank 0
-    alone has `rows` and `all_rows`, those that are not kept too. `report` is what `count_rows` makes of them.
+    alone has `rows` and `all_rows`, those that are not kept too. `report` is what `count_rows` makes of them. With
+    `all_turns` the earlier replies of a prompt are learned too (`sft_loss=all`).
     """
 
     stage: str
@@ -54,6 +55,7 @@ class Prepared:
     eos_ids: list[int]
     limits: LengthLimits
     load_options: LoadOptions
+    all_turns: bool = False
     dataset: dict[str, Any] = field(default_factory=dict)
     chat_date: str = ""
     tables: dict[str, Any] = field(default_factory=dict)
@@ -86,7 +88,8 @@ def prepare(run: Run, stage: str, splits: tuple[str, ...] | None = None, strict:
     eos_ids = tokens.eos_ids_of(tokenizer, load_generation_config(run.model, config))
     dataset, columns = stage_dataset(run, stage)
     date = fix_date(tokenizer, run.home, run.check)
-    data = Prepared(stage, columns, config, tokenizer, eos_ids, limits, load_options(run), dataset, date)
+    all_turns = stage == "sft" and run.sft_loss == "all"
+    data = Prepared(stage, columns, config, tokenizer, eos_ids, limits, load_options(run), all_turns, dataset, date)
     splits = splits or SPLITS[stage]
 
     def load_and_tokenize() -> tuple[dict[str, Path], dict[str, Any]]:
@@ -129,8 +132,13 @@ def load_rows(run: Run, stage: str, tokenizer: Any, strict: bool = True) -> list
     # SFT on another set leaves out the prompts on which DPO is tested.
     held_out_set = run.dataset if dataset is run.sft_dataset else None
     rows = load_splits(dataset, columns, is_chat, run.debug, strict, held_out_set)
+    all_turns = stage == "sft" and run.sft_loss == "all"
     if is_chat:
-        check_template(rows, str(tokenizer.chat_template))
+        check_template(rows, str(tokenizer.chat_template), ("weight", "train") if all_turns else ())
+    elif all_turns:
+        raise PipelineError(
+            "sft_loss=all needs a chat model, whose rows are messages: type model=..., or sft_loss=last"
+        )
     return rows
 
 
@@ -138,7 +146,7 @@ def cached_table(run: Run, data: Prepared, rows: list[Row]) -> Any:
     """The token table of these rows, from `<root>/.cache/data` where an earlier run left it, else made and saved."""
 
     def make_table() -> Any:
-        table = tokenize(rows, data.columns, data.tokenizer, data.eos_ids, data.limits)
+        table = tokenize(rows, data.columns, data.tokenizer, data.eos_ids, data.limits, data.all_turns)
         return table.rename_column(f"{data.columns[0]}_ids", "completion_ids") if data.stage == "sft" else table
 
     if run.check:  # which leaves nothing behind
@@ -177,7 +185,8 @@ def table_key(data: Prepared, rows: list[Row]) -> str:
     for row in rows:
         texts = [reply_key(row, name) for name in data.columns]
         tools = json.dumps(row["tools"]) if "tools" in row else ""
-        digest.update("\0".join((row["key"], *texts, tools, row["source"], row["origin"], "")).encode())
+        marks = str([is_trained(message) for message in row["prompt"]]) if data.all_turns else ""
+        digest.update("\0".join((row["key"], marks, *texts, tools, row["source"], row["origin"], "")).encode())
     return digest.hexdigest()
 
 

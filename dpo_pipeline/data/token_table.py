@@ -7,6 +7,7 @@ from typing import Any
 from dpo_pipeline.data.files import Row
 from dpo_pipeline.data.report import INVALID, SINGLE, TOO_LONG, drop
 from dpo_pipeline.data.tokens import BATCH, EncodedRow, encode_rows
+from dpo_pipeline.data.turns import mark_replies
 from dpo_pipeline.errors import PipelineError
 
 MAX_UNKNOWN = 0.1  # share of unknown tokens above which the tokenizer is that of another language
@@ -64,26 +65,39 @@ class LengthLimits:
 
 
 def tokenize(
-    rows: list[Row], columns: tuple[str, ...], tokenizer: Any, eos_ids: list[int], limits: LengthLimits
+    rows: list[Row],
+    columns: tuple[str, ...],
+    tokenizer: Any,
+    eos_ids: list[int],
+    limits: LengthLimits,
+    all_turns: bool = False,
 ) -> Any:
     """A `datasets.Dataset` with `prompt_ids`, the ids of each of the completion `columns` (`chosen_ids`), and `row`.
 
     The prompt's ids are those of the prompt alone, as sampling sees it; a completion's are what prompt and completion
     tokenized together have after them, ended by exactly one end token (`length.completion=cut` aside). `row` is the
-    place in `rows`, whose `reason`, `cut`, token counts and `retokenized` are filled in.
+    place in `rows`, whose `reason`, `cut`, token counts and `retokenized` are filled in. With `all_turns` there is
+    `prompt_mask`: whether a token of the prompt is learned.
     """
     import pyarrow as pa
     from datasets import Dataset
     from tqdm.auto import tqdm
 
     names = ("prompt", *columns)
-    schema = pa.schema([(f"{name}_ids", pa.list_(pa.int32())) for name in names] + [("row", pa.int32())])
+    fields = [(f"{name}_ids", pa.list_(pa.int32())) for name in names]
+    fields += [("prompt_mask", pa.list_(pa.bool_()))] if all_turns else []
+    schema = pa.schema([*fields, ("row", pa.int32())])
     batches, fitted = [], []
     encoded_rows = encode_rows(rows, columns, tokenizer, eos_ids)
     bar = tqdm(encoded_rows, total=len(rows), desc="tokenizing", leave=False, disable=len(rows) < 10 * BATCH)
     for number, encoded in enumerate(bar):
-        if ids := fit_row(rows[number], names, encoded, limits, tokenizer.bos_token_id, eos_ids):
-            fitted.append((*ids, number))
+        lists = fit_row(rows[number], names, encoded, limits, tokenizer.bos_token_id, eos_ids)
+        if lists and all_turns:
+            lists.append(mark_replies(rows[number], encoded.prompt, lists[0], tokenizer, eos_ids))
+        if lists and lists[-1] is None:
+            drop(rows[number], "earlier reply without an end token in the rendered dialogue", SINGLE)
+        elif lists:
+            fitted.append((*lists, number))
         if len(fitted) == BATCH or (fitted and number == len(rows) - 1):
             batches.append(pa.table(dict(zip(schema.names, zip(*fitted, strict=True), strict=True)), schema))
             fitted = []

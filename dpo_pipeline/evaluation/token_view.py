@@ -18,7 +18,8 @@ def show_tokens(
         prefix = [] if name == "prompt" else ids_of_row["prompt_ids"][-CHARACTER_TOKENS:]
         texts = token_texts([*prefix, *ids], tokenizer)[len(prefix) :]
         tokens = [(show_invisible(text), i in special) for text, i in zip(texts, ids, strict=True)]
-        parts.append({"name": name, "use": "only read" if name == "prompt" else "trained on", "tokens": tokens})
+        use = "only read, but for its replies" if any(ids_of_row.get("prompt_mask", ())) else "only read"
+        parts.append({"name": name, "use": use if name == "prompt" else "trained on", "tokens": tokens})
         cut += row[f"{name}_tokens"] - len(ids)
     return {"title": title, "origin": row["origin"], "cut": cut, "parts": parts}
 

@@ -48,25 +48,27 @@ class Metrics(TrainerCallback):
 
 
 class ValidationPerplexity(TrainerCallback):
-    """Perplexity of the validation completions over all tokens, logged and used to choose the best checkpoint.
+    """Perplexity of the validation rows over all tokens that are learned, logged; it chooses the best checkpoint.
 
     TRL's own `eval_loss` is a mean of batch means: it moves with the batch size.
     """
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
-        self.prompts, self.completions = [], []
+        self.prompts, self.completions, self.masks = [], [], []
         for ids, labels in zip(trainer.eval_dataset["input_ids"], trainer.eval_dataset["labels"], strict=True):
-            prompt_length = labels.count(-100)
-            self.prompts.append(ids[:prompt_length])
-            self.completions.append(ids[prompt_length:])
+            start = next(i for i, label in enumerate(labels) if label != -100)
+            self.prompts.append(ids[:start])
+            self.completions.append(ids[start:])
+            self.masks.append(torch.tensor(labels[start:]) != -100)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         with self.trainer.compute_loss_context_manager():
             logprobs = completion_logprobs(
                 self.trainer.model, self.prompts, self.completions, args.per_device_eval_batch_size
             )
-        value = perplexity([float(row.sum()) for row in logprobs], [len(row) for row in logprobs])["value"]
+        learned = [row[mask] for row, mask in zip(logprobs, self.masks, strict=True)]
+        value = perplexity([float(row.sum()) for row in learned], [len(row) for row in learned])["value"]
         metrics["eval_perplexity"] = value
         self.trainer.log({"eval_perplexity": value, "eval_nats_per_token": math.log(value)})
 

@@ -59,14 +59,16 @@ class PairTrainer(DPOTrainer):
         super().log(logs, start_time)
 
 
-def label_completions(table: Any) -> Any:
+def label_completions(table: Any, all_turns: bool = False) -> Any:
     """The rows of `prompt_ids` and `completion_ids` as SFTTrainer reads them: `input_ids`, and `labels` of -100 on
-    the prompt.
+    the prompt; with `all_turns`, but for what `prompt_mask` marks.
     """
 
     def label_row(row: dict) -> dict:
         prompt, completion = row["prompt_ids"], row["completion_ids"]
-        return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
+        marks = row["prompt_mask"] if all_turns else [False] * len(prompt)
+        labels = [token if is_learned else -100 for token, is_learned in zip(prompt, marks, strict=True)]
+        return {"input_ids": prompt + completion, "labels": labels + completion}
 
     return table.map(label_row, remove_columns=table.column_names, keep_in_memory=True)
 
