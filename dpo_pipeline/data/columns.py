@@ -1,7 +1,7 @@
 """Where the parts of a row are: what `columns` may say, and the columns of the common forms.
 
 A part is a column, a path (`summaries.0.text`, or `summaries[policy=ref].text`, of the first whose policy is ref), or
-a text with such in it (`r/{info.subreddit}`).
+a text with such in it (`r/{info.subreddit}`). `completions.*.text` is a list: the text of each completion.
 """
 
 import re
@@ -26,6 +26,13 @@ FORMS: tuple[dict[str, str], ...] = (  # a row has the first form all of whose c
     {"prompt": "prompt", **PAIR},
     {"prompt": "messages", **PAIR},  # axolotl's
     PAIR,  # two whole dialogues
+    *(
+        {prompt: prompt, "completions": completions, "scores": scores}
+        for prompt in ("prompt", "instruction")
+        for completions in ("completions", "responses")
+        for scores in ("scores", "ratings")
+    ),
+    {"instruction": "instruction", "completions": "completions.*.response", "scores": "completions.*.overall_score"},
     {"prompt": "prompt", "demonstration": "messages"},
     {"demonstration": "messages"},
     {"demonstration": "conversations"},
@@ -35,7 +42,8 @@ FORMS: tuple[dict[str, str], ...] = (  # a row has the first form all of whose c
 OPTIONAL = {"input": "instruction", "history": "instruction"}  # columns that some rows have beside another
 CLAIMS = ("prompt", "question", "instruction", "input")  # columns that can only be the prompt
 PROMPTS = ("prompt", "question", "instruction", "text", "dialogue")
-PARTS = (*PROMPTS, "system", "input", "history", "tools", "chosen", "rejected", "demonstration")
+LISTS = ("completions", "scores", "ranks")
+PARTS = (*PROMPTS, "system", "input", "history", "tools", "chosen", "rejected", "demonstration", *LISTS)
 # Instead of chosen and rejected: two completions, a label, and its values where the first and the second is better.
 LABELLED = ("answers", "choice", "choices")
 STEP = re.compile(r"([^.\[\]]+)(?:\[([^=\]]+)=([^\]]*)\])?")  # name, or name[field=value]
@@ -53,7 +61,18 @@ def check_columns(columns: Row) -> Row:
     if sizes and sizes != [2, 1, 2]:
         needed = "answers: [A, B], choice: LABEL_COLUMN, choices: [LABEL_IF_A_IS_BETTER, LABEL_IF_B_IS]"
         raise PipelineError(f"dataset.columns needs all three for a pair that a label orders: {needed}")
+    if len({"scores", "ranks"} & set(columns)) != int("completions" in columns):
+        raise PipelineError("dataset.columns needs completions and their scores (or ranks: 1 is the best)")
     return {part: path if part in LABELLED else str(path) for part, path in columns.items()}
+
+
+def get_list(raw: Row, path: str, label: str) -> list[Any]:
+    """The list at a path of a row, or what the path behind `.*` gives of each of its items."""
+    head, _, tail = path.partition(".*")
+    values = get_path(raw, head, label)
+    if not isinstance(values, list):
+        raise PipelineError(f"{label} is {show_value(values)}, not a list: correct it or take it out")
+    return [get_path(value, tail.removeprefix("."), label) if tail else value for value in values]
 
 
 def get_path(raw: Any, path: str, label: str) -> Any:

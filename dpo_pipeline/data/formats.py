@@ -2,25 +2,30 @@
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveInt, validate_call
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, validate_call
 
 from dpo_pipeline.data.columns import (
     FIELD,
     LABELLED,
+    LISTS,
     PARTS,
     PROMPTS,
     check_columns,
     detect_form,
+    get_list,
     get_path,
     unused_columns,
 )
 from dpo_pipeline.data.files import Row, check_text, show_value
 from dpo_pipeline.data.messages import decode, parse_messages
 from dpo_pipeline.data.normalize import COMPLETIONS, normalize_row
+from dpo_pipeline.data.ranked import pair_completions
 from dpo_pipeline.data.report import filtered
 from dpo_pipeline.data.sources import read_source
 from dpo_pipeline.errors import PipelineError
@@ -39,6 +44,8 @@ def load(
     rows: NonNegativeInt,
     columns: Row | None,
     at_least: dict[str, float] | None,
+    pairs: Literal["best_worst", "all"],
+    min_score_gap: NonNegativeFloat,
     per_prompt: NonNegativeInt,
     prompt_words: PositiveInt,
     chat: bool,
@@ -53,6 +60,7 @@ def load(
     if subsets and local.exists() and not any((local / subset).is_dir() for subset in subsets):
         subsets = None  # a copy without the folders of the published set
     loaded: dict[str, list[Row]] = defaultdict(list)
+    pairing = partial(pair_completions, choice=pairs, min_gap=min_score_gap)
     sources = [(subset, read_source(path, subset or data_dir, revision, splits)) for subset in subsets or [None]]
     if test_path:
         test = read_source(test_path)
@@ -62,7 +70,9 @@ def load(
         row_source = f"{source}/{subset}" if subset else source
         for split, raw_rows in parts.items():
             for origin, raw in islice(raw_rows, rows or None):
-                loaded[split].append(build_row(origin, raw, columns, at_least or {}, prompt_words, chat, row_source))
+                loaded[split] += build_rows(
+                    origin, raw, columns, at_least or {}, pairing, prompt_words, chat, row_source
+                )
     for split_rows in loaded.values():
         if per_prompt:
             limit_pairs(split_rows, per_prompt)
@@ -70,13 +80,27 @@ def load(
     return dict(loaded)
 
 
-def build_row(origin: str, raw: Row, columns: Row, at_least: Row, prompt_words: int, chat: bool, source: str) -> Row:
-    """The row that the columns make of a raw one."""
+def build_rows(
+    origin: str, raw: Row, columns: Row, at_least: Row, pairing: Callable, prompt_words: int, chat: bool, source: str
+) -> list[Row]:
+    """The row that the columns make of a raw one, or one for each pair of its scored completions."""
     names = tuple(name for name, value in raw.items() if value is not None)
     if media := [name for name in MEDIA if raw.get(name)]:
         raise PipelineError(f"{origin} has {', '.join(media)}: no text model learns from a vision set, take another")
     columns = columns or detect_form(origin, raw, names)
     parts, fault = read_parts(origin, raw, columns)
+    rows = []
+    for place, completions, marks in [("", {}, {})] if parts["completions"] is None else pairing(parts):
+        row = build_row(origin + place, {**parts, **completions}, prompt_words, chat, source)
+        row |= {**fault, **marks, "unused": unused_columns(names, {**columns, "at_least": [*at_least]})}
+        row |= {"is_further_pair": True} if rows else {}  # the raw row is counted once
+        exclude_low_values(row, raw, at_least)
+        rows.append(row)
+    return rows
+
+
+def build_row(origin: str, parts: Row, prompt_words: int, chat: bool, source: str) -> Row:
+    """The row of these parts."""
     prompt, system, history = parts["prompt"], parts["system"], parts["history"] or []
     if parts["dialogue"] is not None:
         messages = parse_messages(parts["dialogue"], f"{origin}: messages")
@@ -95,10 +119,7 @@ def build_row(origin: str, raw: Row, columns: Row, at_least: Row, prompt_words: 
         turns = [{"role": role, "content": text} for turn in history for role, text in zip(roles, turn, strict=True)]
         prompt = [*turns, {"role": "user", "content": prompt}]
     completions = {name: parts[name] for name in COMPLETIONS}
-    row = normalize_row(origin, source, chat, prompt, completions, system, parts["tools"])
-    row |= {**fault, "unused": unused_columns(names, {**columns, "at_least": [*at_least]})}
-    exclude_low_values(row, raw, at_least)
-    return row
+    return normalize_row(origin, source, chat, prompt, completions, system, parts["tools"])
 
 
 def read_parts(origin: str, raw: Row, columns: Row) -> tuple[Row, Row]:
@@ -114,7 +135,7 @@ def read_parts(origin: str, raw: Row, columns: Row) -> tuple[Row, Row]:
     for name, path in columns.items():
         if name in LABELLED:
             continue
-        value = get_path(raw, path, f"{origin}: columns.{name}={path}")
+        value = (get_list if name in LISTS else get_path)(raw, path, f"{origin}: columns.{name}={path}")
         if value is None and FIELD.search(path):
             # A template fits rows of one kind: that of TL;DR has no place for a news article.
             fault, value = filtered(f"no {name}"), ""

@@ -37,13 +37,18 @@ def kept_rows(rows: Rows, split: str | None = None) -> Rows:
 
 
 def count_rows(rows: Rows) -> dict[str, Any]:
-    """The data report: `sources`, as design and README show them, and `examples`, the first origins of each reason."""
+    """The data report: `sources`, as design and README show them, and `examples`, the first origins of each reason.
+
+    `read` counts what a file or the hub holds; `rows`, kept or dropped, are more where a list of scored completions
+    makes several pairs.
+    """
     sources: dict[str, Any] = {}
     examples: dict[str, list[str]] = defaultdict(list)
     for row in rows:
-        empty = {"read": 0, "kept": dict.fromkeys(SPLITS, 0), "dropped": Counter(), "cut": Counter()}
+        empty = {"read": 0, "rows": 0, "kept": dict.fromkeys(SPLITS, 0), "dropped": Counter(), "cut": Counter()}
         counts = sources.get(row["source"]) or sources.setdefault(row["source"], {**empty, "unused_columns": []})
-        counts["read"] += 1
+        counts["read"] += not row.get("is_further_pair")
+        counts["rows"] += 1
         counts["unused_columns"] += [name for name in row.get("unused", ()) if name not in counts["unused_columns"]]
         if row["reason"]:
             counts["dropped"][row["reason"]] += 1
@@ -61,6 +66,7 @@ def source_lines(sources: dict[str, Any]) -> list[list[str]]:
     lines = [["source", "read", *SPLITS, "dropped", "cut and kept", "not used"]]
     for source, counts in sources.items():
         numbers = [f"{number:,}" for number in (counts["read"], *counts["kept"].values())]
+        numbers[0] += f" ({counts['rows']:,} pairs)" if counts["rows"] > counts["read"] else ""
         reasons = ["; ".join(f"{n:,} {reason}" for reason, n in counts[key].items()) for key in ("dropped", "cut")]
         lines.append([source, *numbers, *reasons, ", ".join(counts["unused_columns"])])
     return lines

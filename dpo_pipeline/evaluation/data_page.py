@@ -104,7 +104,7 @@ def overview(summary: dict[str, Any]) -> str:
 
 def sections(summary: dict[str, Any]) -> list[Section]:
     """The parts of the page, in their order."""
-    text = "Of each source, read = train + validation + test + dropped."
+    text = "Of each source, read (or the pairs made of that) = train + validation + test + dropped."
     parts = [Section("Every row", text, source_lines(summary["sources"]))]
     if summary["examples"]:
         lines = [["reason", "its first row"], *([reason, rows[0]] for reason, rows in summary["examples"].items())]
