@@ -29,6 +29,7 @@ def run_dpo(run: Run) -> dict[str, Any]:
     from dpo_pipeline.judges.build import build_judges
     from dpo_pipeline.training.arguments import training_arguments
     from dpo_pipeline.training.before_loading import check_before_loading
+    from dpo_pipeline.training.pair_weights import check_weights
     from dpo_pipeline.training.starting_policy import resolve_starting_policy
 
     with open_run(run, "dpo") as record, base_model(run) as run:
@@ -38,6 +39,7 @@ def run_dpo(run: Run) -> dict[str, Any]:
         judges = build_judges(run, data.load_options)
         eval_sets = on_main_process(lambda: make_eval_sets(run, data))
         if record.decision != "done":
+            check_weights(run, data.tables["train"])
             check_before_loading(run, data, start, args, record)
             if run.check:
                 return {}

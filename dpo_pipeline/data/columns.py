@@ -43,7 +43,7 @@ OPTIONAL = {"input": "instruction", "history": "instruction"}  # columns that so
 CLAIMS = ("prompt", "question", "instruction", "input")  # columns that can only be the prompt
 PROMPTS = ("prompt", "question", "instruction", "text", "dialogue")
 LISTS = ("completions", "scores", "ranks")
-PARTS = (*PROMPTS, "system", "input", "history", "tools", "chosen", "rejected", "demonstration", *LISTS)
+PARTS = (*PROMPTS, "system", "input", "history", "tools", "chosen", "rejected", "demonstration", "weight", *LISTS)
 # Instead of chosen and rejected: two completions, a label, and its values where the first and the second is better.
 LABELLED = ("answers", "choice", "choices")
 STEP = re.compile(r"([^.\[\]]+)(?:\[([^=\]]+)=([^\]]*)\])?")  # name, or name[field=value]
@@ -123,6 +123,7 @@ def detect_form(origin: str, raw: Row, names: tuple[str, ...]) -> dict[str, str]
     if "rejected" not in form and str(raw.get("label")).lower() in ("true", "false"):
         raise PipelineError(f"{origin}: its label says good or bad of one completion: unpaired data, DPO needs pairs")
     form = {**{name: name for name in (*COMPLETIONS, "system", "tools") if name in names}, **form}
+    form |= {"weight": "weight"} if "weight" in raw else {}
     form |= {name: name for name, part in OPTIONAL.items() if part in form and name in names}
     if form.get("prompt") == "input.messages" and "tools" in raw["input"]:
         form["tools"] = "input.tools"

@@ -1,12 +1,14 @@
 """Any file, folder or set of the hub: by `columns`, which say where the parts of a row are, or by a common form."""
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, validate_call
 
@@ -145,8 +147,18 @@ def read_parts(origin: str, raw: Row, columns: Row) -> tuple[Row, Row]:
             fault = {"problem": "empty prompt"}  # seen here, because a frame is put around it
         elif name in ("system", "instruction", "input", "text") and value is not None:
             check_text(value, f"{origin}: {name}")
+        elif name == "weight":
+            fault |= read_weight(value)
         parts[name] = value
     return parts, fault
+
+
+def read_weight(value: Any) -> Row:
+    """The weight of a pair in the loss, or the problem of one that is no positive number."""
+    with suppress(TypeError, ValueError):
+        if 0 < float(value) < math.inf and not isinstance(value, bool):
+            return {"weight": float(value)}
+    return {"problem": "weight that is no positive number"}
 
 
 def exclude_low_values(row: Row, raw: Row, minimums: dict[str, float]) -> None:

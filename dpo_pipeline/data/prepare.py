@@ -185,8 +185,8 @@ def table_key(data: Prepared, rows: list[Row]) -> str:
     for row in rows:
         texts = [reply_key(row, name) for name in data.columns]
         tools = json.dumps(row["tools"]) if "tools" in row else ""
-        marks = str([is_trained(message) for message in row["prompt"]]) if data.all_turns else ""
-        digest.update("\0".join((row["key"], marks, *texts, tools, row["source"], row["origin"], "")).encode())
+        marks = [is_trained(message) for message in row["prompt"]] if data.all_turns else row.get("weight", "")
+        digest.update("\0".join((row["key"], str(marks), *texts, tools, row["source"], row["origin"], "")).encode())
     return digest.hexdigest()
 
 

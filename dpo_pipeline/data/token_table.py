@@ -77,7 +77,7 @@ def tokenize(
     The prompt's ids are those of the prompt alone, as sampling sees it; a completion's are what prompt and completion
     tokenized together have after them, ended by exactly one end token (`length.completion=cut` aside). `row` is the
     place in `rows`, whose `reason`, `cut`, token counts and `retokenized` are filled in. With `all_turns` there is
-    `prompt_mask`: whether a token of the prompt is learned.
+    `prompt_mask`: whether a token of the prompt is learned. Pairs of which some have a `weight` have it as a column.
     """
     import pyarrow as pa
     from datasets import Dataset
@@ -101,7 +101,10 @@ def tokenize(
         if len(fitted) == BATCH or (fitted and number == len(rows) - 1):
             batches.append(pa.table(dict(zip(schema.names, zip(*fitted, strict=True), strict=True)), schema))
             fitted = []
-    return Dataset(pa.concat_tables([schema.empty_table(), *batches]))
+    table = Dataset(pa.concat_tables([schema.empty_table(), *batches]))
+    if len(columns) < 2 or not any("weight" in row for row in rows):
+        return table
+    return table.add_column("weight", [rows[number].get("weight", 1.0) for number in table["row"]])
 
 
 def fit_row(

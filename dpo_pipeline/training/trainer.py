@@ -1,10 +1,12 @@
 """TRL's trainers on rows of token ids: built, trained, and saved as a policy that is loaded back once."""
 
+import contextlib
 import logging
 import os
 import re
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from dpo_pipeline.logprobs import completion_logprobs
 from dpo_pipeline.models import LoadOptions, load_policy
 from dpo_pipeline.training.callbacks import CheckpointOnInterrupt, KeepRandomState
 from dpo_pipeline.training.merge import add_older_keys
+from dpo_pipeline.training.pair_weights import collate_weights, weigh_outputs
 from dpo_pipeline.training.starting_policy import StartingPolicy
 
 log = logging.getLogger(__name__)
@@ -35,7 +38,8 @@ dpo_trainer.hash_module = lambda module: None
 class PairTrainer(DPOTrainer):
     """DPOTrainer on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`; reference.py adds the reference log-probs.
 
-    TRL would tokenize and cut the rows again, and compute the log-probs inside `__init__`, before any check.
+    TRL would tokenize and cut the rows again, and compute the log-probs inside `__init__`, before any check. Rows may
+    have a `weight`, which pair_weights.py explains.
     """
 
     def __init__(self, model: Any, **arguments: Any):
@@ -44,6 +48,38 @@ class PairTrainer(DPOTrainer):
             for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
                 setattr(module, name, 0.0)
         super().__init__(model=model, **arguments)
+        self.data_collator = partial(collate_weights, self.data_collator)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, "weight"]))
+
+    def get_batch_samples(self, *args):
+        batches, count = super().get_batch_samples(*args)
+        if batches and "weight" in batches[0]:
+            total = sum(batch["weight_sum"] for batch in batches).to(self.args.device)
+            mean = self.accelerator.reduce(total, "mean") / len(batches)  # of a micro batch, on all processes
+            for batch in batches:
+                batch["weight_sum"] = mean
+        return batches, count
+
+    def compute_ref_log_probs(self, model, inputs):
+        return super().compute_ref_log_probs(
+            model, {name: inputs[name] for name in inputs.keys() - {"weight", "weight_sum"}}
+        )
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        inputs = dict(inputs)
+        weights, total = inputs.pop("weight", None), inputs.pop("weight_sum", None)
+        if weights is None:
+            return super()._compute_loss(model, inputs, return_outputs)
+        use_weighting, self.use_weighting = self.use_weighting, True
+        try:
+            with contextlib.ExitStack() as stack:
+                weighted_model = partial(weigh_outputs, model, weights * len(weights) / total, stack)
+                return super()._compute_loss(weighted_model, inputs, return_outputs)
+        finally:
+            self.use_weighting = use_weighting
 
     def _prepare_dataset(self, dataset, *args):
         return dataset
