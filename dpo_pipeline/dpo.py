@@ -58,6 +58,7 @@ def train_dpo(
     from dpo_pipeline.training.callbacks import Metrics
     from dpo_pipeline.training.guards import NumericalGuard
     from dpo_pipeline.training.reward_kl import RewardKLTracker
+    from dpo_pipeline.training.saving import save_final
     from dpo_pipeline.training.starting_policy import load_reference, load_start
 
     tables, options = data.tables, data.load_options
@@ -84,7 +85,7 @@ def train_dpo(
         with tracking.track(run, record, dpo):
             trainer.train(dpo, record.folder, [Metrics(record), tracker, NumericalGuard(dpo)])
         record.save_manifest(peak_memory_bytes=peak_memory())
-        record.save_manifest(final=trainer.save_final(dpo, data.tokenizer, record.folder, options, fingerprint))
+        record.save_manifest(final=save_final(dpo, data.tokenizer, record.folder, options, fingerprint))
 
 
 if __name__ == "__main__":

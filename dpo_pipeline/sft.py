@@ -50,6 +50,7 @@ def train_sft(run: Run, record: RunRecord, args: Any, start: Any, data: Any) -> 
     from dpo_pipeline.training.guards import NumericalGuard
     from dpo_pipeline.training.memory import explain_oom
     from dpo_pipeline.training.preflight import check_sft
+    from dpo_pipeline.training.saving import save_final
     from dpo_pipeline.training.starting_policy import load_start
     from dpo_pipeline.training.tracking import track
 
@@ -74,7 +75,7 @@ def train_sft(run: Run, record: RunRecord, args: Any, start: Any, data: Any) -> 
         with track(run, record, sft):
             trainer.train(sft, record.folder, [ValidationPerplexity(sft), Metrics(record), NumericalGuard(sft)])
         record.save_manifest(peak_memory_bytes=peak_memory())
-        record.save_manifest(final=trainer.save_final(sft, data.tokenizer, record.folder, options, fingerprint))
+        record.save_manifest(final=save_final(sft, data.tokenizer, record.folder, options, fingerprint))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluation import measure
 from dpo_pipeline.sft import run_sft
-from dpo_pipeline.training import reference, trainer
+from dpo_pipeline.training import reference, saving
 from dpo_pipeline.training.callbacks import Metrics
 
 STAGES = {"sft": run_sft, "dpo": run_dpo}
@@ -733,7 +733,7 @@ def interrupting(module, name, when=lambda *args, **kwargs: True):
 STOPS = {
     "sft before training": ("sft", lambda: interrupting(prepare, "prepare")),
     "sft training": ("sft", lambda: interrupting(Metrics, "on_step_end", at_step_3)),
-    "sft saving": ("sft", lambda: interrupting(trainer, "save_final")),
+    "sft saving": ("sft", lambda: interrupting(saving, "save_final")),
     "dpo reference pass": (
         "dpo",
         lambda: interrupting(reference, "run_reference_pass"),

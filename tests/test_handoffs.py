@@ -199,11 +199,11 @@ def test_a_road_that_is_not_there_is_refused(typed, sentence, small, sft):
 
 
 def test_a_policy_that_does_not_load_back_as_trained_is_refused(small, sft, monkeypatch, tmp_path):
-    from dpo_pipeline.training import trainer
+    from dpo_pipeline.training import saving
 
     run = small("lora=r8", "variant=broken", *STEPS)
     bare = load_policy(run.model.path, load_options(run))
-    monkeypatch.setattr(trainer, "load_policy", lambda *args, **options: bare)  # as if the adapter had not been loaded
+    monkeypatch.setattr(saving, "load_policy", lambda *args, **options: bare)  # as if the adapter had not been loaded
     with pytest.raises(PipelineError, match="does not load back as it was trained"):
         run_dpo(run)
     assert run_folder.run_state(run.dpo_folder) == "failed"

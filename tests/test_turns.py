@@ -1,10 +1,13 @@
 """`sft_loss=all`: every reply of a dialogue is learned with its end token, and nothing else."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import trl
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from dpo_pipeline.data import prepare
@@ -208,3 +211,37 @@ def test_a_run_learns_all_replies(small, tmp_path, monkeypatch):
         folder = run_sft(run)
         logs.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
     assert logs[0][0]["loss"] != logs[1][0]["loss"]
+
+
+def byte_tokenizer(template: str, end: str):
+    """One token for each byte, and for the token that ends a turn."""
+    letters = [end, *pre_tokenizers.ByteLevel.alphabet()]
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+ENDS = {
+    "cohere": "<|END_OF_TURN_TOKEN|>", "cohere2": "<|END_OF_TURN_TOKEN|>",
+    "gemma": "<end_of_turn>", "gemma3": "<end_of_turn>", "lfm2": "<|im_end|>", "llama3": "<|eot_id|>",
+    "phi3": "<|end|>", "phi3_5": "<|end|>", "qwen2_5": "<|im_end|>", "qwen3_instruct_2507": "<|im_end|>",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ENDS)
+def test_published_templates_have_the_replies_that_trl_marks_in_them(family):
+    """TRL ships them as they are published, and with marks for training."""
+    folder, texts = Path(trl.__file__).parent / "chat_templates", []
+    for name in (f"{family}.jinja", f"{family}_training.jinja"):
+        tokenizer = byte_tokenizer((folder / name).read_text("utf-8"), ENDS[family])
+        rows = rows_of({"prompt": messages(*DIALOGUE[1:]), "demonstration": "five"})
+        table = tokenize(rows, ("demonstration",), tokenizer, [0], WIDE, True)
+        ids, mask = table[0]["prompt_ids"], table[0]["prompt_mask"]
+        learned = tokenizer.decode([i for i, is_learned in zip(ids, mask, strict=True) if is_learned])
+        texts.append([tokenizer.decode(ids), "".join(learned.split())])  # TRL marks a line break before some
+    assert texts[0] == texts[1]
+    assert [texts[0][1].count(word) for word in ("two", "see", "one", "three", "four")] == [1, 1, 0, 0, 0]
+    assert texts[0][1].count(ENDS[family]) == 2

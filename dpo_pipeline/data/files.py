@@ -6,6 +6,7 @@ Text stays text: the readers of `datasets` and pandas take dates and words such 
 import csv
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -134,6 +135,14 @@ def check_text(value: Any, label: str) -> str:
     if not isinstance(value, str):
         raise PipelineError(f"{label} is {show_value(value)}, not text: correct it or take it out")
     return value
+
+
+def to_number(value: Any) -> float:
+    """The number that a value is, or that its text says; NaN for any other value."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def show_value(value: Any) -> str:

@@ -3,12 +3,9 @@
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, validate_call
 
@@ -24,7 +21,7 @@ from dpo_pipeline.data.columns import (
     get_path,
     unused_columns,
 )
-from dpo_pipeline.data.files import Row, check_text, show_value
+from dpo_pipeline.data.files import Row, check_text, show_value, to_number
 from dpo_pipeline.data.messages import decode, parse_messages
 from dpo_pipeline.data.normalize import COMPLETIONS, normalize_row
 from dpo_pipeline.data.ranked import pair_completions
@@ -62,28 +59,24 @@ def load(
     if subsets and local.exists() and not any((local / subset).is_dir() for subset in subsets):
         subsets = None  # a copy without the folders of the published set
     loaded: dict[str, list[Row]] = defaultdict(list)
-    pairing = partial(pair_completions, choice=pairs, min_gap=min_score_gap)
+    options = (at_least or {}, (pairs, min_score_gap), prompt_words, chat)
     sources = [(subset, read_source(path, subset or data_dir, revision, splits)) for subset in subsets or [None]]
     if test_path:
         test = read_source(test_path)
         sources = [(subset, {"train": parts["train"]}) for subset, parts in sources]
         sources.append((None, {"test": test["test" if "test" in test else "train"]}))
     for subset, parts in sources:
-        row_source = f"{source}/{subset}" if subset else source
         for split, raw_rows in parts.items():
             for origin, raw in islice(raw_rows, rows or None):
-                loaded[split] += build_rows(
-                    origin, raw, columns, at_least or {}, pairing, prompt_words, chat, row_source
-                )
+                loaded[split] += build_rows(origin, raw, columns, *options, f"{source}/{subset}" if subset else source)
     for split_rows in loaded.values():
-        if per_prompt:
-            limit_pairs(split_rows, per_prompt)
+        limit_pairs(split_rows, per_prompt or len(split_rows))
         share_demonstrations(split_rows)
     return dict(loaded)
 
 
 def build_rows(
-    origin: str, raw: Row, columns: Row, at_least: Row, pairing: Callable, prompt_words: int, chat: bool, source: str
+    origin: str, raw: Row, columns: Row, at_least: Row, pairing: tuple, prompt_words: int, chat: bool, source: str
 ) -> list[Row]:
     """The row that the columns make of a raw one, or one for each pair of its scored completions."""
     names = tuple(name for name, value in raw.items() if value is not None)
@@ -91,8 +84,8 @@ def build_rows(
         raise PipelineError(f"{origin} has {', '.join(media)}: no text model learns from a vision set, take another")
     columns = columns or detect_form(origin, raw, names)
     parts, fault = read_parts(origin, raw, columns)
-    rows = []
-    for place, completions, marks in [("", {}, {})] if parts["completions"] is None else pairing(parts):
+    rows, pairs = [], [("", {}, {})] if parts["completions"] is None else pair_completions(parts, *pairing)
+    for place, completions, marks in pairs:
         row = build_row(origin + place, {**parts, **completions}, prompt_words, chat, source)
         row |= {**fault, **marks, "unused": unused_columns(names, {**columns, "at_least": [*at_least]})}
         row |= {"is_further_pair": True} if rows else {}  # the raw row is counted once
@@ -148,28 +141,19 @@ def read_parts(origin: str, raw: Row, columns: Row) -> tuple[Row, Row]:
         elif name in ("system", "instruction", "input", "text") and value is not None:
             check_text(value, f"{origin}: {name}")
         elif name == "weight":
-            fault |= read_weight(value)
+            weight, problem = to_number(value), {"problem": "weight that is no positive number"}
+            fault |= {"weight": weight} if 0 < weight < math.inf else problem
         parts[name] = value
     return parts, fault
-
-
-def read_weight(value: Any) -> Row:
-    """The weight of a pair in the loss, or the problem of one that is no positive number."""
-    with suppress(TypeError, ValueError):
-        if 0 < float(value) < math.inf and not isinstance(value, bool):
-            return {"weight": float(value)}
-    return {"problem": "weight that is no positive number"}
 
 
 def exclude_low_values(row: Row, raw: Row, minimums: dict[str, float]) -> None:
     """Leave the row out if one of these columns is below its minimum."""
     for path, minimum in minimums.items():
         value = get_path(raw, path, f"{row['origin']}: at_least.{path}")
-        try:
-            is_low = float(value) < minimum
-        except (TypeError, ValueError):
-            raise PipelineError(f"{row['origin']}: {path} is {show_value(value)}, not a number") from None
-        if is_low:
+        if math.isnan(number := to_number(value)):
+            raise PipelineError(f"{row['origin']}: {path} is {show_value(value)}, not a number")
+        if number < minimum:
             row |= filtered(f"{path} below {minimum:g}")
 
 

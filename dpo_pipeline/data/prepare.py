@@ -44,8 +44,7 @@ class Prepared:
 
     `dataset` is the config node of the set, `config` the base model's. `tables` hold token ids by split: `prompt_ids`
     and `completion_ids` (SFT), or `chosen_ids` and `rejected_ids` (DPO); their column `row` counts in `rows`. Rank 0
-    alone has `rows` and `all_rows`, those that are not kept too. `report` is what `count_rows` makes of them. With
-    `all_turns` the earlier replies of a prompt are learned too (`sft_loss=all`).
+    alone has `rows` and `all_rows`, those that are not kept too. `report` is what `count_rows` makes of them.
     """
 
     stage: str
@@ -55,7 +54,7 @@ class Prepared:
     eos_ids: list[int]
     limits: LengthLimits
     load_options: LoadOptions
-    all_turns: bool = False
+    all_turns: bool = False  # sft_loss=all: the earlier replies of a prompt are learned too
     dataset: dict[str, Any] = field(default_factory=dict)
     chat_date: str = ""
     tables: dict[str, Any] = field(default_factory=dict)
@@ -90,14 +89,13 @@ def prepare(run: Run, stage: str, splits: tuple[str, ...] | None = None, strict:
     date = fix_date(tokenizer, run.home, run.check)
     all_turns = stage == "sft" and run.sft_loss == "all"
     data = Prepared(stage, columns, config, tokenizer, eos_ids, limits, load_options(run), all_turns, dataset, date)
-    splits = splits or SPLITS[stage]
 
     def load_and_tokenize() -> tuple[dict[str, Path], dict[str, Any]]:
         gc.disable()  # rows and ids make no cycles, and collecting takes a seventh of the time
         try:
             data.all_rows = load_rows(run, stage, tokenizer, strict)
             data.rows = {split: kept_rows(data.all_rows, split) for split in SPLITS["dpo"]}
-            data.tables = {split: cached_table(run, data, data.rows[split]) for split in splits}
+            data.tables = {split: cached_table(run, data, data.rows[split]) for split in splits or SPLITS[stage]}
         finally:
             gc.enable()
         data.report = count_rows(data.all_rows)

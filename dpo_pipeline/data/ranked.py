@@ -3,7 +3,7 @@
 import math
 from itertools import combinations
 
-from dpo_pipeline.data.files import Row
+from dpo_pipeline.data.files import Row, to_number
 from dpo_pipeline.data.report import filtered
 
 
@@ -14,14 +14,12 @@ def pair_completions(parts: Row, choice: str, min_gap: float) -> list[tuple[str,
     one that is left out: equal scores, or closer ones than `min_gap`. The first pair is best and worst; the best
     completion is chosen in the last one too, whose completion SFT learns.
     """
-    completions, numbers = parts["completions"], parts["scores"] or parts["ranks"] or []
-    try:
-        scores = [float(number) * (1 if parts["scores"] else -1) for number in numbers]
-    except (TypeError, ValueError):
-        scores = []
-    if len(scores) != len(completions) or not all(map(math.isfinite, scores)):
+    completions, count = parts["completions"], len(parts["completions"])
+    scores = [to_number(value) for value in parts["scores"] or ()] or [
+        -to_number(rank) for rank in parts["ranks"] or ()
+    ]
+    if len(scores) != count or not all(map(math.isfinite, scores)):
         return [("", {"chosen": "", "rejected": ""}, {"problem": "not one number for each completion"})]
-    count = len(completions)
     if count < 2:
         return [("", {"chosen": "", "rejected": ""}, filtered("fewer than two completions"))]
     order = sorted(range(count), key=lambda i: -scores[i])

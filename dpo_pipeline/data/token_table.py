@@ -6,7 +6,7 @@ from typing import Any
 
 from dpo_pipeline.data.files import Row
 from dpo_pipeline.data.report import INVALID, SINGLE, TOO_LONG, drop
-from dpo_pipeline.data.tokens import BATCH, EncodedRow, encode_rows
+from dpo_pipeline.data.tokens import BATCH, EncodedRow, Ids, encode_rows
 from dpo_pipeline.data.turns import mark_replies
 from dpo_pipeline.errors import PipelineError
 
@@ -68,7 +68,7 @@ def tokenize(
     rows: list[Row],
     columns: tuple[str, ...],
     tokenizer: Any,
-    eos_ids: list[int],
+    eos_ids: Ids,
     limits: LengthLimits,
     all_turns: bool = False,
 ) -> Any:
@@ -91,13 +91,12 @@ def tokenize(
     encoded_rows = encode_rows(rows, columns, tokenizer, eos_ids)
     bar = tqdm(encoded_rows, total=len(rows), desc="tokenizing", leave=False, disable=len(rows) < 10 * BATCH)
     for number, encoded in enumerate(bar):
-        lists = fit_row(rows[number], names, encoded, limits, tokenizer.bos_token_id, eos_ids)
-        if lists and all_turns:
-            lists.append(mark_replies(rows[number], encoded.prompt, lists[0], tokenizer, eos_ids))
-        if lists and lists[-1] is None:
+        ids = fit_row(rows[number], names, encoded, limits, tokenizer.bos_token_id, eos_ids)
+        marks = [mark_replies(rows[number], encoded.prompt, ids[0], tokenizer, eos_ids)] if ids and all_turns else []
+        if None in marks:
             drop(rows[number], "earlier reply without an end token in the rendered dialogue", SINGLE)
-        elif lists:
-            fitted.append((*lists, number))
+        elif ids:
+            fitted.append((*ids, *marks, number))
         if len(fitted) == BATCH or (fitted and number == len(rows) - 1):
             batches.append(pa.table(dict(zip(schema.names, zip(*fitted, strict=True), strict=True)), schema))
             fitted = []

@@ -6,7 +6,6 @@ the wrong base.
 
 import dataclasses
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,33 +18,39 @@ log = logging.getLogger(__name__)
 
 
 def merge(adapter: Path, folder: Path, options: LoadOptions) -> None:
-    """Make the whole float32 model of an adapter and its base in `folder`, unless it exists.
+    """Make the whole float32 model of an adapter and its base in `folder`, unless it exists; the caller locks it.
 
     An adapter that was trained on a quantized base, as the manifest beside it says, is merged into the rounded weights
     of that base, so that the policy stays what it was. Raises PipelineError where merging changes the logits.
     """
     import torch
+    from peft import PeftModel
 
-    if (folder / "config.json").is_file():
+    if folder.exists():
         return
     manifest = read_json(adapter.parent / "manifest.json")
     quantization = manifest["loading"]["quantization"] if manifest else None
     whole = dataclasses.replace(options, dtype=torch.float32, quantization=None)
-    logits, merged = merge_in_memory(adapter, dataclasses.replace(whole, quantization=quantization))
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    as_trained = dataclasses.replace(whole, quantization=quantization)
+    policy = load_policy(adapter, as_trained)
+    logits = probe_logits(policy)
+    if "quantization_config" in policy.config.to_dict():  # by the options, or as the base was saved
+        del policy
+        policy = load_policy(base_of(adapter, options.model), as_trained).dequantize(dtype=torch.float32)
+        policy._weight_conversions = None  # those of 4 bits cannot be reversed: saving then takes the architecture's
+        policy = PeftModel.from_pretrained(policy, adapter)
+    policy = policy.merge_and_unload(safe_merge=True)
+    partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    merged.save_pretrained(partial)
+    policy.save_pretrained(partial)
     add_older_keys(partial)
-    del merged
+    del policy
     gap = float((probe_logits(load_policy(partial, whole)) - logits).abs().max() / logits.abs().max())
     # LLM.int8() rounds activations too, which a whole model does not.
     if gap > (0.05 if quantization and "load_in_8bit" in quantization else 1e-3):
         shutil.rmtree(partial)
         raise PipelineError(f"merging {adapter} changed its logits by {gap:.2g} of their size: continue it with lora=")
-    try:
-        os.replace(partial, folder)
-    except OSError:  # another run that starts from it was faster
-        shutil.rmtree(partial)
+    partial.rename(folder)
     log.info("merged %s into %s: logits differ by %.1g of their size", adapter, folder, gap)
 
 
@@ -69,21 +74,6 @@ def add_older_keys(folder: Path) -> None:
         if isinstance(config.get("extra_special_tokens"), list):
             config["additional_special_tokens"] = config.pop("extra_special_tokens")
         write_json(folder / "tokenizer_config.json", config)
-
-
-def merge_in_memory(adapter: Path, options: LoadOptions) -> tuple[Any, Any]:
-    """The probe logits of an adapter on its base, and the two as one model in memory."""
-    import torch
-    from peft import PeftModel
-
-    policy = load_policy(adapter, options)
-    logits = probe_logits(policy)
-    if "quantization_config" in policy.config.to_dict():  # by the options, or as the base was saved
-        del policy
-        base = load_policy(base_of(adapter, options.model), options).dequantize(dtype=torch.float32)
-        base._weight_conversions = None  # those of 4 bits cannot be reversed: saving then takes the architecture's
-        policy = PeftModel.from_pretrained(base, adapter)
-    return logits, policy.merge_and_unload(safe_merge=True)
 
 
 def probe_logits(model: Any) -> Any:
