@@ -27,12 +27,9 @@ def check_weights(run: Run, table: Any) -> None:
 
 
 def collate_weights(collate: Callable, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch as TRL collates it, with the `weight` of each pair, and their sum, where rows have one."""
-    batch = collate(rows)
-    if "weight" in rows[0]:
-        batch["weight"] = torch.tensor([row["weight"] for row in rows])
-        batch["weight_sum"] = batch["weight"].sum()
-    return batch
+    """A batch as TRL collates it, with the `weight` of each pair where rows have one."""
+    weights = {"weight": torch.tensor([row["weight"] for row in rows])} if "weight" in rows[0] else {}
+    return collate(rows) | weights
 
 
 def weigh_outputs(model: Any, factors: Any, stack: contextlib.ExitStack, **inputs: Any) -> Any:

@@ -48,7 +48,7 @@ class PairTrainer(DPOTrainer):
     def get_batch_samples(self, *args):
         batches, count = super().get_batch_samples(*args)
         if batches and "weight" in batches[0]:
-            total = sum(batch["weight_sum"] for batch in batches).to(self.args.device)
+            total = sum(batch["weight"].sum() for batch in batches).to(self.args.device)
             mean = self.accelerator.reduce(total, "mean") / len(batches)  # of a micro batch, on all processes
             for batch in batches:
                 batch["weight_sum"] = mean
@@ -60,9 +60,9 @@ class PairTrainer(DPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         inputs = dict(inputs)
-        weights, total = inputs.pop("weight", None), inputs.pop("weight_sum", None)
-        if weights is None:
+        if (weights := inputs.pop("weight", None)) is None:
             return super()._compute_loss(model, inputs, return_outputs)
+        total = inputs.pop("weight_sum", weights.sum())
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, self, "use_weighting", self.use_weighting)
             self.use_weighting = True
