@@ -60,18 +60,14 @@ def train_sft(run: Run, record: RunRecord, args: Any, start: Any, data: Any) -> 
             SFTTrainer,
             model=load_start(run, start),
             args=args,
-            train_dataset=trainer.label_completions(tables["train"]),
-            eval_dataset=trainer.label_completions(tables["validation"]),
+            train_dataset=trainer.label_completions(tables["train"], data.all_turns),
+            eval_dataset=trainer.label_completions(tables["validation"], data.all_turns),
             processing_class=data.tokenizer,
             peft_config=start.lora,
         )
         log.info("SFT of %s on %d completions -> %s", run.model.path, len(tables["train"]), record.folder)
         record.save_manifest(**trainer.manifest_facts(sft, data, start))
         fingerprint = check_sft(sft, data)
-        if data.all_turns:  # preflight has checked the last replies
-            sft.train_dataset, sft.eval_dataset = (
-                trainer.label_completions(tables[split], all_turns=True) for split in ("train", "validation")
-            )
         with track(run, record, sft):
             trainer.train(sft, record.folder, [ValidationPerplexity(sft), Metrics(record), NumericalGuard(sft)])
         record.save_manifest(peak_memory_bytes=peak_memory())

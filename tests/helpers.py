@@ -38,7 +38,7 @@ def build(run: Run, stage: str, folder: Path, policy: Any = None, reference: Any
     tables = {split: prepared.tables[split] for split in ("train", "validation")}
     arguments = {"peft_config": start.lora}
     if stage == "sft":
-        tables = {split: label_completions(table) for split, table in tables.items()}
+        tables = {split: label_completions(table, prepared.all_turns) for split, table in tables.items()}
     else:
         arguments["ref_model"] = reference or load_reference(run, start)
     trainer = make_trainer(

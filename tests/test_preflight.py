@@ -170,7 +170,10 @@ def test_a_batch_whose_mask_skips_a_token_of_the_completion_is_refused(built):
     batch = preflight.check_first_batch(run.trainer, run.prepared)
     token = int((batch["labels"][0] != -100).nonzero()[2])
     batch["labels"][0, token] = -100
-    with pytest.raises(PipelineError, match="learns from something else than one completion"):
+    with pytest.raises(PipelineError, match="0 end tokens"):
+        preflight.check_completions(preflight.unpack_batch(batch), run.prepared)
+    batch["labels"][0] = -100
+    with pytest.raises(PipelineError, match="learns nothing"):
         preflight.unpack_batch(batch)
 
 

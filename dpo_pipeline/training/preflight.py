@@ -92,13 +92,15 @@ def check_first_batch(trainer: Any, data: Prepared) -> dict[str, Any]:
 
 
 def unpack_batch(batch: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
-    """(prompt, completion) of each row of a collated batch, by the masks that the trainer learns from."""
-    is_learnt = batch["labels"] != -100 if "labels" in batch else batch["completion_mask"].bool()
+    """(what comes before, completion) of every part of a collated batch that the trainer learns, by its own masks."""
+    is_learned = batch["labels"] != -100 if "labels" in batch else batch["completion_mask"].bool()
     pairs = []
-    for ids, learn_mask, real_mask in zip(batch["input_ids"], is_learnt, batch["attention_mask"].bool(), strict=True):
-        if learn_mask[real_mask].diff().int().sum() > 1 or not learn_mask.any():
-            raise PipelineError("a batch learns from something else than one completion behind its prompt")
-        pairs.append((ids[real_mask & ~learn_mask].tolist(), ids[learn_mask].tolist()))
+    for ids, learn_mask, real_mask in zip(batch["input_ids"], is_learned, batch["attention_mask"].bool(), strict=True):
+        ids, learn_mask = ids[real_mask].tolist(), learn_mask[real_mask].tolist()
+        edges = [n for n in range(len(ids) + 1) if (n > 0 and learn_mask[n - 1]) != (n < len(ids) and learn_mask[n])]
+        if not edges or edges[0] == 0:
+            raise PipelineError("a batch has a row that learns nothing, or learns its prompt too")
+        pairs += [(ids[:start], ids[start:end]) for start, end in zip(edges[::2], edges[1::2], strict=True)]
     return pairs
 
 

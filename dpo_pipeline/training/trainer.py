@@ -83,7 +83,7 @@ class PairTrainer(DPOTrainer):
         super().log(logs, start_time)
 
 
-def label_completions(table: Any, all_turns: bool = False) -> Any:
+def label_completions(table: Any, all_turns: bool) -> Any:
     """The rows of `prompt_ids` and `completion_ids` as SFTTrainer reads them: `input_ids`, and `labels` of -100 on
     the prompt; with `all_turns`, but for what `prompt_mask` marks.
     """
