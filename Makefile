@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 
 .NOTPARALLEL:
-.PHONY: help install check inspect sft dpo sweep evaluate deepspeed test test-real test-slurm test-chaos test-gpu bench-data bench-eval \
+.PHONY: help install check inspect sft dpo sweep evaluate pairs export chat deepspeed test test-real test-slurm test-chaos test-gpu bench-data bench-eval \
 	bench-sweep lint clean
 .DEFAULT_GOAL := help
 
@@ -44,6 +44,15 @@ sweep: sft  ## sft, then dpo for each of BETAS=0.05,0.1,0.3, a GPU each; ends wi
 
 evaluate: install deepspeed  ## measure whether it is better: all policies of a name, KL, win rates, safety; prints the tables
 	@$(RUN) -m dpo_pipeline.evaluate $(ARGS)
+
+pairs: install  ## sample completions of the SFT, score them with a judge, and write preference pairs
+	@$(RUN) -m dpo_pipeline.pairs $(ARGS)
+
+export: install  ## merge the DPO policy into one 16-bit model with a model card, for any library
+	@$(PY) -m dpo_pipeline.export $(ARGS)
+
+chat: install  ## talk to the DPO policy; ARGS="compare=true" shows its reference beside it
+	@$(PY) -m dpo_pipeline.chat $(ARGS)
 
 deepspeed: install
 	@case $(LAUNCH) in zero*) $(PY) -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("deepspeed"))' || \

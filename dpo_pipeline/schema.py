@@ -84,6 +84,26 @@ class BestOf(Part):
     judge: str | None
 
 
+class Pairs(Part):
+    completions: Annotated[int, Field(ge=2)]
+    temperature: PositiveFloat
+    prompts: PositiveInt | None
+    prompts_file: Text | None
+    judge: str | None
+    keep: Literal["best_worst", "all"]
+    min_gap: Rate
+    only_ended: bool
+
+
+class Export(Part):
+    dtype: Literal["auto", "bfloat16", "float16", "float32"]
+
+
+class Chat(Part):
+    temperature: Rate
+    max_new_tokens: PositiveInt
+
+
 class Guard(Part):
     action: Literal["warn", "stop", "off"]
     kl_max: PositiveFloat
@@ -134,6 +154,9 @@ class Run(Part):
     seed: Count
     beta: PositiveFloat
     policy: Text
+    target: Text
+    push: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None
+    compare: bool
     sft_best: Literal["perplexity", "last"]
     dpo_best: str
     sft_target: Literal["chosen", "demonstration"] | None
@@ -146,6 +169,9 @@ class Run(Part):
     length: Length
     evaluation: Evaluation
     best_of: BestOf
+    pairs: Pairs
+    export: Export
+    chat: Chat
     guard: Guard
     wandb: Wandb
     sft: TrainerFields

@@ -162,6 +162,32 @@ def external_policies(run: Run) -> list[Policy]:
     return [Policy(name, path, folders[0], beta, **against), Policy(reference, reference_path, folders[1], **against)]
 
 
+def target_policies(run: Run) -> tuple[Policy, Policy | None]:
+    """The policy that `target` names, and its reference: what it was trained from, or None of the base.
+
+    Raises PipelineError where its run is missing or not finished.
+    """
+    if run.target == "base":
+        return base_policy(run, None), None
+    if run.target not in ("sft", "dpo"):
+        evaluation = run.evaluation.model_copy(update={"policy": run.target, "reference": None})
+        policy, reference = external_policies(run.model_copy(update={"evaluation": evaluation}))
+        return policy, reference
+    folder = run.sft_folder if run.target == "sft" else run.dpo_folder
+    if run_state(folder) == "none":
+        raise PipelineError(
+            f"target={run.target}: there is no run in {folder}: run `make {run.target}` with the same arguments "
+            "first, or name a folder by target=FOLDER"
+        )
+    if (reason := reason_to_skip(folder)) is not None:
+        raise PipelineError(f"target={run.target}: {folder} {reason}")
+    if run.target == "sft":
+        return Policy(f"sft/{folder.name}", folder / "final", folder, reference="base"), base_policy(run, None)
+    policies = {policy.name: policy for policy in dpo_with_references(folder, run)}
+    policy = next(iter(policies.values()))
+    return policy, policies[str(policy.reference)]
+
+
 def final_folder(path: str) -> str:
     """`final/` of a run's folder, or `path` itself."""
     return str(Path(path) / "final") if (Path(path) / "final").is_dir() else path

@@ -24,7 +24,6 @@ def merge(adapter: Path, folder: Path, options: LoadOptions) -> None:
     of that base, so that the policy stays what it was. Raises PipelineError where merging changes the logits.
     """
     import torch
-    from peft import PeftModel
 
     if folder.exists():
         return
@@ -32,14 +31,8 @@ def merge(adapter: Path, folder: Path, options: LoadOptions) -> None:
     quantization = manifest["loading"]["quantization"] if manifest else None
     whole = dataclasses.replace(options, dtype=torch.float32, quantization=None)
     as_trained = dataclasses.replace(whole, quantization=quantization)
-    policy = load_policy(adapter, as_trained)
-    logits = probe_logits(policy)
-    if "quantization_config" in policy.config.to_dict():  # by the options, or as the base was saved
-        del policy
-        policy = load_policy(base_of(adapter, options.model), as_trained).dequantize(dtype=torch.float32)
-        policy._weight_conversions = None  # those of 4 bits cannot be reversed: saving then takes the architecture's
-        policy = PeftModel.from_pretrained(policy, adapter)
-    policy = policy.merge_and_unload(safe_merge=True)
+    logits = probe_logits(load_policy(adapter, as_trained))
+    policy = merge_adapter(adapter, as_trained)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     policy.save_pretrained(partial)
@@ -74,6 +67,17 @@ def add_older_keys(folder: Path) -> None:
         if isinstance(config.get("extra_special_tokens"), list):
             config["additional_special_tokens"] = config.pop("extra_special_tokens")
         write_json(folder / "tokenizer_config.json", config)
+
+
+def merge_adapter(adapter: Path, options: LoadOptions) -> Any:
+    """An adapter and its base as one model in memory; a quantized base is dequantized to the dtype of `options`."""
+    from peft import PeftModel
+
+    base = load_policy(base_of(adapter, options.model), options)
+    if "quantization_config" in base.config.to_dict():  # by the options, or as the base was saved
+        base = base.dequantize(dtype=options.dtype)
+        base._weight_conversions = None  # those of 4 bits cannot be reversed: saving then takes the architecture's
+    return PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
 
 
 def probe_logits(model: Any) -> Any:
