@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 
 .NOTPARALLEL:
 .PHONY: help install check inspect sft dpo sweep evaluate pairs export chat deepspeed test test-real test-slurm test-chaos test-gpu bench-data bench-eval \
-	bench-sweep lint clean
+	bench-sweep config-reference lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -81,6 +81,9 @@ bench-eval: install  ## time batched sampling against a `generate` loop of batch
 
 bench-sweep: install  ## time a five-beta sweep against five runs of `trl dpo`
 	@$(PY) tests/bench/sweep.py
+
+config-reference: install  ## write conf/README.md from the comments of the config
+	@$(PY) -m tests.config_reference
 
 lint: install  ## check style
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -42,7 +42,9 @@ def run_pairs(run: Run) -> Path | None:
             finished_sft(run)
         path = {"sft": run.sft_folder / "final", "base": run.model.path}.get(run.policy, run.policy)
         label = run.policy if run.policy in ("sft", "base") else policy_name(run.policy)
-        data = prepare(run, "dpo", ("train",), strict=False)
+        # The prompts of any set will do: of pairs, of demonstrations, of plain text.
+        changes = {"sft_dataset": None, "sft_target": run.dataset["sft_target"]}
+        data = prepare(run.model_copy(update=changes), "sft", ("train",), strict=False)
         judges = build_judges(run, data.load_options)
         judge = find_scoring_judge(settings.judge, [name for name in judges if judges[name].score])
         eval_set = on_main_process(lambda: train_prompts(run, data))
@@ -80,13 +82,29 @@ def find_scoring_judge(name: str | None, scoring: list[str]) -> str:
 
 def train_prompts(run: Run, data: Any) -> Any:
     """The eval set whose prompts are the different ones of the train split, or those of `pairs.prompts_file`."""
-    from dpo_pipeline.evaluation.eval_set import load_prompt_set, make_eval_set
+    from dpo_pipeline.evaluation.eval_set import EvalSet, PromptSet, cut_prompt, load_prompt_set
 
-    rows = len(data.tables["train"])
-    eval_set = make_eval_set(run, data, "train", rows, run.pairs.prompts or rows)
-    eval_set.seed = run.seed
+    limit = data.context - run.evaluation.max_new_tokens
+    table, rows = data.tables["train"], {}
+    for number, ids in zip(table["row"], table["prompt_ids"], strict=True):
+        rows.setdefault(tuple(cut_prompt(ids, limit)), data.rows["train"][number])
+    rows = dict(list(rows.items())[: run.pairs.prompts])
+    eval_set = EvalSet(
+        split="train",
+        dataset=run.dataset_name,
+        rows=list(rows.values()),
+        prompts=[],
+        chosen=[],
+        rejected=[],
+        prompt_set=PromptSet("train", list(rows.values()), [list(ids) for ids in rows]),
+        tokenizer=data.tokenizer,
+        eos_ids=data.eos_ids,
+        max_new_tokens=run.evaluation.max_new_tokens,
+        seed=run.seed,
+        loading=data.load_options,
+        batch_size=run.evaluation.batch_size or run.batch.micro_size,
+    )
     if file := run.pairs.prompts_file:
-        limit = data.context - run.evaluation.max_new_tokens
         eval_set.prompt_set = load_prompt_set(Path(file).name, file, (), eval_set, limit)
     return eval_set
 
