@@ -50,3 +50,24 @@ def sft(small):
     from dpo_pipeline.sft import run_sft
 
     return {lora: run_sft(small(f"lora={lora}")) for lora in ("none", "r8")}
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory):
+    """A GPT-2 of random weights with a token for each byte, in a folder."""
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-gpt2"
+    words = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
+    tokenizer = GPT2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    end = tokenizer.eos_token_id
+    config = GPT2Config(
+        vocab_size=len(words), n_embd=32, n_layer=2, n_head=2, n_positions=512, bos_token_id=end, eos_token_id=end
+    )
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -6,7 +6,6 @@ import re
 import shlex
 
 import pytest
-import torch
 
 from dpo_pipeline import record
 from dpo_pipeline.config import CONF, compose
@@ -21,26 +20,6 @@ SHRUNK = (
     *("sft.eval_steps=0.5", "dpo.eval_steps=0.5", "evaluation.prompts=4", "evaluation.max_new_tokens=8"),
 )
 GOOD, BAD, OUTPUT = "Gladly.", "Never!", "12345."
-
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory):
-    """A GPT-2 of random weights with a token for each byte, in a folder."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
-
-    folder = tmp_path_factory.mktemp("models") / "tiny-gpt2"
-    words = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
-    tokenizer = GPT2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
-    end = tokenizer.eos_token_id
-    config = GPT2Config(
-        vocab_size=len(words), n_embd=32, n_layer=2, n_head=2, n_positions=512, bos_token_id=end, eos_token_id=end
-    )
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        GPT2LMHeadModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def write_hh(folder):
@@ -96,7 +75,7 @@ def test_an_experiment_composes_by_the_command_in_its_second_line(name):
     first, second = FILES[name][:2]
     assert first == "# @package _global_"
     targets, typed = re.match(r'# make ([a-z ]+) ARGS="(.*?)"', second).groups()
-    assert targets.split()[:2] == ["sft", "dpo"]
+    assert set(targets.split()) <= {"sft", "dpo", "pairs", "evaluate"}
     run = compose(shlex.split(typed))
     assert f"experiment={name}" in typed
     assert run.name == name
@@ -118,10 +97,10 @@ def test_what_is_typed_wins_over_a_recipe(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_runs_whole_and_teaches_what_it_promises(name, gpt2, tmp_path, monkeypatch):
+def test_a_recipe_runs_whole_and_teaches_what_it_promises(name, tiny_gpt2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write, *asked, learnt = RECIPES[name]
-    typed = [f"experiment={name}", "model=path", f"model.path={gpt2}", *SHRUNK, *write(tmp_path)]
+    typed = [f"experiment={name}", "model=path", f"model.path={tiny_gpt2}", *SHRUNK, *write(tmp_path)]
     run = compose([*typed, "variant=it"])
     run_sft(run)
     policies = run_dpo(run)["policies"]
