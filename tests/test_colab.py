@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 from importlib import import_module
-from pathlib import Path
 
 from dpo_pipeline.config import CONF, compose
 from dpo_pipeline.record import read_json
@@ -12,7 +11,7 @@ from tests.helpers import SMALL
 
 NOTEBOOK = json.loads((CONF.parent / "launch" / "colab.ipynb").read_text("utf-8"))
 CELLS = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
-COMMANDS = [line for cell in CELLS for line in re.findall(r"python -m dpo_pipeline\\.(.*?)(?: &&|$)", cell)]
+COMMANDS = [line for cell in CELLS for line in re.findall(r"python -m dpo_pipeline\.(.*?)(?: &&|$)", cell)]
 
 
 def test_the_settings_are_those_of_a_t4():
@@ -27,10 +26,9 @@ def test_the_commands_of_the_notebook_run_whole(tmp_path):
     for command in COMMANDS:
         stage, *typed = shlex.split(command.replace("{ARGS}", ""))
         stages.append(stage)
-        getattr(import_module(f"dpo_pipeline.{stage}"), f"run_{stage}")(compose([*arguments, *typed]))
+        run = compose([*arguments, *typed])
+        getattr(import_module(f"dpo_pipeline.{stage}"), f"run_{stage}")(run)
     assert stages == ["sft", "dpo", "sft", "dpo", "evaluate", "export"]
-    home = Path(tmp_path) / "tiny-reviews"
-    assert (
-        "win_rate.length.sft" in read_json(home / "results.json")["policies"]["dpo/sigmoid-beta0.1-r16-seed0"]["own"]
-    )
-    assert (home / "dpo" / "sigmoid-beta0.1-r16-seed0" / "export" / "model.safetensors").is_file()
+    results = read_json(run.home / "results.json")["policies"]
+    assert "win_rate.length.sft" in results[f"dpo/{run.variant}"]["own"]
+    assert (run.dpo_folder / "export" / "model.safetensors").is_file()
