@@ -64,7 +64,7 @@ def tiny_gpt2(tmp_path_factory):
     tokenizer = GPT2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
     end = tokenizer.eos_token_id
     config = GPT2Config(
-        vocab_size=len(words), n_embd=32, n_layer=2, n_head=2, n_positions=512, bos_token_id=end, eos_token_id=end
+        vocab_size=len(words), n_embd=32, n_layer=2, n_head=2, n_positions=1024, bos_token_id=end, eos_token_id=end
     )
     with torch.random.fork_rng([]):
         torch.manual_seed(0)

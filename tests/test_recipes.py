@@ -62,9 +62,13 @@ def write_dialogues(folder):
     """Dialogues to imitate, and pairs of dialogues, in splits of their own names."""
     for split in ("train", "test"):
         chats = [[user(f"Say {split} {i}."), reply(f"{i}, gladly.")] for i in range(40)]
-        write(folder / "ultrachat" / f"{split}_sft.parquet", [{"prompt": "p", "messages": each} for each in chats])
-        pairs = [{"chosen": each, "rejected": [each[0], reply("No.")]} for each in chats]
-        write(folder / "ultrafeedback" / f"{split}_prefs.parquet", pairs)
+        write(
+            folder / "ultrachat" / "data" / f"{split}_sft-00000-of-00001.parquet",
+            [{"prompt": each[0]["content"], "messages": each} for each in chats],
+        )
+        questions = [user(f"Tell {split} {i}.") for i in range(40)]
+        pairs = [{"chosen": [each, reply("Gladly.")], "rejected": [each, reply("No.")]} for each in questions]
+        write(folder / "ultrafeedback" / "data" / f"{split}_prefs-00000-of-00001.parquet", pairs)
     return [f"sft_dataset.path={folder}/ultrachat", f"dataset.path={folder}/ultrafeedback"]
 
 
