@@ -122,6 +122,11 @@ def two_of_dpo(typed, one, tmp_path_factory):
 def test_two_ranks_of_dpo_are_one(two_of_dpo):
     _, seen, folder, other, logps = two_of_dpo
     check_equal(folder, other)
+    logged = [[line for line in read_metrics(each) if "eval_rewards/margins" in line][:-1] for each in (folder, other)]
+    for name in ("margins", "accuracies"):  # the last batch of validation pairs is not full: ranks fill it up
+        means = [[line[f"eval_rewards/{name}"] for line in lines] for lines in logged]
+        assert len(means[0]) > 5
+        assert means[0] == pytest.approx(means[1], abs=1e-5)
     for rank in seen:
         for side, expected in zip(rank["reference"], logps, strict=True):
             assert side == pytest.approx(expected, abs=1e-4)

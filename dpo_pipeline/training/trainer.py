@@ -20,6 +20,7 @@ from dpo_pipeline.distributed import processes
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.hardware import STOPS
 from dpo_pipeline.training.callbacks import CheckpointOnInterrupt, KeepRandomState
+from dpo_pipeline.training.pair_metrics import PAIR_METRICS, pair_metrics
 from dpo_pipeline.training.pair_weights import collate_weights, weigh_outputs
 from dpo_pipeline.training.starting_policy import StartingPolicy
 
@@ -41,7 +42,7 @@ class PairTrainer(DPOTrainer):
         for module in model.modules():
             for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
                 setattr(module, name, 0.0)
-        super().__init__(model=model, **arguments)
+        super().__init__(model=model, compute_metrics=pair_metrics, **arguments)
         self.data_collator = partial(collate_weights, self.data_collator)
         self.args.remove_unused_columns = False  # the collator takes what it needs, and weights
 
@@ -75,11 +76,32 @@ class PairTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset, *args):
         return dataset
 
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """TRL's loss, and for `pair_metrics` what TRL gathers of each pair: its own metrics are means of batch means.
+
+        The Trainer drops the pairs that fill the last batch of several processes.
+        """
+        gathered, gather = [], self.accelerator.gather
+        self.accelerator.gather = lambda tensor: gathered.append(tensor) or gather(tensor)
+        try:
+            loss, *_ = super().prediction_step(model, inputs, prediction_loss_only=True)
+        finally:
+            self.accelerator.gather = gather
+        values = tuple(tensor for tensor in gathered if tensor.dim() == 1)
+        return loss, values, values[0]  # no labels, no metrics
+
     def log(self, logs, start_time=None):
-        """Log `margins_nats` beside TRL's margins: without beta, so that runs of several betas compare."""
-        for metrics in self._metrics.values():
+        """Log `margins_nats` beside TRL's margins: without beta, so that runs of several betas compare.
+
+        Of validation pairs the exact means stand in `logs` already.
+        """
+        for mode, metrics in self._metrics.items():
+            for name in PAIR_METRICS if mode == "eval" else ():
+                metrics.pop(name, None)
             if "rewards/margins" in metrics:
                 metrics["margins_nats"] = [margin / self.beta for margin in metrics["rewards/margins"]]
+        if "eval_rewards/margins" in logs:
+            logs["eval_margins_nats"] = logs["eval_rewards/margins"] / self.beta
         super().log(logs, start_time)
 
 
