@@ -104,6 +104,11 @@ class Chat(Part):
     max_new_tokens: PositiveInt
 
 
+class Gate(Part):
+    against: Text | None
+    metric: Text
+
+
 class Guard(Part):
     action: Literal["warn", "stop", "off"]
     kl_max: PositiveFloat
@@ -172,6 +177,7 @@ class Run(Part):
     pairs: Pairs
     export: Export
     chat: Chat
+    gate: Gate
     guard: Guard
     wandb: Wandb
     sft: TrainerFields

@@ -10,17 +10,19 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from dpo_pipeline import record
+from dpo_pipeline import formatting, record
 from dpo_pipeline.cli import main
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluate import run_evaluate
-from dpo_pipeline.evaluation import measure, policies
+from dpo_pipeline.evaluation import gate, measure, policies, statistics
 from dpo_pipeline.evaluation.eval_set import load_eval_sets
 from dpo_pipeline.judges import build, verdicts
 from dpo_pipeline.judges.judge import Judge
@@ -575,3 +577,99 @@ def test_verdicts_of_a_scoring_judge_are_not_asked_twice(small, typed, evaluated
     monkeypatch.setattr(verdicts, "cached_results", counted)
     run_evaluate(small(*typed, "variant=none"))
     assert len(asked) == 2  # one call for each judge, of all sides together
+
+
+def test_the_gate_says_with_numbers_whether_a_policy_is_worse(small, typed, evaluated, caplog):
+    """By hand: the paired test of the verdicts of two policies over their own SFTs, or of scores."""
+    home = small(*typed).home
+    scores = [completions(home / name)["score.truth"].tolist() for name in ("dpo/none", "sft/full")]
+    test = statistics.paired_test(*scores)
+    asked = ("variant=none", "gate.against=sft/full", "gate.metric=score.truth")
+    with caplog.at_level("INFO"):
+        run_evaluate(small(*typed, *asked))
+    (sentence,) = (message for message in caplog.messages if message.startswith("gate: "))
+    assert sentence.startswith("gate: dpo/none is not worse than sft/full by score.truth: ")
+    assert f"paired difference {formatting.format_estimate(test['difference'])} (n 6), p {test['p']:.2g}" in sentence
+    assert run_evaluate(small(*typed, *asked[:1], f"gate.against={home}/sft/full"))  # its folder, and another metric
+
+
+@pytest.mark.parametrize(
+    ("typed_gate", "reason"),
+    [
+        (["gate.against=sft/fall"], "gate.against=sft/fall: type one of base, dpo/r8, .*did you mean sft/full"),
+        (["gate.against=dpo/none"], "gate.against=dpo/none: type one of"),  # itself
+        (["gate.against=sft/full", "gate.metric=acuracy"], "gate.metric=acuracy: type one of preference_accuracy"),
+        (["gate.against=sft/full", "gate.metric=win_rate.truth.sft.t0.7"], "did you mean win_rate.truth.sft.t0"),
+        (["gate.against=sft/r8", "gate.metric=win_rate.truth.chosen", "judge=[length]"], "win_rate.length.chosen"),
+        (["gate.against=sft/full", "variant=other"], "gate: dpo/other is no finished run: type the arguments"),
+    ],
+)
+def test_a_gate_that_cannot_be_is_refused_before_anything_is_measured(
+    typed_gate, reason, small, typed, evaluated, parts
+):
+    judges = [typed[2]] if not any(item.startswith("judge") for item in typed_gate) else []
+    variant = [] if any(item.startswith("variant") for item in typed_gate) else ["variant=none"]
+    with pytest.raises(PipelineError, match=reason):
+        run_evaluate(small(*typed[:2], *judges, *variant, *typed_gate, "evaluation.prompts=5"))
+    assert parts == []
+
+
+def gated(first, second, metric="score.truth", verdicts=(), sft=None):
+    """What the gate says of two policies with these scores of the same prompts, or verdicts."""
+    names = ("dpo/new", "dpo/old")
+    lines = [
+        {
+            "policy": name,
+            "row": row,
+            "score.truth": value,
+            "ended": value > 0,
+            "prompt_set": "test",
+            "temperature": 1.0,
+            "draw": 0,
+        }
+        for name, values in zip(names, (first, second), strict=True)
+        for row, value in enumerate(values)
+    ]
+    eval_set = SimpleNamespace(prompt_set=SimpleNamespace(name="test"))
+    comparison = measure.Comparison(eval_set, [], "base", [], completions=pd.DataFrame(lines))
+    new, old = (policies.Policy(name, "", None, sft=sft) for name in names)
+    table = pd.DataFrame(verdicts, columns="policy judge label temperature row verdict distinct".split())
+    gate.check_gate(new, old, metric, comparison, table)
+
+
+def test_the_gate_fails_where_the_paired_test_says_worse():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(0, 5, 40)  # some prompts are harder: pairing removes it
+    worse, equal = hard - 0.5 + rng.normal(0, 0.5, 40), hard + rng.normal(0, 0.5, 40)
+    with pytest.raises(
+        PipelineError,
+        match=r"gate: dpo/new is worse than dpo/old by score.truth: .* difference -0.* \(n 40\), p 0.*below 0.05",
+    ):
+        gated(worse, hard)
+    gated(hard, worse)
+    gated(equal, hard)
+    with pytest.raises(PipelineError, match="by stop_rate"):
+        gated([-1.0] * 20 + [1.0] * 20, [1.0] * 40, "stop_rate")
+
+
+def verdict_lines(policy, values, distinct=None):
+    rows = range(len(values)) if distinct is None else distinct
+    return [(policy, "truth", "sft", 0.0, i, value, rows[i]) for i, value in enumerate(values)]
+
+
+def test_a_gate_on_win_rates_is_of_the_same_prompts_and_counts_a_comparison_once():
+    key = ("win_rate.truth.sft.t0",)
+    old, new = verdict_lines("dpo/old", [1.0] * 30), verdict_lines("dpo/new", [0.0] * 30)
+    with pytest.raises(PipelineError, match=r"by win_rate.truth.sft.t0: 0.000 .* against 1.000 .*\(n 30\)"):
+        gated([], [], *key, verdicts=[*old, *new])
+    with pytest.raises(PipelineError, match=r"against 0.500 .*\(n 30\)"):  # the policy that it is to beat
+        gated([], [], *key, verdicts=new, sft="dpo/old")
+    # One text for all prompts is one comparison, which proves nothing.
+    gated(
+        [],
+        [],
+        *key,
+        verdicts=[*verdict_lines("dpo/old", [1.0] * 30, [0] * 30), *verdict_lines("dpo/new", [0.0] * 30, [0] * 30)],
+    )
+    with pytest.raises(PipelineError, match="no row in common"):
+        gated([], [], *key, verdicts=new)

@@ -176,6 +176,11 @@ def add_picks(name: str, comparison: Comparison, plan: JudgingPlan, outcome: Jud
     comparison.completions = pd.concat([comparison.completions, picks], ignore_index=True)
 
 
+def baseline_label(sft: str | None) -> str:
+    """What win rates over the policy to beat are called: it is an SFT policy, or the reference of another run."""
+    return "sft" if str(sft).startswith("sft/") else "reference"
+
+
 def matches_of(names: list[str], comparison: Comparison, plan: JudgingPlan, all_pairs: bool) -> list[dict[str, Any]]:
     """Who meets whom: each policy its opponents at each temperature, and any two; with the lines of both."""
     table, prompt_set = comparison.completions, comparison.eval_set.prompt_set.name
@@ -187,8 +192,7 @@ def matches_of(names: list[str], comparison: Comparison, plan: JudgingPlan, all_
     meetings: list[tuple[Side, Side, str]] = []
     for name, temperature in itertools.product(names, plan.temperatures):
         sft = str(sft_names[name])
-        baseline = "sft" if sft.startswith("sft/") else "reference"
-        meetings += [((name, temperature), (sft, temperature), baseline)]
+        meetings += [((name, temperature), (sft, temperature), baseline_label(sft))]
         meetings += [((name, temperature), (DATA, 1.0), plan.opponent)]
     if all_pairs:
         meetings += [((one, 1.0), (other, 1.0), "pair") for one, other in itertools.combinations(names, 2)]

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from dpo_pipeline.config import CONF
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.models import adapter_base, is_adapter
+from dpo_pipeline.models import adapter_base, is_adapter, with_base_of
 from dpo_pipeline.naming import clean_name, policy_name
 from dpo_pipeline.record import read_json
 from dpo_pipeline.run_folder import identity, run_state
@@ -37,6 +37,14 @@ class Policy:
     reference: str | None = None
     sft: str | None = None
     is_shown: bool = True
+
+
+def policies_to_measure(run: Run) -> tuple[Run, list[Policy]]:
+    """The policies of a name, or `evaluation.policy` and what it is compared with, and the run with their base."""
+    if run.evaluation.policy is None:
+        return run, policies_of_name(run)
+    policies = external_policies(run)
+    return with_base_of(run, policies[0].path), policies
 
 
 def policies_of_name(run: Run) -> list[Policy]:

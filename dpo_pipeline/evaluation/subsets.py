@@ -8,7 +8,7 @@ import pandas as pd
 from dpo_pipeline import estimates
 from dpo_pipeline.data.normalize import prompt_to_text
 from dpo_pipeline.evaluation.measure import Comparison
-from dpo_pipeline.evaluation.summary import SIDES, pairs_of
+from dpo_pipeline.evaluation.summary import SIDES, margins_against
 
 EXAMPLES = 20  # pairs and completions that changed most, in results.json
 
@@ -70,14 +70,9 @@ def notable_changes(comparison: Comparison) -> dict[str, Any]:
             continue
         changes[policy.name] = {"before": policy.sft}
         if base := comparison.base:
-            margins = {}
-            for name in (policy.sft, policy.name, base):
-                pairs = pairs_of(comparison, name)
-                margins[name] = pairs["logprob_chosen"] - pairs["logprob_rejected"]
+            margins = [margins_against(comparison, name, base) for name in (policy.sft, policy.name)]
             frame = pd.DataFrame({key: [row[key] for row in comparison.eval_set.rows] for key in ("prompt", *SIDES)})
-            frame = frame.assign(
-                before=margins[policy.sft] - margins[base], after=margins[policy.name] - margins[base]
-            )
+            frame = frame.assign(before=margins[0], after=margins[1])
             changes[policy.name]["pairs"] = largest_changes("margin_nats", frame, SIDES)
         before, after = (comparison.samples(name).set_index("row") for name in (policy.sft, policy.name))
         texts = pd.DataFrame({"prompt": after["prompt"], policy.sft: before["text"], policy.name: after["text"]})

@@ -28,7 +28,7 @@ def estimates_against(policy: Policy, kind: str, opponent: str, comparison: Comp
     ours, theirs = (pairs_of(comparison, name) for name in (policy.name, opponent))
     changes = {side: ours[f"logprob_{side}"] - theirs[f"logprob_{side}"] for side in SIDES}
     tokens = {side: ours[f"tokens_{side}"] for side in SIDES}
-    margins = changes["chosen"] - changes["rejected"]
+    margins = margins_against(comparison, policy.name, opponent)
     margin_nats = estimates.mean(margins)
     per_token = changes["chosen"] / tokens["chosen"] - changes["rejected"] / tokens["rejected"]
     results: dict[str, Any] = {
@@ -57,6 +57,13 @@ def estimates_against(policy: Policy, kind: str, opponent: str, comparison: Comp
 def pairs_of(comparison: Comparison, policy: str) -> pd.DataFrame:
     """The lines of a policy's pairs, by row."""
     return comparison.pairs[comparison.pairs["policy"] == policy].set_index("row")
+
+
+def margins_against(comparison: Comparison, policy: str, opponent: str) -> pd.Series:
+    """The margin of each pair in nats, by row, with rewards measured against the opponent."""
+    ours, theirs = (pairs_of(comparison, name) for name in (policy, opponent))
+    changes = [ours[f"logprob_{side}"] - theirs[f"logprob_{side}"] for side in SIDES]
+    return changes[0] - changes[1]
 
 
 def accuracy_by_bin(values: Any, margins: Any, beta: float) -> list[dict[str, Any]]:
