@@ -21,8 +21,8 @@ def run_evaluate(run: Run) -> dict[str, Any]:
     from dpo_pipeline.evaluation.compare import judge_and_report
     from dpo_pipeline.evaluation.eval_set import load_eval_sets
     from dpo_pipeline.evaluation.gate import check_gate, gated_policies
-    from dpo_pipeline.evaluation.judging import judging_plan, requests_of
     from dpo_pipeline.evaluation.measure import Comparison, measure_policies
+    from dpo_pipeline.evaluation.plan import judging_plan, requests_of
     from dpo_pipeline.evaluation.policies import policies_to_measure
     from dpo_pipeline.hardware import check_device
     from dpo_pipeline.judges.build import build_judges

@@ -71,6 +71,7 @@ class Evaluation(Part):
     temperatures: list[Rate]
     opponent: Literal["chosen", "demonstration"]
     all_pairs: bool
+    noise_floor: Literal["local", "all", "off"]
     safety_file: Text | None
     bias_file: Text | None
     tracker_prompts: Count

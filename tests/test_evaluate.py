@@ -22,7 +22,7 @@ from dpo_pipeline.cli import main
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluate import run_evaluate
-from dpo_pipeline.evaluation import gate, measure, policies, statistics
+from dpo_pipeline.evaluation import gate, measure, plan, policies, statistics
 from dpo_pipeline.evaluation.eval_set import load_eval_sets
 from dpo_pipeline.judges import build, verdicts
 from dpo_pipeline.judges.judge import Judge
@@ -114,6 +114,16 @@ def test_win_rates_are_those_of_the_scores_by_hand(small, typed, evaluated):
         assert ours["score.length"].tolist() == (ours["tokens"] - ours["ended"]).tolist()
 
 
+def test_the_noise_floor_of_a_judge_is_a_policy_against_a_second_draw_of_its_own(small, typed, evaluated):
+    for name in ("dpo/none", "base"):
+        folder = small(*typed).home / name
+        first, second = completions(folder), completions(folder, draw=plan.SECOND_DRAW)
+        assert first["text"].tolist() != second["text"].tolist()
+        wins = sum((np.sign(first["score.truth"] - second["score.truth"]) + 1) / 2) / 6
+        floor = evaluated["policies"][name]["own"]["noise_floor.truth"]
+        assert floor == {"value": pytest.approx(wins), "low": None, "high": None, "n": 6}  # too few for an interval
+
+
 def test_best_of_n_is_picked_by_the_first_judge_and_grows_with_n(evaluated):
     best = evaluated["best_of"]
     assert (best["policy"], best["n"], best["judge"], best["name"]) == (
@@ -146,7 +156,7 @@ def test_the_second_time_nothing_is_measured_and_another_temperature_only_sample
 def test_another_version_of_the_code_or_a_library_measures_anew(small, typed, evaluated, parts, monkeypatch):
     monkeypatch.setattr(measure, "measuring_versions", lambda: {"torch": "another"})
     run_evaluate(small(*typed, f"evaluation.policy={small(*typed).home}/dpo/none/final"))
-    assert Counter(part.split("/")[1] for part in parts) == {"logprobs": 7, "completions": 4}
+    assert Counter(part.split("/")[1] for part in parts) == {"logprobs": 7, "completions": 6}
 
 
 def test_what_another_command_has_measured_stays_in_eval_json(small, typed, evaluated):
@@ -344,6 +354,25 @@ def test_a_judge_that_chooses_is_asked_in_both_orders_and_of_any_two_policies(sm
     assert results["policies"]["dpo/none"]["own"]["win_rate.chat.sft"]["value"] == sum(wins + ties) / 6
     assert len(results["comparisons"]["chat"]) == 10
     assert results["policies"]["dpo/none"]["own"]["elo.chat"]["n"] == 6
+
+
+def test_paid_judges_are_asked_for_their_noise_floor_on_demand_alone(small, typed, evaluated, monkeypatch):
+    asked = []
+
+    def choose(pairs):
+        asked.extend((a.text, b.text) for a, b in pairs)
+        return ((i, float(len(a.text) > len(b.text))) for i, (a, b) in enumerate(pairs))
+
+    monkeypatch.setattr(build, "build_judges", lambda *args: {"chat": Judge(choose=choose, post_training_only=True)})
+    once = (*typed, "evaluation.temperatures=[1]")
+    assert "noise_floor.chat" not in run_evaluate(small(*once))["policies"]["dpo/none"]["own"]
+    count = len(asked)
+    own = run_evaluate(small(*once, "evaluation.noise_floor=all"))["policies"]["dpo/none"]["own"]
+    lines = [completions(small(*typed).home / "dpo/none", draw=draw)["text"] for draw in (0, plan.SECOND_DRAW)]
+    wins = [(np.sign(len(a) - len(b)) + 1) / 2 for a, b in zip(*lines, strict=True)]
+    assert own["noise_floor.chat"]["value"] == sum(wins) / 6
+    assert {*zip(*lines, strict=True)} <= {*asked[count:]}  # in both orders
+    assert {*zip(*lines[::-1], strict=True)} <= {*asked[count:]}
 
 
 def test_a_judge_of_openai_without_a_key_is_refused_before_anything_is_measured(small, typed, parts, monkeypatch):

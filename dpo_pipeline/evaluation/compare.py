@@ -6,8 +6,9 @@ from typing import Any
 
 from dpo_pipeline.distributed import on_main_process
 from dpo_pipeline.evaluation.eval_set import EvalSet
-from dpo_pipeline.evaluation.judging import JudgeOutcome, JudgingPlan, requests_of, run_judges
+from dpo_pipeline.evaluation.judging import JudgeOutcome, run_judges
 from dpo_pipeline.evaluation.measure import Comparison, measure_policies
+from dpo_pipeline.evaluation.plan import JudgingPlan, requests_of
 from dpo_pipeline.evaluation.policies import base_policy, dpo_with_references, unique_by_name
 from dpo_pipeline.evaluation.report import report
 from dpo_pipeline.evaluation.results import summarize_comparison, write_name_results, write_results

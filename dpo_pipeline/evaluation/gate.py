@@ -9,8 +9,8 @@ import pandas as pd
 
 from dpo_pipeline.errors import PipelineError, nearest
 from dpo_pipeline.estimates import mean
-from dpo_pipeline.evaluation.judging import JudgingPlan, baseline_label
 from dpo_pipeline.evaluation.measure import Comparison
+from dpo_pipeline.evaluation.plan import JudgingPlan, baseline_label
 from dpo_pipeline.evaluation.policies import Policy, final_folder
 from dpo_pipeline.evaluation.statistics import paired_test
 from dpo_pipeline.evaluation.summary import margins_against

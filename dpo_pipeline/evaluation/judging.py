@@ -1,49 +1,22 @@
 """Asks the judges about sampled completions: their scores become columns of the table, their choices a table."""
 
-import itertools
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from dpo_pipeline.errors import PipelineError, nearest
-from dpo_pipeline.evaluation.eval_set import EvalSet, PromptSet
-from dpo_pipeline.evaluation.measure import Comparison, Request
-from dpo_pipeline.evaluation.policies import Policy
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.evaluation.measure import Comparison
+from dpo_pipeline.evaluation.plan import DATA, SECOND_DRAW, JudgingPlan, has_noise_floor, matches_of
 from dpo_pipeline.judges.judge import Judge, drop_unparsed
 from dpo_pipeline.judges.refusal import refusal
 from dpo_pipeline.judges.verdicts import choices, scores
-from dpo_pipeline.schema import Run
 
 log = logging.getLogger(__name__)
 
-DATA = "the data"  # in place of a policy: the data's own completions
 VERDICT_COLUMNS = "judge policy temperature opponent label row verdict distinct length_difference".split()
-Side = tuple[str, float]  # a policy and its temperature
-
-
-@dataclass
-class JudgingPlan:
-    """What the judges are asked: win rates at `temperatures`, also over the data's completions that `opponent` names.
-
-    `cache` is the folder of verdicts; `all_pairs`: a judge that chooses compares any two policies too. Best-of-N: the
-    judge `picking_judge` takes one of `best_of` completions of the policy `best_of_source`.
-    """
-
-    temperatures: list[float]
-    opponent: str
-    cache: Path
-    all_pairs: bool = False
-    best_of: int = 0
-    best_of_source: str = ""
-    picking_judge: str = ""
-
-    @property
-    def best_of_name(self) -> str:
-        return f"best of {self.best_of} of {self.best_of_source}"
 
 
 @dataclass
@@ -57,46 +30,6 @@ class JudgeOutcome:
     verdicts: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=VERDICT_COLUMNS))
     counts: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-
-
-def judging_plan(run: Run, policies: list[Policy], judges: dict[str, Judge]) -> JudgingPlan:
-    """What the judges are asked; raises PipelineError if Best-of-N is asked for and cannot be measured."""
-    settings = run.evaluation
-    opponent = "chosen" if settings.prompts_file else settings.opponent
-    plan = JudgingPlan(settings.temperatures, opponent, run.verdicts, settings.all_pairs)
-    if run.best_of.n is None:
-        return plan
-    scoring = [name for name, judge in judges.items() if judge.score]
-    local = [name for name in scoring if not judges[name].post_training_only]
-    picking_judge = run.best_of.judge or next(iter([*local, *scoring]), None)
-    if picking_judge not in scoring:
-        setting = f"best_of.judge={picking_judge}" if picking_judge else f"best_of.n={run.best_of.n}"
-        raise PipelineError(
-            f"{setting}: it takes a judge of judge= that scores completions{nearest(picking_judge, scoring)}: type "
-            "judge=[NAME], such as length or reward_model"
-        )
-    if (source := next((policy.sft for policy in policies if policy.sft), None)) is None:
-        raise PipelineError("best_of.n draws from the SFT policy, and there is none: run `make sft` first")
-    if len(scoring) == 1:
-        log.warning(
-            "best of %d is picked and scored by one judge, %s, so its score says how far that can be pushed, not how "
-            "good the completions are: add another to judge=[...]",
-            *(run.best_of.n, picking_judge),
-        )
-    plan.best_of, plan.best_of_source, plan.picking_judge = run.best_of.n, source, picking_judge
-    return plan
-
-
-def requests_of(
-    policies: list[Policy], plan: JudgingPlan, eval_set: EvalSet, prompt_sets: list[PromptSet]
-) -> list[Request]:
-    """What the policies complete; other prompts, of safety and bias, at temperature 0 as XSTest (arXiv:2308.01263)."""
-    shown = tuple(policy.name for policy in policies if policy.is_shown)
-    temperatures = dict.fromkeys((1.0, *plan.temperatures))  # KL and scores are taken at 1
-    requests = [Request(eval_set.prompt_set, shown, temperature) for temperature in temperatures]
-    if plan.best_of:
-        requests.append(Request(eval_set.prompt_set, (plan.best_of_source,), draws=plan.best_of, first_draw=1))
-    return requests + [Request(prompt_set, shown, temperature=0.0) for prompt_set in prompt_sets]
 
 
 def run_judges(comparison: Comparison, judges: dict[str, Judge], plan: JudgingPlan) -> JudgeOutcome:
@@ -131,10 +64,12 @@ def run_judge(
         # The grammar of the embedded task says nothing of other prompts.
         is_readable = (table["prompt_set"] == comparison.eval_set.prompt_set.name) | (name != "truth")
         can_score_draws = name == plan.picking_judge or not judge.post_training_only
-        replies = add_scores(name, judge, is_readable & (can_score_draws | (table["draw"] == 0)), comparison, plan)
+        is_scored = (table["draw"] == 0) | ((table["draw"] > 0) & can_score_draws)
+        is_scored |= (table["draw"] == SECOND_DRAW) & has_noise_floor(judge, plan.noise_floor)
+        replies = add_scores(name, judge, is_readable & is_scored, comparison, plan)
         if name == plan.picking_judge:
             add_picks(name, comparison, plan, outcome)
-    matches = matches_of(names, comparison, plan, judge.choose is None or plan.all_pairs)
+    matches = matches_of(names, comparison, plan, judge)
     if judge.choose:
         pairs = [pair for match in matches for pair in zip(match["ours"], match["theirs"], strict=True)]
         texts = [tuple(comparison.completions["completion"][line] for line in pair) for pair in pairs]
@@ -174,31 +109,3 @@ def add_picks(name: str, comparison: Comparison, plan: JudgingPlan, outcome: Jud
         return
     picks = pool.loc[pool.groupby("row")[f"score.{name}"].idxmax()].assign(policy=plan.best_of_name, draw=0)
     comparison.completions = pd.concat([comparison.completions, picks], ignore_index=True)
-
-
-def baseline_label(sft: str | None) -> str:
-    """What win rates over the policy to beat are called: it is an SFT policy, or the reference of another run."""
-    return "sft" if str(sft).startswith("sft/") else "reference"
-
-
-def matches_of(names: list[str], comparison: Comparison, plan: JudgingPlan, all_pairs: bool) -> list[dict[str, Any]]:
-    """Who meets whom: each policy its opponents at each temperature, and any two; with the lines of both."""
-    table, prompt_set = comparison.completions, comparison.eval_set.prompt_set.name
-    own = table[(table["prompt_set"] == prompt_set) & (table["draw"] == 0)]
-    sides: dict[Side, Any] = {side: lines.index for side, lines in own.groupby(["policy", "temperature"])}
-    sft_names = {policy.name: policy.sft for policy in comparison.shown_policies}
-    if plan.best_of and (plan.best_of_name, 1.0) in sides:
-        names, sft_names[plan.best_of_name] = [*names, plan.best_of_name], plan.best_of_source
-    meetings: list[tuple[Side, Side, str]] = []
-    for name, temperature in itertools.product(names, plan.temperatures):
-        sft = str(sft_names[name])
-        meetings += [((name, temperature), (sft, temperature), baseline_label(sft))]
-        meetings += [((name, temperature), (DATA, 1.0), plan.opponent)]
-    if all_pairs:
-        meetings += [((one, 1.0), (other, 1.0), "pair") for one, other in itertools.combinations(names, 2)]
-    matches = []
-    for ours, theirs, label in meetings:
-        if ours in sides and theirs in sides and ours != theirs:
-            roles = {"policy": ours[0], "temperature": ours[1], "opponent": theirs[0], "label": label}
-            matches.append({**roles, "ours": sides[ours], "theirs": sides[theirs]})
-    return matches

@@ -11,8 +11,9 @@ import pyarrow as pa
 
 from dpo_pipeline import estimates
 from dpo_pipeline.content_hash import content_hash
-from dpo_pipeline.evaluation.judging import JudgeOutcome, JudgingPlan
+from dpo_pipeline.evaluation.judging import JudgeOutcome
 from dpo_pipeline.evaluation.measure import Comparison, measuring_versions, write_table
+from dpo_pipeline.evaluation.plan import JudgingPlan
 from dpo_pipeline.evaluation.subsets import bias, notable_changes, safety
 from dpo_pipeline.evaluation.summary import (
     adjust,

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from dpo_pipeline import estimates
-from dpo_pipeline.evaluation.judging import JudgingPlan
 from dpo_pipeline.evaluation.measure import Comparison
+from dpo_pipeline.evaluation.plan import NOISE_FLOOR, JudgingPlan
 from dpo_pipeline.evaluation.policies import Policy
 from dpo_pipeline.evaluation.statistics import (
     elo,
@@ -111,9 +111,10 @@ def judged_estimates(name: str, comparison: Comparison, verdicts: pd.DataFrame) 
     met = verdicts[(verdicts["label"] != "pair") & (verdicts["policy"] == name) & verdicts["verdict"].notna()]
     for (judge, temperature, label), lines in met.groupby(["judge", "temperature", "label"], sort=False):
         key = f"win_rate.{judge}.{label}" + ("" if temperature == 1 else f".t{temperature:g}")
+        key = f"noise_floor.{judge}" if label == NOISE_FLOOR else key
         columns = [lines[column].tolist() for column in ("verdict", "length_difference", "distinct")]
         results[key] = win_rate(columns[0], columns[2])
-        if controlled := length_controlled(*columns):
+        if label != NOISE_FLOOR and (controlled := length_controlled(*columns)):
             results[f"length_controlled_{key}"] = controlled
     return results
 
