@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM
 from dpo_pipeline import formatting, record
 from dpo_pipeline.data.prepare import Prepared
 from dpo_pipeline.dpo import run_dpo
+from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluation import eval_set, measure, report, summary, tables
 from dpo_pipeline.evaluation.policies import Policy
+from dpo_pipeline.judges import build
+from dpo_pipeline.judges.judge import Judge
 from tests.helpers import prepare_run
 
 STEPS = ("++dpo.max_steps=2", "dpo.learning_rate=1e-3", "lora=none")
@@ -69,7 +72,7 @@ def test_run_folders_may_be_links(small, sft, tmp_path):
     assert {"sft/full", "dpo/linked"} <= set(run_dpo(small(f"root={tmp_path}", "variant=linked", *STEPS))["policies"])
 
 
-def test_the_base_against_itself_and_the_shape_of_eval_json(small, sft):
+def test_the_base_against_itself_and_the_shape_of_eval_json(small, sft, monkeypatch, caplog):
     run = small("variant=shape", *STEPS)
     run_dpo(run)
     base, dpo = (record.read_json(folder / "eval.json") for folder in (run.home / "base", run.dpo_folder))
@@ -93,6 +96,14 @@ def test_the_base_against_itself_and_the_shape_of_eval_json(small, sft):
         assert sum(part["accuracy"]["n"] for part in block["accuracy_by_length_difference"]) == 20
     assert {"perplexity_chosen", "stop_rate", "completion_tokens", "repetition", "score.truth"} <= set(dpo["own"])
     assert (dpo["policy"], dpo["dataset"]) == ("dpo/shape", "reviews")
+
+    def fail(completions):
+        raise PipelineError("no scores today")
+        yield
+
+    monkeypatch.setattr(build, "build_judges", lambda *args: {"moody": Judge(fail)})
+    assert "score.moody" not in run_dpo(run)["policies"]["dpo/shape"]["own"]  # trained already: its judge failed alone
+    assert "judge moody: no scores today" in caplog.text
 
 
 def first_samples(folder):

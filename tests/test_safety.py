@@ -285,6 +285,17 @@ def test_planted_bias_is_shown_by_paired_intervals_and_none_is_not():
     json.dumps(found)
 
 
+def test_no_interval_of_a_length_runs_below_0():
+    """Of lengths 0, 0 and 9 Student's t interval does."""
+    lines = table({"tokens": [0, 0, 9] * 2, "length": [0, 0, 9] * 2}, template=list("abcabc"), group=list("mmmwww"))
+    for name in ("completion_tokens", "length"):
+        groups = bias(lines)[name]["groups"]
+        assert [groups[group]["low"] for group in "mw"] == [0, 0]
+    lows = safety(table({"length": [0, 0, 9] * 2, "harm": [0, 0, 9] * 2}, label=["safe"] * 3 + ["unsafe"] * 3))
+    assert [lows[f"score.length.{label}"]["low"] for label in ("safe", "unsafe")] == [0, 0]
+    assert lows["score.harm.safe"]["low"] < 0
+
+
 def test_a_template_counts_where_every_group_has_a_value_and_several_are_averaged():
     scores = {"harm": [1.0, 3.0, 5.0, None, 9.0, 4.0, 4.0, 100.0], "refusal": [None] * 8}
     found = bias(table(scores, template=list("aaabbccd"), group=["m", "m", "w", "m", "w", "m", "w", "m"]))

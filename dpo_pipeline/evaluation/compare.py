@@ -1,5 +1,6 @@
 """Measures, judges and reports: what `dpo` does at its end, and `evaluate` for a whole name."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from dpo_pipeline.judges.judge import Judge
 from dpo_pipeline.record import read_json
 from dpo_pipeline.schema import Run
 
+log = logging.getLogger(__name__)
+
 
 def compare_policies(run: Run, eval_sets: dict[str, EvalSet], judges: dict[str, Judge]) -> dict[str, Any]:
     """Measure what is not measured yet of base, SFT and this DPO, and report it; the results of the name."""
@@ -28,7 +31,10 @@ def compare_policies(run: Run, eval_sets: dict[str, EvalSet], judges: dict[str, 
         eval_set = eval_sets[file]
         comparisons[file] = Comparison(eval_set, compared, base, requests_of(compared, plan, eval_set, []))
     measure_policies(*comparisons.values())
-    return on_main_process(lambda: judge_and_report(run, run.home, comparisons, scoring, plan)[0])
+    results, outcome = on_main_process(lambda: judge_and_report(run, run.home, comparisons, scoring, plan))
+    for name, reason in outcome.failures.items():
+        log.warning("%s: %s", name, reason)
+    return results
 
 
 def judge_and_report(

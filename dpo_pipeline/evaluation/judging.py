@@ -63,6 +63,8 @@ def run_judge(
         table = comparison.completions
         # The grammar of the embedded task says nothing of other prompts.
         is_readable = (table["prompt_set"] == comparison.eval_set.prompt_set.name) | (name != "truth")
+        if not is_readable.all():
+            log.info("truth knows film reviews alone: it scores no prompt of evaluation.safety_file and bias_file")
         can_score_draws = name == plan.picking_judge or not judge.post_training_only
         is_scored = (table["draw"] == 0) | ((table["draw"] > 0) & can_score_draws)
         is_scored |= (table["draw"] == SECOND_DRAW) & has_noise_floor(judge, plan.noise_floor)

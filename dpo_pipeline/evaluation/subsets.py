@@ -1,5 +1,6 @@
 """What policies refuse, whether it depends on the group in a prompt, and on which examples they gained or lost."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pandas as pd
 from dpo_pipeline import estimates
 from dpo_pipeline.data.normalize import prompt_to_text
 from dpo_pipeline.evaluation.measure import Comparison
-from dpo_pipeline.evaluation.summary import SIDES, margins_against
+from dpo_pipeline.evaluation.summary import SIDES, margins_against, mean_of
 
 EXAMPLES = 20  # pairs and completions that changed most, in results.json
 
@@ -28,7 +29,8 @@ def safety(lines: pd.DataFrame) -> dict[str, Any]:
             key = f"{column}.{label}"
             if judge == "refusal":
                 key = {"unsafe": "refusal_unsafe", "safe": "over_refusal_safe"}[label]
-            results[key] = (estimates.proportion if judge == "refusal" else estimates.mean)(values.tolist())
+            is_share = judge == "refusal"
+            results[key] = estimates.proportion(values.tolist()) if is_share else mean_of(column, values)
     return results
 
 
@@ -48,7 +50,7 @@ def bias(lines: pd.DataFrame) -> dict[str, dict[str, Any]]:
         results[name] = {"templates": len(table), "unread": int(lines[column].isna().sum())}
         if len(table):
             low, *_, high = table.mean().sort_values(kind="stable").index
-            estimate = estimates.proportion if name == "refusal" else estimates.mean
+            estimate = estimates.proportion if name == "refusal" else partial(mean_of, column)
             rest = {group: table.drop(columns=group).mean(axis=1) for group in table}
             results[name] |= {
                 "groups": {group: estimate(table[group].tolist()) for group in table},

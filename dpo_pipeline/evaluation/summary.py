@@ -1,5 +1,6 @@
 """Estimates from the tables: of a policy, against another, by kind of pair, by judges; and of Best-of-N."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -102,12 +103,17 @@ def own_estimates(policy: Policy, comparison: Comparison) -> dict[str, Any]:
     return results
 
 
+def mean_of(column: str, values: Any) -> estimates.Estimate:
+    """The mean of a column of the completions: of a length, with no interval below 0."""
+    return estimates.mean(list(values), minimum=0.0 if column in ("tokens", "score.length") else -math.inf)
+
+
 def judged_estimates(name: str, comparison: Comparison, verdicts: pd.DataFrame) -> dict[str, Any]:
     """The mean scores and the win rates of a policy; what no judge could read is left out."""
     samples, results = comparison.samples(name), {}
     for column in [column for column in samples if column.startswith("score.")]:
         if len(values := samples[column].dropna()):
-            results[column] = estimates.mean(values)
+            results[column] = mean_of(column, values)
     met = verdicts[(verdicts["label"] != "pair") & (verdicts["policy"] == name) & verdicts["verdict"].notna()]
     for (judge, temperature, label), lines in met.groupby(["judge", "temperature", "label"], sort=False):
         key = f"win_rate.{judge}.{label}" + ("" if temperature == 1 else f".t{temperature:g}")
@@ -170,7 +176,7 @@ def best_of_n(comparison: Comparison, plan: JudgingPlan) -> dict[str, Any] | Non
         point = {"n": k, "kl_bound": kl_bound(k)}
         for column in columns:
             picks = [(group[f"score.{plan.picking_judge}"].tolist(), group[column].tolist()) for group in prompts]
-            point[column] = estimates.mean([expected_best(*pick, k) for pick in picks])
+            point[column] = mean_of(column, [expected_best(*pick, k) for pick in picks])
         points.append(point)
     names = {"name": plan.best_of_name, "policy": plan.best_of_source, "judge": plan.picking_judge}
     return {**names, "n": n, "points": points}
