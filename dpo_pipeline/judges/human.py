@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import random
 import re
 from collections import defaultdict
@@ -24,7 +23,7 @@ TEXTS = ("prompt", "completion_a", "completion_b")
 MARKS = {"better": ("A", "B", "same"), "rating_a": tuple("12345"), "rating_b": tuple("12345")}
 COLUMNS = ("id", *TEXTS, *MARKS)
 VALUE_OF_A = {"A": 1.0, "same": 0.5, "B": 0.0}
-FORMULA = re.compile(r"'*[=+\-@\t]")  # a spreadsheet would run it, unless a ' stands before it
+FORMULA = r"'*[=+\-@\t]"  # a spreadsheet would run it, unless a ' stands before it
 
 
 def human(folder: str | Path, sheets: list[str] | str, seed: int) -> Judge:
@@ -40,9 +39,9 @@ def human(folder: str | Path, sheets: list[str] | str, seed: int) -> Judge:
     verdicts, ratings = defaultdict(list), defaultdict(list)  # by the keys of two completions, and of one
     for row in [row for file in files for row in read_sheet(Path(file))]:
         a, b = row["id"].split("-")
-        value = VALUE_OF_A.get(row["better"])
-        verdicts[a, b] += [] if value is None else [value]
-        verdicts[b, a] += [] if value is None else [1 - value]
+        values = [VALUE_OF_A[row["better"]]] if row["better"] else []
+        verdicts[a, b] += values
+        verdicts[b, a] += [1 - value for value in values]
         for key, rating in ((a, row["rating_a"]), (b, row["rating_b"])):
             ratings[key] += [float(rating)] if rating else []
     if judged_twice := [values for (a, b), values in verdicts.items() if a < b and len(values) > 1]:
@@ -50,14 +49,13 @@ def human(folder: str | Path, sheets: list[str] | str, seed: int) -> Judge:
         log.info("%d readers: the same verdict on %s of the pairs that two or more judged", len(files), share)
 
     def score(completion: Completion) -> float | None:
-        values = ratings.get(completion_key(prompt_to_text(completion.prompt), completion.text))
+        values = ratings.get(completion_key(completion.prompt, completion.text))
         return fmean(values) if values else None
 
     def choose(pairs: list[tuple[Completion, Completion]]) -> Results:
-        texts = [(prompt_to_text(first.prompt), first.text, second.text) for first, second in pairs]
-        keys = [(completion_key(prompt, first), completion_key(prompt, second)) for prompt, first, second in texts]
+        keys = [tuple(completion_key(each.prompt, each.text) for each in pair) for pair in pairs]
         if not files:
-            write_sheets(Path(folder), texts, seed)
+            write_sheets(Path(folder), pairs, seed)
         elif missing := {frozenset(both) for both in keys if both[0] != both[1] and both not in verdicts}:
             log.warning("%d pairs are in no sheet and left out: without judge.human.sheets they join it", len(missing))
         for index, both in enumerate(keys):
@@ -68,30 +66,33 @@ def human(folder: str | Path, sheets: list[str] | str, seed: int) -> Judge:
     return Judge(score_each(score), choose, post_training_only=True)
 
 
-def completion_key(prompt: str, text: str) -> str:
+def completion_key(prompt: str | list[dict], text: str) -> str:
     """Half the id of a row, which names A and B in this order; a letter opens it, or spreadsheets see a number."""
-    texts = [re.sub(r"\r\n?", "\n", each) for each in (prompt, text)]  # spreadsheets change line breaks
+    texts = [
+        re.sub(r"\r\n?", "\n", each) for each in (prompt_to_text(prompt), text)
+    ]  # spreadsheets change line breaks
     return "r" + hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
 
 
-def write_sheets(folder: Path, pairs: list[tuple[str, str, str]], seed: int) -> None:
-    """Add pairs, each a prompt and two texts, to sheet.csv and sheet.html in `folder`; rows that are there stay."""
+def write_sheets(folder: Path, pairs: list[tuple[Completion, Completion]], seed: int) -> None:
+    """Add pairs of completions to sheet.csv and sheet.html in `folder`; rows that are there stay."""
     file, page = folder / "sheet.csv", folder / "sheet.html"
     rows = {row["id"]: row for row in read_sheet(file)} if file.is_file() else {}
-    for prompt, *texts in pairs:
-        texts.sort(key=lambda text: random.Random(f"{seed} {completion_key(prompt, text)}").random())
-        a, b = (completion_key(prompt, text) for text in texts)
-        if a != b and f"{a}-{b}" not in rows and f"{b}-{a}" not in rows:
-            rows[f"{a}-{b}"] = dict(zip(COLUMNS, (f"{a}-{b}", prompt, *texts, "", "", ""), strict=True))
+    for pair in pairs:
+        texts = {completion_key(each.prompt, each.text): each.text for each in pair}
+        keys = sorted(texts, key=lambda key: random.Random(f"{seed} {key}").random())
+        ids = ["-".join(keys), "-".join(keys[::-1])]
+        if len(texts) == 2 and not any(each in rows for each in ids):
+            cells = (ids[0], prompt_to_text(pair[0].prompt), *(texts[key] for key in keys), "", "", "")
+            rows[ids[0]] = dict(zip(COLUMNS, cells, strict=True))
     ordered = sorted(rows.values(), key=lambda row: random.Random(f"{seed} {row['id']}").random())
     folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
+    partial = file.with_suffix(".partial")
     with partial.open("w", encoding="utf-8-sig", newline="") as stream:  # by its mark spreadsheets know UTF-8
-        writer = csv.writer(stream)
-        writer.writerow(COLUMNS)
-        writer.writerows(["'" * bool(FORMULA.match(row[name])) + row[name] for name in COLUMNS] for row in ordered)
-    os.replace(partial, file)
-    template = Path(__file__).parent / "human.html.jinja"
+        cells = ([re.sub(f"^(?={FORMULA})", "'", row[name]) for name in COLUMNS] for row in ordered)
+        csv.writer(stream).writerows([COLUMNS, *cells])
+    partial.replace(file)
+    template = Path(__file__).with_name("human.html.jinja")
     page.write_text(render_template(template, rows=ordered, columns=("id", *MARKS)), "utf-8")
     log.info(
         "%d pairs to judge: each reader opens %s in a browser and saves a CSV file, or fills in %s; then repeat the "
@@ -112,12 +113,14 @@ def read_sheet(file: Path) -> list[dict[str, str]]:
     if lacking := {"id", *MARKS} - columns:
         raise PipelineError(f"{file} has no column {', '.join(sorted(lacking))}: keep the first line of sheet.csv")
     rows: dict[str, dict[str, str]] = {}
+    marks = {mark.casefold(): mark for allowed in MARKS.values() for mark in allowed}
     for number, line in enumerate(lines, 2):
-        row = {name: clean_cell(name, line[name]) for name in COLUMNS if name in columns}
+        row = {name: re.sub(f"^'(?={FORMULA})", "", line[name]) for name in TEXTS if name in columns}
+        row |= {name: marks.get(line[name].strip().casefold(), line[name].strip()) for name in ("id", *MARKS)}
         if not any(row.values()):
             continue  # spreadsheets add empty rows
         is_intact = row["id"] not in rows and re.fullmatch(r"r\w{12}-r\w{12}", row["id"])
-        if columns >= {*TEXTS} and is_intact:
+        if is_intact and columns >= {*TEXTS}:
             is_intact = row["id"] == "-".join(completion_key(row["prompt"], row[name]) for name in TEXTS[1:])
         if not is_intact:
             raise PipelineError(f"{file}, row {number}: it is there twice, or not as it was written: undo that change")
@@ -127,11 +130,3 @@ def read_sheet(file: Path) -> list[dict[str, str]]:
                 raise PipelineError(f"{file}, row {number}: {column} is {row[column]!r}: type {options}, or nothing")
         rows[row["id"]] = row
     return list(rows.values())
-
-
-def clean_cell(column: str, cell: str) -> str:
-    """A cell without what spreadsheets and people add: the ' before a formula, and case and spaces of a mark."""
-    if column in TEXTS:
-        return cell[1:] if re.match(f"'{FORMULA.pattern}", cell) else cell
-    values = {value.casefold(): value for value in MARKS.get(column, ())}
-    return values.get(cell.strip().casefold(), cell.strip())
