@@ -525,19 +525,15 @@ def counting(value, version=None):
     return Judge(score=score, version=version)
 
 
-def test_a_judge_of_scores_chooses_by_them(tmp_path):
-    values = {"low": -1.5, "high": 2.0, "also high": 2.0, "unread": None}
-    scoring = counting(lambda item: values[item.text])
-    low, high, also, unread = completions(values)
-    pairs = [(low, high), (high, low), (high, also), (low, unread), (unread, unread)]
-    assert choices(scoring, pairs, tmp_path, "judge") == [0, 1, 0.5, None, 0.5]
-    assert Counter(item.text for item in scoring.score.items) == dict.fromkeys(values, 1)
-
-
 def test_a_text_that_ended_and_one_that_was_cut_are_two(tmp_path):
     scoring = counting(lambda item: float(item.ended), version="v")
-    assert choices(scoring, [(completion("x"), completion("x", ended=False))], tmp_path, "judge") == [1]
     assert scores(scoring, [completion("x", ended=False), completion("x")], tmp_path, "judge") == [0, 1]
+    assert choices(
+        Judge(choose=lambda pairs: enumerate([1.0, 0.0])),
+        [(completion("x"), completion("x", ended=False))],
+        tmp_path,
+        "judge",
+    ) == [1]
     assert len(scoring.score.items) == 2
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluation.measure import Comparison
 from dpo_pipeline.evaluation.plan import DATA, SECOND_DRAW, JudgingPlan, has_noise_floor, matches_of
-from dpo_pipeline.judges.judge import Judge, drop_unparsed
+from dpo_pipeline.judges.judge import Judge
 from dpo_pipeline.judges.refusal import refusal
 from dpo_pipeline.judges.verdicts import choices, scores
 
@@ -78,7 +78,7 @@ def run_judge(
         replies += choices(judge, texts, plan.cache, f"choices by {name}")
         verdicts = replies[len(replies) - len(pairs) :]
     outcome.counts[name] = {"version": judge.version, "results": len(replies), "unreadable": replies.count(None)}
-    if replies and not drop_unparsed(replies) and name != "human":
+    if replies and all(reply is None for reply in replies) and name != "human":
         raise PipelineError(
             f"none of its {len(replies)} results could be read: look at what it says, and at judge.{name}.wording and "
             ".verdict, or take a stronger model"

@@ -37,8 +37,3 @@ class Judge:
 def score_each(score_completion: Callable[[Completion], float | None]) -> Callable[[list[Completion]], Results]:
     """A `Judge.score` that scores each completion by itself."""
     return lambda completions: ((index, score_completion(each)) for index, each in enumerate(completions))
-
-
-def drop_unparsed(results: list[float | None]) -> list[float]:
-    """The results that could be read."""
-    return [result for result in results if result is not None]

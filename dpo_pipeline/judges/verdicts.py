@@ -29,22 +29,15 @@ def choices(judge: Judge, pairs: list[tuple[Completion, Completion]], cache: Pat
     """1 if the first completion of a pair is better, 0 if the second is, 0.5 for a tie; else as `scores`.
 
     Both orders are judged, against position bias (arXiv:2306.05685, section 3.4); if they disagree it is a tie. A text
-    against itself is a tie without a question. A judge that cannot choose chooses by its scores.
+    against itself is a tie without a question.
     """
     verdicts: list[float | None] = [0.5] * len(pairs)
     different = [i for i, (a, b) in enumerate(pairs) if (a.text, a.ended) != (b.text, b.ended)]
-    if judge.choose is None:
-        results = scores(judge, [completion for i in different for completion in pairs[i]], cache, label)
-    else:
-        orders = [order for i in different for order in (pairs[i], pairs[i][::-1])]
-        results = cached_results(judge, "choices", orders, cache, label)
+    orders = [order for i in different for order in (pairs[i], pairs[i][::-1])]
+    results = cached_results(judge, "choices", orders, cache, label)
     for i, first, second in zip(different, results[::2], results[1::2], strict=True):
-        if first is None or second is None:
-            verdicts[i] = None
-        elif judge.choose is None:
-            verdicts[i] = 0.5 if first == second else float(first > second)
-        else:
-            verdicts[i] = first if first + second == 1 else 0.5
+        is_read = first is not None and second is not None
+        verdicts[i] = (first if first + second == 1 else 0.5) if is_read else None
     return verdicts
 
 
