@@ -82,9 +82,9 @@ def find_scoring_judge(name: str | None, scoring: list[str]) -> str:
 
 def train_prompts(run: Run, data: Any) -> Any:
     """The eval set whose prompts are the different ones of the train split, or those of `pairs.prompts_file`."""
-    from dpo_pipeline.evaluation.eval_set import EvalSet, PromptSet, cut_prompt, load_prompt_set
+    from dpo_pipeline.evaluation.eval_set import EvalSet, PromptSet, cut_prompt, load_prompt_set, prompt_limit
 
-    limit = data.context - run.evaluation.max_new_tokens
+    limit = prompt_limit(run, data)
     table, rows = data.tables["train"], {}
     for number, ids in zip(table["row"], table["prompt_ids"], strict=True):
         rows.setdefault(tuple(cut_prompt(ids, limit)), data.rows["train"][number])

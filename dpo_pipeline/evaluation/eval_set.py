@@ -100,6 +100,17 @@ def cut_prompt(ids: list[int], limit: int) -> list[int]:
     return ids if len(ids) <= limit else ids[:1] + ids[1 - limit :]
 
 
+def prompt_limit(run: Run, data: Prepared) -> int:
+    """The most tokens of a prompt that leave room for a completion; raises PipelineError where there are none."""
+    limit = data.context - run.evaluation.max_new_tokens
+    if limit < 2:
+        raise PipelineError(
+            f"evaluation.max_new_tokens={run.evaluation.max_new_tokens} leaves no room for a prompt in the model's "
+            f"context of {data.context} tokens: lower it"
+        )
+    return limit
+
+
 def make_eval_sets(run: Run, data: Prepared) -> dict[str, EvalSet]:
     """The eval sets of the files `eval.json` and `validation.json`, and of the `tracker`, for rank 0 with the rows.
 
@@ -117,14 +128,9 @@ def make_eval_set(run: Run, data: Prepared, split: str, pairs: int, prompts: int
 
     A prompt is cut if it leaves no room for a completion. Raises PipelineError if there are no rows, or no room.
     """
-    table, limit = data.tables[split], data.context - run.evaluation.max_new_tokens
+    table, limit = data.tables[split], prompt_limit(run, data)
     if not len(table):
         raise PipelineError(f"there are no {split} rows to measure on: raise dataset.test_rows")
-    if limit < 2:
-        raise PipelineError(
-            f"evaluation.max_new_tokens={run.evaluation.max_new_tokens} leaves no room for a prompt in the model's "
-            f"context of {data.context} tokens: lower it"
-        )
     table = table.select(range(min(pairs, len(table))))
     eval_set = EvalSet(
         split=split,

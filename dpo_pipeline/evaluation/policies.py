@@ -67,6 +67,7 @@ def policies_of_name(run: Run) -> list[Policy]:
     ]
     used_names: dict[str, str] = {}
     groups = [dpo_with_references(folder, run, opponent, used_names) for folder in dpo_folders]
+    groups.sort(key=lambda group: -sum(policy.name.startswith("dpo/") for policy in group))  # the last round first
     starts = [policy for group in groups for policy in group[1:] if policy.name != "base"]
     return unique_by_name([*(group[0] for group in groups), *sfts, *starts, base_policy(run, opponent)])
 
@@ -111,16 +112,21 @@ def dpo_with_references(
 ) -> list[Policy]:
     """A DPO policy, what it started from, and its reference if that is another, from the config in its folder.
 
+    A start that is another DPO of this name brings its own.
     `sft_opponent` names the SFT policy to beat if it did not start from one; by default, what it started from.
     `used_names` maps display names to folders: a second folder of the same name gets a suffix.
     """
     used_names = {} if used_names is None else used_names
+    chain: list[Policy] = []
     config: Any = OmegaConf.load(folder / "config.yaml")
     if config.policy == "base":
         start = base_policy(run, sft_opponent)
     elif config.policy == "sft":
         sft_folder, sft_opponent = run.home / "sft" / config.sft_variant, f"sft/{config.sft_variant}"
         start = Policy(sft_opponent, sft_folder / "final", sft_folder)
+    elif (earlier := run.home / "dpo" / policy_name(config.policy)).resolve() == Path(config.policy).parent:
+        chain = dpo_with_references(earlier, run, sft_opponent, used_names)  # a round before this one
+        start, sft_opponent = chain[0], chain[0].sft
     else:
         name = display_name("policy", config.policy, used_names)
         start = Policy(name, config.policy, folder / "starting_policy", sft=sft_opponent)
@@ -130,7 +136,7 @@ def dpo_with_references(
         reference = Policy(name, path, folder / "reference", is_shown=False)
     sft = sft_opponent or start.name
     dpo = Policy(f"dpo/{folder.name}", folder / "final", folder, config.beta, reference.name, sft)
-    return unique_by_name([dpo, start, reference])
+    return unique_by_name([dpo, start, *chain, reference])
 
 
 def display_name(kind: str, path: str, used_names: dict[str, str]) -> str:
