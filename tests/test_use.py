@@ -259,3 +259,31 @@ def test_a_chat_model_remembers_the_dialogue(tmp_path, small, sft, monkeypatch, 
 def test_compare_needs_a_reference(small, sft):
     with pytest.raises(PipelineError, match="target=dpo"):
         run_chat(small("target=base", "compare=true"))
+
+
+def test_two_rounds_of_pairs_and_dpo_raise_the_true_reward_each(small, tmp_path):
+    """Iterative DPO: each round learns from completions of the policy before it, which is its reference."""
+    from dpo_pipeline.dpo import run_dpo
+    from dpo_pipeline.evaluate import run_evaluate
+    from dpo_pipeline.sft import run_sft
+
+    model = "model.builder.hidden_size=64 model.builder.steps=100 dataset.rows=1000".split()
+    training = "sft.num_train_epochs=4 sft.learning_rate=4e-3 dpo.num_train_epochs=2 dpo.learning_rate=3e-4".split()
+    settings = "pairs.completions=4 pairs.prompts=500 evaluation.max_new_tokens=40 evaluation.pairs=60".split()
+    typed = [*model, *training, *settings, "evaluation.prompts=60", f"root={tmp_path}", "name=rounds"]
+    run = small(*typed)
+    run_sft(run)
+    policy = "sft"
+    for variant in ("round1", "round2"):
+        file = run_pairs(small(*typed, f"policy={policy}"))
+        data = ["dataset=json", f"dataset.path={file}", "dataset.rows=0"]
+        trained = small(*typed[:2], *typed[3:], *data, f"policy={policy}", f"variant={variant}")
+        run_dpo(trained)
+        policy = str(trained.dpo_folder / "final")
+    results = run_evaluate(small(*typed, "evaluation.temperatures=[1]"))["policies"]
+    assert list(results) == ["base", "sft/full", "dpo/round1", "dpo/round2"]  # each once
+    sft, first, second = (results[name]["own"]["score.truth"] for name in list(results)[1:])
+    assert sft["high"] < first["low"]
+    assert first["value"] < second["value"]
+    for name, reference in (("dpo/round1", "sft/full"), ("dpo/round2", "dpo/round1")):
+        assert results[name]["against"]["reference"]["kl"]["value"] > 0, reference
