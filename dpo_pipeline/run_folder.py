@@ -203,6 +203,7 @@ def identity(run: Run, stage: str) -> dict[str, Any]:
         del fields[key]  # it is resolved into sft.learning_rate and dpo.learning_rate
     for key in [key for key in fields if re.fullmatch(DATA_PATHS, key)]:
         fields[key] = data_hash(fields[key])
+    fields["model.chat_template"] = data_hash(run.model.chat_template)
     if run.model.builder:
         del fields["model.path"]  # where the built model lies
     for key in ("model.path", "policy", "reference.path"):

@@ -39,6 +39,8 @@ class Model(Part):
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     attn_implementation: str
     use_safetensors: bool | None
+    chat_template: Text | None
+    chat_template_kwargs: dict[str, Any] | None
     trust_remote_code: bool
     activation_checkpointing: bool
     micro_size: PositiveInt
@@ -213,6 +215,8 @@ class Run(Part):
         match keys.field_name:
             case "model" if value.path is None and value.builder is None:
                 fault = "model.path has no value: type model.path=..."
+            case "model" if value.chat_template and not Path(value.chat_template).is_file():
+                fault = f"model.chat_template={value.chat_template}: there is no such file (from {Path.cwd()})"
             case "lora" if value is None and "model" in keys.data and keys.data["model"].dtype == "float16":
                 fault = "model.dtype=float16 rounds updates of trained weights to nothing: type model.dtype=auto"
             case "lora" | "quantization" if value is not None and "_target_" not in value:

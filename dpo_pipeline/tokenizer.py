@@ -24,7 +24,31 @@ def load_tokenizer(model: Model, path: str | Path | None = None) -> Any:
     )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if path is None:
+        set_chat_template(tokenizer, model)
     return tokenizer
+
+
+def set_chat_template(tokenizer: Any, model: Model) -> None:
+    """Give the tokenizer the template of `model.chat_template`, with `model.chat_template_kwargs` as its defaults.
+
+    They are written into the template itself: so every rendering has them, hashes follow, and `final/` carries them.
+    """
+    if model.chat_template:
+        tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
+    for name, value in (model.chat_template_kwargs or {}).items():
+        if name not in str(tokenizer.chat_template):
+            raise PipelineError(
+                f"model.chat_template_kwargs.{name}: the chat template of {model.path} does not read it: correct the "
+                "name, or give another template by model.chat_template=FILE"
+            )
+        # The line break belongs to the tag: transformers renders with trim_blocks.
+        default = f"{{%- set {name} = {name} | default({value!r}) %}}\n"
+        templates = tokenizer.chat_template
+        if isinstance(templates, dict):  # of several names, such as default and tool_use
+            tokenizer.chat_template = {key: default + text for key, text in templates.items()}
+        else:
+            tokenizer.chat_template = default + templates
 
 
 def check_same_tokenizer(tokenizer: Any, model: Model, policy: str | Path) -> None:
@@ -35,14 +59,15 @@ def check_same_tokenizer(tokenizer: Any, model: Model, policy: str | Path) -> No
     if folder.is_dir() and not (any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file()):
         return
     other = load_tokenizer(model, policy)
-    for what, expected, found in (
-        ("vocabulary", tokenizer.get_vocab(), other.get_vocab()),
-        ("chat template", tokenizer.chat_template, other.chat_template),
-        ("end token", tokenizer.eos_token, other.eos_token),
-        ("BOS", tokenizer.bos_token, other.bos_token),
+    template = f"type model.chat_template={folder / 'chat_template.jinja'}, without model.chat_template_kwargs"
+    for what, value, other_value, remedy in (
+        ("vocabulary", tokenizer.get_vocab(), other.get_vocab(), ""),
+        ("chat template", tokenizer.chat_template, other.chat_template, f", or {template}"),
+        ("end token", tokenizer.eos_token, other.eos_token, ""),
+        ("BOS", tokenizer.bos_token, other.bos_token, ""),
     ):
-        if expected != found:
+        if value != other_value:
             raise PipelineError(
                 f"the tokenizer in {policy} has another {what} than that of the base {model.path}: use the tokenizer "
-                "that the policy was trained with in both"
+                f"that the policy was trained with in both{remedy}"
             )

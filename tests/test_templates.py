@@ -1,0 +1,78 @@
+"""One chat template for whatever is rendered: trained on, sampled from, measured; and what it does to a row."""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from dpo_pipeline.data.prompts import prompt_ids
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.evaluation.eval_set import make_eval_set
+from dpo_pipeline.run_folder import identity
+from dpo_pipeline.tokenizer import check_same_tokenizer, load_tokenizer
+from tests.helpers import prepare_run
+
+# Of words that the embedded model knows.
+TEMPLATE = (
+    "\n{% for m in messages %}{{ 'the ' if m.role == 'user' else 'and ' }}{{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}{{ mood }} {% endif %}"
+)
+
+
+@pytest.fixture
+def typed(tmp_path):
+    """The keys of a template of one's own, which is to read a value."""
+    (tmp_path / "own.jinja").write_text(TEMPLATE)
+    return ["sft_variant=templates", f"model.chat_template={tmp_path}/own.jinja", "model.chat_template_kwargs={mood: good}"]
+
+
+def words(ids, tokenizer):
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_training_sampling_and_final_share_a_template_and_its_values(small, typed, tmp_path):
+    from dpo_pipeline.sft import run_sft
+
+    typed[-1] = "model.chat_template_kwargs={mood: very}"
+    run = small(*typed, "++sft.max_steps=2")
+    folder = run_sft(run) / "final"
+    data = prepare_run(run, "dpo")
+    asked = [{"role": "user", "content": "river ."}]
+    assert words(prompt_ids([asked], True, data.tokenizer)[0], data.tokenizer) == "the river . very"
+    eval_set = make_eval_set(run, data, "test", 5, 5)
+    for prompt in (*data.tables["train"]["prompt_ids"][:5], *eval_set.prompts, *eval_set.prompt_set.ids):
+        assert words(prompt, data.tokenizer).startswith("the film :")
+        assert words(prompt, data.tokenizer).endswith("very")
+    final = AutoTokenizer.from_pretrained(folder)  # as anybody loads it, and may still set the value
+    assert final.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) == "\nthe river . very "
+    assert "flat" in final.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, mood="flat")
+    check_same_tokenizer(data.tokenizer, run.model, folder)
+    plain = small(*typed[:2])
+    with pytest.raises(PipelineError, match=f"chat template.*model.chat_template={folder}/chat_template.jinja"):
+        check_same_tokenizer(load_tokenizer(plain.model, data.tokenizer.name_or_path), plain.model, folder)
+    found = json.loads((folder.parent / "manifest.json").read_text())["identity"]
+    assert found["model.chat_template_kwargs.mood"] == "very"
+    assert found["model.chat_template"].startswith("sha256:")
+
+
+def test_a_template_is_part_of_what_a_run_is_and_of_its_tables(small, typed, tmp_path):
+    def tables(*changes):
+        run = small(*typed[:2], *changes)
+        return identity(run, "sft"), prepare_run(run, "dpo", "train").tables["train"]["prompt_ids"][:]
+
+    first = tables("model.chat_template_kwargs={mood: very}")
+    assert tables("model.chat_template_kwargs={mood: very}") == first
+    other = tables("model.chat_template_kwargs={mood: good}")
+    (tmp_path / "own.jinja").write_text(TEMPLATE.replace("and", "but").replace("the", "but"))
+    edited = tables("model.chat_template_kwargs={mood: very}")
+    for fields, ids in (other, edited):
+        assert fields != first[0]
+        assert ids != first[1]
+
+
+def test_a_template_that_cannot_be_is_one_sentence(small, typed):
+    with pytest.raises(PipelineError, match="model.chat_template=gone.jinja: there is no such file"):
+        small("model.chat_template=gone.jinja")
+    run = small(*typed[:2], "model.chat_template_kwargs={moood: very}")
+    with pytest.raises(PipelineError, match="kwargs.moood.*does not read it.*model.chat_template="):
+        prepare_run(run, "dpo", "train")
