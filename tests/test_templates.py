@@ -6,11 +6,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from dpo_pipeline.data.prompts import prompt_ids
+from dpo_pipeline.data.report import count_rows, find_warnings, print_report
+from dpo_pipeline.data.token_table import LengthLimits, tokenize
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluation.eval_set import make_eval_set
 from dpo_pipeline.run_folder import identity
 from dpo_pipeline.tokenizer import check_same_tokenizer, load_tokenizer
 from tests.helpers import prepare_run
+from tests.test_data import CHATML, PAIR, characters, rows_of
 
 # Of words that the embedded model knows.
 TEMPLATE = (
@@ -23,7 +26,11 @@ TEMPLATE = (
 def typed(tmp_path):
     """The keys of a template of one's own, which is to read a value."""
     (tmp_path / "own.jinja").write_text(TEMPLATE)
-    return ["sft_variant=templates", f"model.chat_template={tmp_path}/own.jinja", "model.chat_template_kwargs={mood: good}"]
+    return [
+        "sft_variant=templates",
+        f"model.chat_template={tmp_path}/own.jinja",
+        "model.chat_template_kwargs={mood: good}",
+    ]
 
 
 def words(ids, tokenizer):
@@ -76,3 +83,43 @@ def test_a_template_that_cannot_be_is_one_sentence(small, typed):
     run = small(*typed[:2], "model.chat_template_kwargs={moood: very}")
     with pytest.raises(PipelineError, match="kwargs.moood.*does not read it.*model.chat_template="):
         prepare_run(run, "dpo", "train")
+
+
+# As Qwen3 writes them without thinking: before what is to be answered, and before the last reply or before none.
+THINK = "<think>\n\n</think>\n\n"
+ASKING = CHATML.replace("<s>assistant\n{%", f"<s>assistant\n{THINK}{{%")
+REPLYING = "{% if m.role == 'assistant' and loop.last %}THINK{% endif %}{{ m.content }}".replace("THINK", THINK)
+TALK = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "<b>yo"},
+    {"role": "user", "content": "so"},
+]
+
+
+@pytest.mark.parametrize("reply", ["{{ m.content }}", REPLYING])
+def test_completions_start_where_sampling_starts(reply):
+    """Whether a full dialogue has the tokens that the generation prompt ends with, or not."""
+    tokenizer = characters(bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = ASKING.replace("{{ m.content }}", reply)
+    rows = rows_of(*[{"prompt": TALK, "chosen": "<t> yes", "rejected": "no"}] * 2)
+    table = tokenize(rows, PAIR, tokenizer, [1], LengthLimits(512, 256))
+    asked = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
+    assert asked.endswith(THINK)
+    for row in table:
+        assert "".join(tokenizer.convert_ids_to_tokens(row["prompt_ids"])) == asked
+        assert row["prompt_ids"] == prompt_ids([TALK], True, tokenizer)[0]
+        assert "".join(tokenizer.convert_ids_to_tokens(row["chosen_ids"])) == "<t> yes</s>"
+    count = 0 if reply == REPLYING else 2
+    report = count_rows(rows)
+    assert report["sources"]["s"]["retokenized"] == count
+    assert ("2 completion tokenized alone" in print_report(report, rows)) == bool(count)
+    assert find_warnings(rows, 512, 512) == []
+
+
+def test_reasoning_that_would_be_lost_is_counted():
+    tokenizer = characters(bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = ASKING.replace("{{ m.content }}", "{{ m.reasoning_content }}{{ m.content }}")
+    extra = {"chosen": {"reasoning_content": "Hm."}}
+    rows = rows_of({"prompt": TALK, "chosen": "yes", "rejected": "no", "extra": extra})
+    tokenize(rows, PAIR, tokenizer, [1], LengthLimits(512, 256))
+    assert rows[0]["reason"].startswith("calls or reasoning")

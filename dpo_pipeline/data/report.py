@@ -46,7 +46,8 @@ def count_rows(rows: Rows) -> dict[str, Any]:
     examples: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         empty = {"read": 0, "rows": 0, "kept": dict.fromkeys(SPLITS, 0), "dropped": Counter(), "cut": Counter()}
-        counts = sources.get(row["source"]) or sources.setdefault(row["source"], {**empty, "unused_columns": []})
+        empty |= {"retokenized": 0, "unused_columns": []}
+        counts = sources.get(row["source"]) or sources.setdefault(row["source"], empty)
         counts["read"] += not row.get("is_further_pair")
         counts["rows"] += 1
         counts["unused_columns"] += [name for name in row.get("unused", ()) if name not in counts["unused_columns"]]
@@ -55,6 +56,7 @@ def count_rows(rows: Rows) -> dict[str, Any]:
         else:
             counts["kept"][row["split"]] += 1
             counts["cut"].update([row["cut"]] if row.get("cut") else [])
+            counts["retokenized"] += bool(row.get("retokenized"))
         for reason in filter(None, (row["reason"], row.get("cut"))):
             if len(examples[reason]) < EXAMPLES_PER_REASON:
                 examples[reason].append(row["origin"])
@@ -63,11 +65,14 @@ def count_rows(rows: Rows) -> dict[str, Any]:
 
 def source_lines(sources: dict[str, Any]) -> list[list[str]]:
     """A table with a line for each source, below its header."""
-    lines = [["source", "read", *SPLITS, "dropped", "cut and kept", "not used"]]
+    lines = [["source", "read", *SPLITS, "dropped", "changed and kept", "not used"]]
     for source, counts in sources.items():
         numbers = [f"{number:,}" for number in (counts["read"], *counts["kept"].values())]
         numbers[0] += f" ({counts['rows']:,} pairs)" if counts["rows"] > counts["read"] else ""
-        reasons = ["; ".join(f"{n:,} {reason}" for reason, n in counts[key].items()) for key in ("dropped", "cut")]
+        changed = counts["cut"] | {"completion tokenized alone": counts["retokenized"]}
+        reasons = [
+            "; ".join(f"{n:,} {reason}" for reason, n in each.items() if n) for each in (counts["dropped"], changed)
+        ]
         lines.append([source, *numbers, *reasons, ", ".join(counts["unused_columns"])])
     return lines
 
@@ -148,10 +153,11 @@ def find_warnings(rows: Rows, limit: int, context: int) -> list[str]:
     share, sentence = length_sentence(rows, limit, context)
     if WARN_TOO_LONG < share <= MAX_TOO_LONG:
         sentences.append(sentence)
-    measured = sum(bool(row.get("tokens")) for row in rows)
-    if (retokenized := sum(bool(row.get("retokenized")) for row in kept_rows(rows))) > WARN_RETOKENIZED * measured:
+    # A chat template may well add tokens to its generation prompt, such as an empty think block.
+    measured = [row for row in rows if row.get("tokens") and isinstance(row["prompt"], str)]
+    if (retokenized := sum(row["retokenized"] for row in kept_rows(measured))) > WARN_RETOKENIZED * len(measured):
         sentences.append(
-            f"{retokenized} of {measured} rows: the prompt's tokens change when a completion follows, so the "
+            f"{retokenized} of {len(measured)} rows: the prompt's tokens change when a completion follows, so the "
             "completion was tokenized alone: end the prompts where a token ends (a line break, or no trailing space)"
         )
     return sentences

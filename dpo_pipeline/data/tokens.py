@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from dpo_pipeline.data.files import Row
 from dpo_pipeline.data.messages import Message
-from dpo_pipeline.data.normalize import completion_message
+from dpo_pipeline.data.normalize import CALLS, completion_message
 from dpo_pipeline.errors import PipelineError
 
 BATCH = 1000
@@ -72,7 +72,10 @@ def encode_rows(rows: list[Row], columns: tuple[str, ...], tokenizer: Any, eos_i
             else:
                 row_ids = [each[len(context) :] for each in joined]
             encoded = opening + prompt, [append_eos_once(each, eos_ids) for each in row_ids]
-            yield EncodedRow(*encoded, retokenized, token_problem(row, columns, *encoded, eos_tokens, bos_id))
+            problem = token_problem(row, columns, *encoded, eos_tokens, bos_id)
+            if retokenized and any(field in CALLS for name in columns for field in row.get("extra", {}).get(name, ())):
+                problem = "calls or reasoning that the chat template writes before its generation prompt ends"
+            yield EncodedRow(*encoded, retokenized, problem)
 
 
 def token_problem(
