@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 from datetime import datetime
+from functools import partial
 
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -15,7 +16,7 @@ from dpo_pipeline.data import messages, prepare, tokens
 from dpo_pipeline.data.prompts import prompt_ids
 from dpo_pipeline.data.report import SPLITS, count_rows, find_errors, find_warnings, kept_rows
 from dpo_pipeline.data.splits import find_test_names, hold_out, load_splits
-from dpo_pipeline.data.token_table import LengthLimits, tokenize
+from dpo_pipeline.data.token_table import LengthLimits, cut_text, tokenize
 from dpo_pipeline.data.tokens import encode_rows, eos_ids_of
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.schema import Length
@@ -708,19 +709,17 @@ def test_token_tables_of_other_code_are_not_taken(small, tmp_path, monkeypatch):
     assert len(seen) == 2
 
 
-def test_a_dialogue_cut_at_a_bos_has_one_and_a_prompt_at_its_limit_is_not_cut():
+def test_a_prompt_at_its_limit_is_not_cut():
+    def fit(limits, prompt, completions):
+        return limits.fit(prompt, completions, 2, partial(cut_text, prompt, 1))
+
     completions = [[8] * 6]
-    assert LengthLimits(9, 4).fit([1, 5, 1, 6, 7], completions, 1, 2) == ([1, 6, 7], completions, "prompt cut", "")
-    assert LengthLimits(10, 4).fit([1, 5, 9, 6, 7], completions, 1, 2) == ([1, 9, 6, 7], completions, "prompt cut", "")
-    assert LengthLimits(9, 4).fit([1, 5, 6, 7], [[8] * 6], 1, 2)[2:] == ("", "too long")
-    assert LengthLimits(9, 4, completion="keep_eos").fit([1, 5, 6, 7], completions, 1, 2) == (
-        [1, 5, 6, 7],
-        [[8] * 4 + [2]],
-        "completion cut",
-        "",
-    )
-    assert LengthLimits(9, 5, prompt="drop").fit([1, 5, 6, 7, 9], [[8] * 6], 1, 2)[3] == "too long"
-    assert LengthLimits(9, 5, "drop", "cut").fit([1, 5, 6, 7, 9], [[8] * 6], 1, 2)[1] == [[8] * 4]
+    assert fit(LengthLimits(10, 4), [1, 5, 9, 6, 7], completions) == ([1, 9, 6, 7], completions, "prompt cut", "")
+    assert fit(LengthLimits(9, 4), [1, 5, 6, 7], completions)[2:] == ("", "too long")
+    expected = ([1, 5, 6, 7], [[8] * 4 + [2]], "completion cut", "")
+    assert fit(LengthLimits(9, 4, completion="keep_eos"), [1, 5, 6, 7], completions) == expected
+    assert fit(LengthLimits(9, 5, prompt="drop"), [1, 5, 6, 7, 9], completions)[3] == "too long"
+    assert fit(LengthLimits(9, 5, "drop", "cut"), [1, 5, 6, 7, 9], completions)[1] == [[8] * 4]
 
 
 def test_a_completion_ends_at_the_first_of_all_end_tokens():

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+from functools import partial
 from html.parser import HTMLParser
 
 import pandas as pd
@@ -16,7 +17,7 @@ from dpo_pipeline.config import compose
 from dpo_pipeline.data import length_stats
 from dpo_pipeline.data.prepare import load_rows
 from dpo_pipeline.data.report import kept_rows
-from dpo_pipeline.data.token_table import LengthLimits
+from dpo_pipeline.data.token_table import LengthLimits, cut_text
 from dpo_pipeline.evaluation import data_page, token_view
 from dpo_pipeline.inspect_data import count_repeats, leaked_prompts, odd_completions, overlap, run_inspect, text_fields
 from dpo_pipeline.tokenizer import load_tokenizer
@@ -83,7 +84,7 @@ def test_what_a_limit_would_cut_is_what_cutting_the_rows_does(prompt, completion
         lengths = LengthLimits(limit, cut_to, prompt, completion)
         expected = dict.fromkeys(("kept", "dropped", "prompts_cut", "answers_cut", "tokens"), 0)
         for given, whole in found:
-            ids, eos_ids, _, reason = lengths.fit(given, whole, 0, 0)
+            ids, eos_ids, _, reason = lengths.fit(given, whole, 0, partial(cut_text, given, 0))
             expected["dropped" if reason else "kept"] += 1
             if not reason:
                 expected["prompts_cut"] += len(ids) < len(given)

@@ -1,19 +1,22 @@
 """One chat template for whatever is rendered: trained on, sampled from, measured; and what it does to a row."""
 
 import json
+import re
+from itertools import pairwise
 
 import pytest
+from tokenizers import decoders
 from transformers import AutoTokenizer
 
 from dpo_pipeline.data.prompts import prompt_ids
 from dpo_pipeline.data.report import count_rows, find_warnings, print_report
-from dpo_pipeline.data.token_table import LengthLimits, tokenize
+from dpo_pipeline.data.token_table import LengthLimits, cut_dialogue, tokenize
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluation.eval_set import make_eval_set
 from dpo_pipeline.run_folder import identity
 from dpo_pipeline.tokenizer import check_same_tokenizer, load_tokenizer
 from tests.helpers import prepare_run
-from tests.test_data import CHATML, PAIR, characters, rows_of
+from tests.test_data import CHATML, PAIR, characters, rows_of, trained
 
 # Of words that the embedded model knows.
 TEMPLATE = (
@@ -123,3 +126,66 @@ def test_reasoning_that_would_be_lost_is_counted():
     rows = rows_of({"prompt": TALK, "chosen": "yes", "rejected": "no", "extra": extra})
     tokenize(rows, PAIR, tokenizer, [1], LengthLimits(512, 256))
     assert rows[0]["reason"].startswith("calls or reasoning")
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+REPLIES = {"chosen": "yes", "rejected": "no"}
+LONG = [
+    *(message("system", "Be kind, éé."), message("user", "日本語 é🙂 " * 9), message("assistant", "a b, é. " * 12)),
+    *(message("user", "short"), message("assistant", "and é " * 7), message("user", "🙂 last one é?")),
+]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_dialogue_is_cut_inside_its_oldest_turns(first):
+    """Whatever its size: system message, roles and template stay, turns go from the oldest, characters are whole."""
+    tokenizer = trained("byte-level")
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.chat_template = CHATML
+    row = {"prompt": LONG[first:]}
+    shown = [re.findall("<s>(\\w+)\n(.*?)</s>\n", text) for text in cut_to_every_size(row, tokenizer)]
+    contents = [m["content"] for m in LONG]
+    assert len(shown) > 100
+    for turns in shown:
+        system, turns = (turns[:1], turns[1:]) if first == 0 else ([], turns)
+        assert system == [("system", contents[0])][first:]
+        assert [role for role, _ in turns] == [m["role"] for m in LONG[-len(turns) :]]
+        assert turns[0][0] == "user"
+        cut = [i for i, (_, text) in enumerate(turns, len(LONG) - len(turns)) if text != contents[i]]
+        assert len(cut) <= 2
+        assert all(contents[i].endswith(turns[i - len(LONG)][1]) for i in cut)
+        assert all(i - (len(LONG) - len(turns)) < 2 for i in cut)  # of the oldest exchange
+    lengths = [sum(len(text) for _, text in turns) for turns in shown]
+    assert all(longer >= shorter for longer, shorter in pairwise(lengths[::20]))
+    assert len(set(lengths)) > 60  # it is cut to about the size asked for, not to whole turns
+
+
+def cut_to_every_size(row, tokenizer):
+    """The text of a prompt cut to each size that leaves anything of it."""
+    whole = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+    for size in range(len(whole), 0, -1):
+        ids = cut_dialogue(row, tokenizer, size)
+        if ids:
+            assert len(ids) <= size
+            text = tokenizer.decode(ids)  # a part of a character would be U+FFFD
+            assert text.endswith("<s>assistant\n")
+            assert "\ufffd" not in text
+            yield text
+
+
+def test_a_chat_row_that_is_too_long_keeps_its_template():
+    tokenizer = characters(bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = CHATML
+    prompt = [message("user", "x" * 50), message("assistant", "y" * 50), message("user", "why so")]
+    rows = rows_of({"prompt": prompt, **REPLIES}, {"prompt": prompt[:1], **REPLIES})
+    table = tokenize(rows, PAIR, tokenizer, [1], LengthLimits(90, 80))
+    text = "".join(tokenizer.convert_ids_to_tokens(table[0]["prompt_ids"]))
+    assert re.fullmatch("<s>user\nx+</s>\n<s>assistant\ny+</s>\n<s>user\nwhy so</s>\n<s>assistant\n", text)
+    assert len(table[0]["prompt_ids"]) == 80
+    assert [row.get("cut") for row in rows] == ["prompt cut", None]
+    rows = rows_of({"prompt": prompt, **REPLIES})
+    assert len(tokenize(rows, PAIR, tokenizer, [1], LengthLimits(20, 12))) == 0
+    assert rows[0]["reason"] == "too long"

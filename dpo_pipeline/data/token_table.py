@@ -1,14 +1,18 @@
 """Rows of token ids within the length limits, as a table: what training and measuring read."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dpo_pipeline.data.files import Row
 from dpo_pipeline.data.report import INVALID, SINGLE, TOO_LONG, drop
-from dpo_pipeline.data.tokens import BATCH, EncodedRow, Ids, encode_rows
+from dpo_pipeline.data.tokens import BATCH, EncodedRow, Ids, encode_rows, render_chat, tokenize_texts
 from dpo_pipeline.data.turns import mark_replies
 from dpo_pipeline.errors import PipelineError
+
+Shorten = Callable[[int], Ids]
 
 MAX_UNKNOWN = 0.1  # share of unknown tokens above which the tokenizer is that of another language
 
@@ -39,10 +43,10 @@ class LengthLimits:
             )
         return cls(longest, max_prompt, length.prompt, length.completion)
 
-    def fit(self, prompt: list[int], completions: list[list[int]], bos: int, end: int) -> tuple[Any, Any, str, str]:
+    def fit(self, prompt: Ids, completions: list[Ids], end: int, shorten: Shorten) -> tuple[Ids, list[Ids], str, str]:
         """Prompt and completions within the limits, what was cut, and the reason to drop them; both may be empty.
 
-        As in the DPO authors' code a prompt is cut from its left; its first `bos` tokens stay.
+        `shorten` gives the prompt in a number of tokens, or an empty one where it cannot be cut to that.
         """
         longest = max(map(len, completions))
         if len(prompt) + longest <= self.max:
@@ -51,9 +55,9 @@ class LengthLimits:
         if len(prompt) > self.max_prompt:
             if self.prompt == "drop":
                 return prompt, completions, "", "too long"
-            rest = prompt[bos + len(prompt) - self.max_prompt :]
-            # In a dialogue whose every message opens with BOS, the rest may already begin with one.
-            prompt, cut = (prompt[:bos] if rest[:1] != prompt[:1] else []) + rest, "prompt cut"
+            prompt, cut = shorten(self.max_prompt), "prompt cut"
+            if not prompt:
+                return prompt, completions, "", "too long"
         room = self.max - len(prompt)
         if longest <= room:
             return prompt, completions, cut, ""
@@ -62,6 +66,38 @@ class LengthLimits:
         last = [end] if self.completion == "keep_eos" else []
         completions = [ids if len(ids) <= room else ids[: room - len(last)] + last for ids in completions]
         return prompt, completions, "completion cut", ""
+
+
+def cut_text(prompt: Ids, bos: int, size: int) -> Ids:
+    """The last `size` tokens of a prompt, as in the DPO authors' code; its first `bos` tokens stay."""
+    return prompt[:bos] + prompt[bos + len(prompt) - size :]
+
+
+def cut_dialogue(row: Row, tokenizer: Any, size: int) -> Ids:
+    """A prompt of messages in at most `size` tokens, or empty where it cannot be cut to that.
+
+    The oldest turns go, and the beginning of the longest message of the next: system, roles and template stay whole.
+    """
+    messages = row["prompt"]
+    while True:
+        ids = tokenize_texts([render_chat(messages, tokenizer, ask=True, tools=row.get("tools"))], tokenizer)[0]
+        if (excess := len(ids) - size) <= 0:
+            return ids
+        roles = [message["role"] for message in messages]
+        first = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
+        end = roles.index("user", first + 1) if "user" in roles[first + 1 :] else len(roles)
+        contents = [message["content"] for message in messages[first:end]]
+        counts = list(map(len, tokenize_texts(contents, tokenizer)))
+        longest = max(range(len(contents)), key=lambda i: len(contents[i]), default=0)
+        if sum(counts) > excess + len(counts) and len(contents[longest]) > 1:
+            about = len(contents[longest]) * excess // counts[longest]  # the next round cuts what is left
+            content = contents[longest][min(max(1, about), len(contents[longest]) - 1) :]
+            i = first + longest
+            messages = [*messages[:i], {**messages[i], "content": content}, *messages[i + 1 :]]
+        elif end < len(roles):
+            messages = messages[:first] + messages[end:]
+        else:
+            return []
 
 
 def tokenize(
@@ -91,7 +127,7 @@ def tokenize(
     encoded_rows = encode_rows(rows, columns, tokenizer, eos_ids)
     bar = tqdm(encoded_rows, total=len(rows), desc="tokenizing", leave=False, disable=len(rows) < 10 * BATCH)
     for number, encoded in enumerate(bar):
-        ids = fit_row(rows[number], names, encoded, limits, tokenizer.bos_token_id, eos_ids)
+        ids = fit_row(rows[number], names, encoded, limits, tokenizer, eos_ids)
         marks = [mark_replies(rows[number], encoded.prompt, ids[0], tokenizer, eos_ids)] if ids and all_turns else []
         if None in marks:
             drop(rows[number], "earlier reply without an end token in the rendered dialogue", SINGLE)
@@ -107,8 +143,8 @@ def tokenize(
 
 
 def fit_row(
-    row: Row, names: tuple[str, ...], encoded: EncodedRow, limits: LengthLimits, bos_id: int | None, eos_ids: list[int]
-) -> list[list[int]]:
+    row: Row, names: tuple[str, ...], encoded: EncodedRow, limits: LengthLimits, tokenizer: Any, eos_ids: Ids
+) -> list[Ids]:
     """The ids of prompt and completions within the limits, or none where the row is dropped; marks the row."""
     if encoded.problem:
         drop(row, encoded.problem, SINGLE)
@@ -116,8 +152,11 @@ def fit_row(
     counts = [len(ids) for ids in (encoded.prompt, *encoded.completions)]
     row |= {f"{name}_tokens": count for name, count in zip(names, counts, strict=True)}
     row |= {"tokens": counts[0] + max(counts[1:]), "retokenized": encoded.retokenized}
-    bos_count = int(encoded.prompt[0] == bos_id)
-    prompt, completions, cut, problem = limits.fit(encoded.prompt, encoded.completions, bos_count, eos_ids[0])
+    if isinstance(row["prompt"], str):
+        shorten = partial(cut_text, encoded.prompt, int(encoded.prompt[0] == tokenizer.bos_token_id))
+    else:
+        shorten = partial(cut_dialogue, row, tokenizer)
+    prompt, completions, cut, problem = limits.fit(encoded.prompt, encoded.completions, eos_ids[0], shorten)
     if problem:
         drop(row, problem, TOO_LONG)
     elif any(not ids or ids[0] in eos_ids for ids in completions):
