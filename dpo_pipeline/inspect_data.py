@@ -99,6 +99,7 @@ def summarize_rows(run: Run, data: "Prepared", sizes: Any, overlaps: Any) -> dic
         "rows": {split: len(kept_rows) for split, kept_rows in rows.items()},
         "lengths": {name: length_stats.summarize(values) for name, values in sizes.items()},
         "longer_chosen": length_stats.longer_chosen(sizes) if len(data.columns) == 2 else None,
+        "leading_block": length_stats.leading_block(rows["train"]) if len(data.columns) == 2 else None,
         "overlap": length_stats.summarize(overlaps) if len(overlaps) else None,
         "length": {**run.length.model_dump(), "max": limits.max, "context": context},
         "limits": [length_stats.apply_limits(sizes, each) for each in alternatives],

@@ -103,6 +103,24 @@ def test_candidates_reach_from_half_the_median_row_to_where_nothing_is_cut():
     assert length_stats.candidate_limits(sizes, current=500, least=1, context=1000) == [32, 64, 128, 500]
 
 
+@pytest.mark.parametrize("side", PAIR)
+def test_a_block_that_one_side_begins_with_is_what_a_judge_of_it_alone_reaches(side):
+    rng, rows = random.Random(12), []
+    other = PAIR[1 - PAIR.index(side)]
+    for i in range(300):
+        row = {name: f"{rng.choice('abcdefgh')} {rng.random()} words" for name in PAIR}
+        row[side] = f"<think>\n\n</think>\n\n{row[side]}" if i % 3 == 0 else row[side]
+        row[other] = f"<think>\n\n</think>\n\n{row[other]}" if i % 30 == 1 else row[other]
+        rows.append(row)
+    block = length_stats.leading_block(rows)
+    assert block["value"] == pytest.approx(0.5 + (100 - 10) / 600)
+    assert block["low"] > 0.55
+    assert (block["text"], block["side"]) == ("<think>\n\n</think>\n\n", side)
+    (sentence,) = warned(leading_block=block)
+    assert f"of {side} completions alone tells which is chosen in 65.0%" in sentence
+    assert length_stats.leading_block([]) is None
+
+
 def test_repeats_and_leakage_look_past_case_and_spaces():
     rows = [
         {"prompt": "Say hello", "chosen": "a", "rejected": "b", "origin": "1"},
@@ -378,6 +396,7 @@ def warned(**changes) -> list[str]:
         "rows": {"train": 5000, "validation": 250, "test": 500},
         "longer_chosen": {"value": 0.55, "low": 0.54, "high": 0.56, "n": 5000},
         "overlap": {"median": 0.3},
+        "leading_block": {"text": "Yes", "side": "chosen", "value": 0.56, "low": 0.54, "high": 0.58, "n": 5000},
         "epoch": {"steps": 79, "batch": 64, "tokens": 1},
         "leaked": {"validation": [], "test": []},
         "odd": {"are a list or an object": []},

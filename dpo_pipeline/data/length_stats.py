@@ -1,20 +1,43 @@
-"""Statistics of token counts: spreads, the bias of length, and what other length limits would do.
+"""Statistics of completions: spreads, what length or their first words alone tell, and what other limits would do.
 
 Sizes are a DataFrame with the tokens of each row before any cut, end tokens counted: `prompt`, a column for each
 completion, and `total`, the prompt with its longest completion, which `length.max` limits.
 """
 
+import os
 from typing import Any
 
 import numpy as np
 
+from dpo_pipeline.data.files import Row
 from dpo_pipeline.data.token_table import LengthLimits
 from dpo_pipeline.estimates import Estimate, accuracy
+
+HEAD = 8  # characters that make an opening
 
 
 def longer_chosen(sizes: Any) -> Estimate:
     """How often the chosen completion is the one with more tokens: the accuracy of a judge of length alone."""
     return accuracy((sizes["chosen"] - sizes["rejected"]).tolist())
+
+
+def leading_block(rows: list[Row]) -> dict[str, Any] | None:
+    """The opening that most tells chosen from rejected: its `text`, the `side` that has it, and an Estimate.
+
+    The Estimate is the accuracy of a judge that prefers that side's completions for this opening alone.
+    """
+    import pandas as pd
+
+    if not rows:
+        return None
+    texts = pd.DataFrame({name: [row[name].lstrip() for row in rows] for name in ("chosen", "rejected")})
+    heads = texts.apply(lambda column: column.str[:HEAD])
+    counts = {name: heads[name].value_counts() for name in heads}
+    head = counts["chosen"].sub(counts["rejected"], fill_value=0).abs().idxmax()
+    has_head = heads == head
+    side, other = sorted(heads, key=lambda name: -has_head[name].sum())
+    text = os.path.commonprefix(texts.loc[has_head[side], side].tolist())  # noqa: RUF071 (text, not paths)
+    return {"text": text, "side": side, **accuracy(has_head[side].astype(int).sub(has_head[other]).tolist())}
 
 
 def summarize(values: Any) -> dict[str, float]:

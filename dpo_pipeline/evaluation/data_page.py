@@ -12,6 +12,7 @@ from dpo_pipeline.formatting import markdown_table, render_template
 
 MIN_PAIRS = 2000  # with fewer, reward models stay near chance (Gao et al., arXiv:2210.10760, on data size)
 MAX_LENGTH_BIAS = 0.6  # share of pairs in which length alone tells the chosen completion; ours, 0.5 tells nothing
+MAX_BLOCK_BIAS = 0.55  # share of pairs that a fixed opening tells; ours
 MAX_OVERLAP = 0.8  # of the tokens of two completions; ours, after arXiv:2402.13228: DPO fails where they differ little
 MIN_STEPS = 50  # of an epoch; ours: a tenth of them warm up
 MAX_DUPLICATES, MAX_ODD = 0.1, 0.02  # shares of rows to warn from; ours
@@ -45,6 +46,7 @@ def data_warnings(summary: dict[str, Any]) -> list[str]:
     rows, epoch, bias, overlap = (summary[key] for key in ("rows", "epoch", "longer_chosen", "overlap"))
     share, kind = max((bias["value"], "longer"), (1 - bias["value"], "shorter")) if bias else (0.5, "")
     is_biased = bias and (bias["low"] > MAX_LENGTH_BIAS or bias["high"] < 1 - MAX_LENGTH_BIAS)
+    block = summary["leading_block"]
     common, read = overlap["median"] if overlap else 0, sum(part["read"] for part in summary["sources"].values())
     contradictions, copies = (dropped_rows(summary, reason) for reason in ("contradiction", "exact duplicate"))
     sentences = {
@@ -59,6 +61,9 @@ def data_warnings(summary: dict[str, Any]) -> list[str]:
         f"length bias is strong: the {kind} completion is chosen in {share:.1%} of pairs (arXiv:2310.03716). "
         "`++dpo.ld_alpha=0.5` halves the weight of the tokens that the longer completion has more (arXiv:2409.06411); "
         "read each win rate beside the completion length": is_biased,
+        block_sentence(block) + ". A policy would learn it first: take it out, or give it to both": (
+            block and block["low"] > MAX_BLOCK_BIAS
+        ),
         f"half of the pairs share at least {common:.0%} of their tokens: DPO can then make both less likely "
         "(arXiv:2402.13228). `loss=sigmoid_sft` keeps the chosen one likely": common > MAX_OVERLAP,
         f"{contradictions:,} rows were labelled both ways, and dropped: other labels may be noisy too. `loss=cdpo` "
@@ -80,6 +85,16 @@ def data_warnings(summary: dict[str, Any]) -> list[str]:
             origins
         )
     return [sentence for sentence, is_true in sentences.items() if is_true]
+
+
+def block_sentence(block: dict[str, Any] | None) -> str:
+    """How often an opening that one side of the pairs has tells which is chosen."""
+    if block is None:
+        return ""
+    return (
+        f"the opening {json.dumps(block['text'][:60])} of {block['side']} completions alone tells which is chosen in "
+        f"{block['value']:.1%} of pairs [{block['low']:.1%}, {block['high']:.1%}] (ties count half)"
+    )
 
 
 def dropped_rows(summary: dict[str, Any], reason: str) -> int:
@@ -119,6 +134,7 @@ def sections(summary: dict[str, Any]) -> list[Section]:
             f"The longer completion is chosen in {bias['value']:.1%} of pairs [{low}, {high}] (ties count half): the "
             "accuracy of a judge of length alone."
         )
+        text += f" Of all openings, {block_sentence(summary['leading_block'])}." if summary["leading_block"] else ""
         if summary["overlap"]:
             text += f" Half of the kept pairs share at least {summary['overlap']['median']:.0%} of their tokens."
         pictures = {"data_difference.png": "Tokens of chosen minus rejected", "data_overlap.png": "Shared tokens"}
