@@ -6,6 +6,9 @@ The rows are made up in the form that each set has on the hub; its file in conf/
 import csv
 import gzip
 import json
+import os
+import subprocess
+import sys
 
 import pyarrow as pa
 import pytest
@@ -14,6 +17,7 @@ from pyarrow import parquet
 from dpo_pipeline.config import ROW_KEYS, compose, instantiate_node
 from dpo_pipeline.data import formats
 from dpo_pipeline.data.report import count_rows, kept_rows
+from dpo_pipeline.data.reviews import GENRES, NOUNS
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.errors import PipelineError
 
@@ -520,7 +524,7 @@ def test_what_is_asked_of_the_hub(name, asked, monkeypatch):
     monkeypatch.setattr(formats, "read_source", lambda *given: calls.append(given) or {})
     node = compose([f"dataset={name}"]).dataset
     instantiate_node({key: value for key, value in node.items() if key not in ROW_KEYS}, chat=False, source="it")
-    assert calls == [asked]
+    assert calls == [(*asked, None)]
 
 
 # What a reader could lose, or trip over, without a word.
@@ -655,6 +659,61 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path):
     assert completions(row) == {"prompt": "hi", **PAIR}
     assert row["origin"].endswith("train row 1")
     assert {split: len(rows) for split, rows in loaded("json", tmp_path / "two").items()} == {"train": 2, "test": 2}
+
+
+CARD = """---
+configs:
+- config_name: one
+  data_files: one/*.jsonl
+- config_name: two
+  data_files: two/*.jsonl
+---
+"""
+
+
+@pytest.fixture
+def configs(tmp_path):
+    """A folder as the hub has it, of two configs."""
+    for name in ("one", "two"):
+        rows = [
+            {"prompt": f"the {GENRES[i % 8]} {NOUNS[i % 17]} .", "chosen": "it", "rejected": "cold", name: "x"}
+            for i in range(20)
+        ]
+        write(tmp_path / "set" / name / "train.jsonl", rows)
+    (tmp_path / "set" / "README.md").write_text(CARD)
+    return tmp_path / "set"
+
+
+def test_a_set_of_several_configs_lists_them(configs, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", configs.parent / "cache")
+    for typed in ([], ["dataset.config=three"]):
+        with pytest.raises(PipelineError, match="set has the configs one, two: type dataset.config=NAME"):
+            loaded("json", configs, *typed)
+    rows = loaded("json", configs, "dataset.config=two")["train"]
+    assert len(rows) == 20
+    assert "two" in rows[0]["unused"]
+    assert len(loaded("json", configs, "dataset.data_dir=one")["train"]) == 20
+
+
+def test_what_datasets_writes_lies_under_root(configs, small):
+    """Where HF_HOME can hold nothing: a plain file stands for a shared one that is read-only, since root may write."""
+    home = configs.parent / "home"
+    home.write_text("")
+    typed = [
+        *small.typed,
+        f"root={configs.parent / 'outputs'}",
+        "dataset=json",
+        f"dataset.path={configs}",
+        "dataset.config=one",
+    ]
+    typed = [item for item in typed if not item.startswith("dataset.rows")]
+    environment = {**os.environ, "HF_HOME": str(home)}
+    for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_MODULES_CACHE"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "dpo_pipeline.inspect_data", *typed]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert list((configs.parent / "outputs" / ".cache" / "datasets").rglob("*.arrow"))
 
 
 @pytest.mark.parametrize("ending", ["tsv", "xlsx", "jsonl.zst"])

@@ -39,6 +39,7 @@ def load(
     data_dir: str | None,
     subsets: list[str] | None,
     revision: str | None,
+    config: str | None,
     splits: dict[Literal["train", "test"], str] | None,
     rows: NonNegativeInt,
     columns: Row | None,
@@ -60,7 +61,9 @@ def load(
         subsets = None  # a copy without the folders of the published set
     loaded: dict[str, list[Row]] = defaultdict(list)
     options = (at_least or {}, (pairs, min_score_gap), prompt_words, chat)
-    sources = [(subset, read_source(path, subset or data_dir, revision, splits)) for subset in subsets or [None]]
+    sources = [
+        (subset, read_source(path, subset or data_dir, revision, splits, config)) for subset in subsets or [None]
+    ]
     if test_path:
         test = read_source(test_path)
         sources = [(subset, {"train": parts["train"]}) for subset, parts in sources]

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 from datasets import load_from_disk
 from pyarrow import parquet
@@ -82,6 +83,7 @@ def prepare(run: Run, stage: str, splits: tuple[str, ...] | None = None, strict:
     Rank 0 does it, and the other ranks read its tables. Raises PipelineError where rows cannot be read, where too
     many are invalid or too long, or where none are left; not for bad rows unless `strict`.
     """
+    datasets.config.HF_DATASETS_CACHE = Path(run.root) / ".cache" / "datasets"  # HF_HOME may be read-only
     tokenizer, config = load_tokenizer(run.model), load_config(run.model)
     limits = LengthLimits.resolve(run.length, config.get_text_config().max_position_embeddings)
     eos_ids = tokens.eos_ids_of(tokenizer, load_generation_config(run.model, config))

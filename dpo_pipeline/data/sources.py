@@ -23,13 +23,17 @@ SPLIT_OF_WORD = {word: words[0] for words in (TRAIN, VALIDATION, TEST) for word 
 
 
 def read_source(
-    path: str, data_dir: str | None = None, revision: str | None = None, splits: dict[str, str] | None = None
+    path: str,
+    data_dir: str | None = None,
+    revision: str | None = None,
+    splits: dict[str, str] | None = None,
+    config: str | None = None,
 ) -> dict[str, Rows]:
     """Rows of the splits `train` and, if there is one, `test`, one at a time; a single file is `train`.
 
     `path` is a local .json, .jsonl, .csv or .parquet file (or .gz), a local folder, or a hub id. `data_dir` is a
-    folder in it, `revision` the hub's; `splits` names the set's own split for each of ours. Raises PipelineError
-    if nothing can be read; for a broken row, when the reader reaches it.
+    folder in it, `config` one of those that its card names, `revision` the hub's; `splits` names the set's own split
+    for each of ours. Raises PipelineError if nothing can be read; for a broken row, when the reader reaches it.
     """
     local = Path(path).expanduser()
     if local.is_file():
@@ -41,7 +45,12 @@ def read_source(
     if (local / "config.json").is_file():
         raise PipelineError(f"{path} is a model, not a data set: type model.path={path} and dataset.path=...")
     label = f"{path}, folder {data_dir}" if data_dir else path
-    parts = read_folder(folder, label) if local.is_dir() else read_hub(path, data_dir, revision, label)
+    card = local / "README.md"
+    has_configs = data_dir is None and card.is_file() and card.read_text("utf-8", "replace").count("config_name:") > 1
+    if local.is_dir() and not config and not has_configs:
+        parts = read_folder(folder, label)
+    else:
+        parts = load_parts(str(local) if local.is_dir() else path, config, data_dir, revision, label)
     if splits is None:
         splits = {"test": "test"} if "test" in parts else {}
         if unread := ", ".join(parts.keys() - {"train", "test"}):
@@ -88,14 +97,16 @@ def split_of(parts: tuple[str, ...]) -> str:
     return next((SPLIT_OF_WORD[word] for word in words if word in SPLIT_OF_WORD), "train")
 
 
-def read_hub(path: str, data_dir: str | None, revision: str | None, label: str) -> dict[str, Rows]:
-    """The rows of a set of the hub by split."""
+def load_parts(
+    path: str, config: str | None, data_dir: str | None, revision: str | None, label: str
+) -> dict[str, Rows]:
+    """The rows of a set of the hub, or of a local copy with its card, by split."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
     try:
         # Not verified: the card of a set of millions of rows has no sizes of the one folder that is read.
-        parts = load_dataset(path, data_dir=data_dir, revision=revision, verification_mode="no_checks")
+        parts = load_dataset(path, config, data_dir=data_dir, revision=revision, verification_mode="no_checks")
     except (DatasetNotFoundError, ConnectionError) as error:
         raise PipelineError(
             f"the data set {path} is neither a local path nor on the hub ({one_line(str(error))}): check the name and "
@@ -104,6 +115,11 @@ def read_hub(path: str, data_dir: str | None, revision: str | None, label: str) 
     except (DatasetsError, ValueError, RuntimeError) as error:
         if sentence := explain_disk(error):
             raise PipelineError(sentence) from error
+        if names := re.search(r"configs?: \[(.*)\]|not found. Available: \[(.*)\]", str(error)):
+            names = (names[1] or names[2]).replace("'", "")
+            raise PipelineError(
+                f"{label} has the configs {names}: type dataset.config=NAME for one of them"
+            ) from error
         raise unreadable(label, error.__cause__ or error, "give a local copy of its files") from error
     return read_dataset(parts, label)
 
