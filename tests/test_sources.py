@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from dpo_pipeline.config import ROW_KEYS, compose, instantiate_node
 from dpo_pipeline.data import formats
-from dpo_pipeline.data.report import count_rows, kept_rows
+from dpo_pipeline.data.report import count_rows, kept_rows, print_report
 from dpo_pipeline.data.reviews import GENRES, NOUNS
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.errors import PipelineError
@@ -727,3 +727,7 @@ def test_a_sentence_names_ten_columns_at_most(tmp_path):
     path = write(tmp_path / "a.jsonl", [{f"column{i}": "x" for i in range(200)}])
     with pytest.raises(PipelineError, match="column9 and 190 more, which are no form"):
         loaded("json", path)
+    many = {f"column{i}": "x" for i in range(200)}
+    rows = loaded("json", write(tmp_path / "b.jsonl", [{"prompt": "p", **PAIR, **many}]))["train"]
+    report = print_report(count_rows([{**rows[0], "split": "train"}]), rows)
+    assert "column9 and 190 more |" in report

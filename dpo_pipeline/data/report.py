@@ -7,6 +7,7 @@ A row that is not kept has a `reason`, which is of one `kind`. Of rows that were
 from collections import Counter, defaultdict
 from typing import Any
 
+from dpo_pipeline.data.files import list_names
 from dpo_pipeline.formatting import markdown_table
 
 SPLITS = ("train", "validation", "test")
@@ -50,7 +51,7 @@ def count_rows(rows: Rows) -> dict[str, Any]:
         counts = sources.get(row["source"]) or sources.setdefault(row["source"], empty)
         counts["read"] += not row.get("is_further_pair")
         counts["rows"] += 1
-        counts["unused_columns"] += [name for name in row.get("unused", ()) if name not in counts["unused_columns"]]
+        counts["unused_columns"] = list(dict.fromkeys([*counts["unused_columns"], *row.get("unused", ())]))
         if row["reason"]:
             counts["dropped"][row["reason"]] += 1
         else:
@@ -73,7 +74,7 @@ def source_lines(sources: dict[str, Any]) -> list[list[str]]:
         reasons = [
             "; ".join(f"{n:,} {reason}" for reason, n in each.items() if n) for each in (counts["dropped"], changed)
         ]
-        lines.append([source, *numbers, *reasons, ", ".join(counts["unused_columns"])])
+        lines.append([source, *numbers, *reasons, list_names(counts["unused_columns"])])
     return lines
 
 
