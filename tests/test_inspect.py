@@ -435,6 +435,13 @@ def test_warnings_come_at_their_bounds_with_an_override_that_composes(wrong, fin
     assert run != compose(["dataset=json", "dataset.path=x.jsonl"])
 
 
+def test_copies_and_odd_completions_warn_from_their_bounds():
+    assert warned(**dropped(**{"exact duplicate": 100})) == []
+    assert "101 rows are exact duplicates" in warned(**dropped(**{"exact duplicate": 101}))[0]
+    assert warned(odd={"are a list or an object": ["a"] * 100}) == []
+    assert "101 train rows are a list" in warned(odd={"are a list or an object": ["a"] * 101})[0]
+
+
 def test_what_would_stop_training_is_shown_all_the_same(model, tmp_path, capsys):
     rows = pairs(random.Random(8), 80)
     for row in rows[:40]:
