@@ -44,7 +44,7 @@ def read_row(tmp_path, row, *typed, chat=True):
 
 def texts_of(encoded):
     """What the tokens of prompt and completions say."""
-    return ["".join(TOKENIZER.convert_ids_to_tokens(ids)) for ids in (encoded.prompt, *encoded.completions)]
+    return ["".join(TOKENIZER.convert_ids_to_tokens(ids)) for ids in (encoded[0], *encoded[1])]
 
 
 def user(content="U0"):

@@ -5,7 +5,7 @@ import random
 from pydantic import PositiveFloat, PositiveInt, validate_call
 
 from dpo_pipeline.data.files import Row
-from dpo_pipeline.data.report import FILTERED, drop, kept_rows
+from dpo_pipeline.data.report import FILTERED, drop_all_but, kept_rows
 from dpo_pipeline.data.splits import read_splits
 from dpo_pipeline.errors import PipelineError
 
@@ -40,8 +40,5 @@ def load(
     rng = random.Random(seed)
     for name, set_rows in available.items():
         count = round(rows_per_weight * weights[name]) if weights else len(set_rows)
-        sample = {id(row) for row in rng.sample(set_rows, min(count, row_limits.get(name, count)))}
-        for row in set_rows:
-            if id(row) not in sample:
-                drop(row, "not drawn", FILTERED)
+        drop_all_but(set_rows, min(count, row_limits.get(name, count)), rng, "not drawn", FILTERED)
     return {split: [row for part in parts.values() for row in part[i]] for i, split in enumerate(("train", "test"))}

@@ -72,8 +72,8 @@ def prompt_ids(prompts: list[Prompt], chat: bool, tokenizer: Any) -> list[list[i
     """
     rows = prompts_to_rows(prompts, chat, "the prompts file")
     encoded = list(encode_rows(rows, (), tokenizer, [tokenizer.eos_token_id]))
-    for row, encoded_row in zip(rows, encoded, strict=True):
-        if encoded_row.problem:
+    for row, (*_, problem) in zip(rows, encoded, strict=True):
+        if problem:
             remedy = "take special tokens out of its text, or take it out"
-            raise PipelineError(f"{row['origin']}, cannot be answered ({encoded_row.problem}): {remedy}")
-    return [encoded_row.prompt for encoded_row in encoded]
+            raise PipelineError(f"{row['origin']}, cannot be answered ({problem}): {remedy}")
+    return [ids for ids, *_ in encoded]

@@ -4,6 +4,7 @@ A row that is not kept has a `reason`, which is of one `kind`. Of rows that were
 `cut` what was cut off.
 """
 
+import random
 from collections import Counter, defaultdict
 from typing import Any
 
@@ -35,6 +36,15 @@ def filtered(reason: str) -> dict[str, str]:
 def kept_rows(rows: Rows, split: str | None = None) -> Rows:
     """The rows that are kept, of all splits or of one."""
     return [row for row in rows if not row["reason"] and split in (None, row.get("split"))]
+
+
+def drop_all_but(rows: Rows, count: int, rng: random.Random, reason: str, kind: str) -> None:
+    """Keep so many rows, drawn."""
+    remaining = kept_rows(rows)
+    sample = set(rng.sample(range(len(remaining)), min(count, len(remaining))))
+    for number, row in enumerate(remaining):
+        if number not in sample:
+            drop(row, reason, kind)
 
 
 def count_rows(rows: Rows) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dpo_pipeline.data.report import (
     SINGLE,
     SURPLUS,
     drop,
+    drop_all_but,
     invalid_sentences,
     kept_rows,
     list_reasons,
@@ -59,19 +60,10 @@ def load_splits(
         if not kept_rows(splits[split]):
             reasons = "; ".join([f"{test_count} are held out as test", *list_reasons(rows)])
             raise PipelineError(f"no rows are left for {split}: {reasons}: lower dataset.test_rows or give more")
-    if debug:
-        draw_debug_rows(splits, random.Random(node["split_seed"]))
+    rng = random.Random(node["split_seed"])
+    for split_rows in splits.values() if debug else ():  # drawn: the first rows of several files would be of one
+        drop_all_but(split_rows, DEBUG_ROWS, rng, "debug=true", SURPLUS)
     return rows
-
-
-def draw_debug_rows(splits: dict[str, list[Row]], rng: random.Random) -> None:
-    """Keep 100 rows of each split, drawn: the first ones of a set in several files would be of one file."""
-    for split_rows in splits.values():
-        remaining = kept_rows(split_rows)
-        sample = {id(row) for row in rng.sample(remaining, min(DEBUG_ROWS, len(remaining)))}
-        for row in remaining:
-            if id(row) not in sample:
-                drop(row, "debug=true", SURPLUS)
 
 
 def make_splits(node: dict[str, Any], completions: tuple[str, ...], chat: bool) -> dict[str, list[Row]]:

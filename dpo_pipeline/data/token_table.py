@@ -128,7 +128,7 @@ def tokenize(
     bar = tqdm(encoded_rows, total=len(rows), desc="tokenizing", leave=False, disable=len(rows) < 10 * BATCH)
     for number, encoded in enumerate(bar):
         ids = fit_row(rows[number], names, encoded, limits, tokenizer, eos_ids)
-        marks = [mark_replies(rows[number], encoded.prompt, ids[0], tokenizer, eos_ids)] if ids and all_turns else []
+        marks = [mark_replies(rows[number], encoded[0], ids[0], tokenizer, eos_ids)] if ids and all_turns else []
         if None in marks:
             drop(rows[number], "earlier reply without an end token in the rendered dialogue", SINGLE)
         elif ids:
@@ -146,17 +146,18 @@ def fit_row(
     row: Row, names: tuple[str, ...], encoded: EncodedRow, limits: LengthLimits, tokenizer: Any, eos_ids: Ids
 ) -> list[Ids]:
     """The ids of prompt and completions within the limits, or none where the row is dropped; marks the row."""
-    if encoded.problem:
-        drop(row, encoded.problem, SINGLE)
+    prompt, completions, retokenized, problem = encoded
+    if problem:
+        drop(row, problem, SINGLE)
         return []
-    counts = [len(ids) for ids in (encoded.prompt, *encoded.completions)]
+    counts = [len(ids) for ids in (prompt, *completions)]
     row |= {f"{name}_tokens": count for name, count in zip(names, counts, strict=True)}
-    row |= {"tokens": counts[0] + max(counts[1:]), "retokenized": encoded.retokenized}
+    row |= {"tokens": counts[0] + max(counts[1:]), "retokenized": retokenized}
     if isinstance(row["prompt"], str):
-        shorten = partial(cut_text, encoded.prompt, int(encoded.prompt[0] == tokenizer.bos_token_id))
+        shorten = partial(cut_text, prompt, int(prompt[0] == tokenizer.bos_token_id))
     else:
         shorten = partial(cut_dialogue, row, tokenizer)
-    prompt, completions, cut, problem = limits.fit(encoded.prompt, encoded.completions, eos_ids[0], shorten)
+    prompt, completions, cut, problem = limits.fit(prompt, completions, eos_ids[0], shorten)
     if problem:
         drop(row, problem, TOO_LONG)
     elif any(not ids or ids[0] in eos_ids for ids in completions):

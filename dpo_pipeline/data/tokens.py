@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from dpo_pipeline.data.files import Row
 from dpo_pipeline.data.messages import Message
@@ -15,19 +15,7 @@ BATCH = 1000
 SPANS_LINES = re.compile(r"[\n\u010a][^\s\u0120\u0109\u010d\u010a\u2581]")
 
 Ids = list[int]
-
-
-class EncodedRow(NamedTuple):
-    """The ids of a row before any cut: of its prompt, and of each completion with its end token.
-
-    `retokenized`: the prompt's ids are no prefix of those of prompt and completion, so the completion was tokenized
-    alone. `problem` is why nothing can be learned from the row, or empty.
-    """
-
-    prompt: Ids
-    completions: list[Ids]
-    retokenized: bool
-    problem: str
+EncodedRow = tuple[Ids, list[Ids], bool, str]
 
 
 def eos_ids_of(tokenizer: Any, generation_config: Any) -> Ids:
@@ -44,7 +32,12 @@ def eos_ids_of(tokenizer: Any, generation_config: Any) -> Ids:
 
 
 def encode_rows(rows: list[Row], columns: tuple[str, ...], tokenizer: Any, eos_ids: Ids) -> Iterator[EncodedRow]:
-    """The ids of each row's prompt and completions; raises PipelineError for messages without a chat template."""
+    """The ids of each row before any cut: of its prompt, and of each completion with its end token.
+
+    Then whether the completions were tokenized alone, because the prompt's ids are no prefix of those of prompt and
+    completion, and why nothing can be learned from the row, or empty. Raises PipelineError for messages without a
+    chat template.
+    """
     is_text = bool(rows) and isinstance(rows[0]["prompt"], str)
     if rows and not is_text and not tokenizer.chat_template:
         raise PipelineError(
@@ -71,11 +64,11 @@ def encode_rows(rows: list[Row], columns: tuple[str, ...], tokenizer: Any, eos_i
                 row_ids = tokenize_texts([row[name] for name in columns], tokenizer)
             else:
                 row_ids = [each[len(context) :] for each in joined]
-            encoded = opening + prompt, [append_eos_once(each, eos_ids) for each in row_ids]
-            problem = token_problem(row, columns, *encoded, eos_tokens, bos_id)
+            prompt, row_ids = opening + prompt, [append_eos_once(each, eos_ids) for each in row_ids]
+            problem = token_problem(row, columns, prompt, row_ids, eos_tokens, bos_id)
             if retokenized and any(field in CALLS for name in columns for field in row.get("extra", {}).get(name, ())):
                 problem = "calls or reasoning that the chat template writes before its generation prompt ends"
-            yield EncodedRow(*encoded, retokenized, problem)
+            yield prompt, row_ids, retokenized, problem
 
 
 def token_problem(

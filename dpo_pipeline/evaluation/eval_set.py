@@ -194,4 +194,4 @@ def compare_with_column(eval_set: EvalSet, column: str) -> None:
     if any(column not in row for row in prompt_set.rows):
         raise PipelineError(f"evaluation.opponent={column}: some test rows have none: type evaluation.opponent=chosen")
     encoded = encode_rows(prompt_set.rows, (column,), eval_set.tokenizer, eval_set.eos_ids)
-    prompt_set.data_completions = eval_set.completions(prompt_set, [row.completions[0] for row in encoded])
+    prompt_set.data_completions = eval_set.completions(prompt_set, [completions[0] for _, completions, *_ in encoded])
