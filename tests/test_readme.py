@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from dpo_pipeline.config import CONF, compose
+from dpo_pipeline.config import CONF, ROW_KEYS, compose, instantiate_node
 
 ROOT = CONF.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -17,6 +17,7 @@ COMMANDS = [
     for line in block.splitlines()
     if re.match(r"make |python -m ", line)
 ]
+COMMANDS += [f"python -m dpo_pipeline.dpo {typed}" for typed in re.findall(r"`(dataset=mixture [^`]+)`", TEXT)]
 
 
 def test_the_first_command_stands_before_line_40_and_the_page_is_short():
@@ -40,6 +41,25 @@ def test_every_command_shown_is_one(command):
         if swept:  # each first value of those that the jobs differ in
             overrides = [re.sub(r"=([^,]+),.*", r"=\1", word) for word in overrides]
     compose(overrides)
+
+
+FORMS = re.findall(r"^\| ([^|]+) \| `(\{.*?\})`[^|]* \| `([^`]+)` \|$", TEXT, flags=re.MULTILINE)
+
+
+def test_the_table_of_forms_is_whole():
+    assert len(FORMS) == 11
+
+
+@pytest.mark.parametrize(("form", "row", "typed"), FORMS)
+def test_a_row_of_each_form_is_read_by_the_command_beside_it(form, row, typed, tmp_path):
+    (tmp_path / "a.jsonl").write_text(row + "\n")
+    run = compose(shlex.split(typed.replace("FILE", str(tmp_path / "a.jsonl"))))
+    node = run.sft_dataset or run.dataset
+    options = {key: value for key, value in node.items() if key not in ROW_KEYS}
+    (found,) = instantiate_node(options, chat=True, source="it")["train"]
+    assert found["prompt"] == [{"role": "user", "content": "q"}]
+    names = ["demonstration"] if run.sft_dataset else ["chosen", "rejected"]
+    assert [found[name] for name in names] == ["a", "b"][: len(names)]
 
 
 def test_every_file_of_the_package_is_named_and_every_named_one_exists():
