@@ -59,10 +59,11 @@ def check_same_tokenizer(tokenizer: Any, model: Model, policy: str | Path) -> No
     if folder.is_dir() and not (any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file()):
         return
     other = load_tokenizer(model, policy)
-    template = f"type model.chat_template={folder / 'chat_template.jinja'}, without model.chat_template_kwargs"
+    file = folder / "chat_template.jinja"
+    template = f", or type model.chat_template={file}, without model.chat_template_kwargs" if file.is_file() else ""
     for what, value, other_value, remedy in (
         ("vocabulary", tokenizer.get_vocab(), other.get_vocab(), ""),
-        ("chat template", tokenizer.chat_template, other.chat_template, f", or {template}"),
+        ("chat template", tokenizer.chat_template, other.chat_template, template),
         ("end token", tokenizer.eos_token, other.eos_token, ""),
         ("BOS", tokenizer.bos_token, other.bos_token, ""),
     ):

@@ -2,9 +2,12 @@
 
 import json
 import re
-from itertools import pairwise
+from itertools import pairwise, product
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import trl
 from tokenizers import decoders
 from transformers import AutoTokenizer
 
@@ -14,7 +17,7 @@ from dpo_pipeline.data.token_table import LengthLimits, cut_dialogue, tokenize
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluation.eval_set import make_eval_set
 from dpo_pipeline.run_folder import identity
-from dpo_pipeline.tokenizer import check_same_tokenizer, load_tokenizer
+from dpo_pipeline.tokenizer import check_same_tokenizer, load_tokenizer, set_chat_template
 from tests.helpers import prepare_run
 from tests.test_data import CHATML, PAIR, characters, rows_of, trained
 
@@ -116,7 +119,35 @@ def test_completions_start_where_sampling_starts(reply):
     report = count_rows(rows)
     assert report["sources"]["s"]["retokenized"] == count
     assert ("2 completion tokenized alone" in print_report(report, rows)) == bool(count)
-    assert find_warnings(rows, 512, 512) == []
+    assert [text[:11] for text in find_warnings(rows, 512, 512)] == ["2 of 2 rows"] * bool(count)
+
+
+PUBLISHED = sorted(Path(trl.__file__).parent.glob("chat_templates/*.jinja"))
+
+
+def test_the_boundary_holds_for_published_templates():
+    """Those that TRL brings, with thinking and without: prompts are what is sampled from, and replies are whole."""
+    count = 0
+    for file, thinking in product(PUBLISHED, (None, True, False)):
+        tokenizer = characters(bos_token="<s>", eos_token="</s>")
+        tokenizer.chat_template = file.read_text()
+        if any(word in file.name for word in ("idefics", "llava", "smolvlm", "diffusion")):  # for images
+            continue
+        if thinking is not None and "enable_thinking" not in tokenizer.chat_template:
+            continue
+        kwargs = None if thinking is None else {"enable_thinking": thinking}
+        set_chat_template(tokenizer, SimpleNamespace(chat_template=None, chat_template_kwargs=kwargs, path=file.name))
+        rows = rows_of({"prompt": TALK, "chosen": "<t> yes", "rejected": "no"})
+        (row,) = tokenize(rows, PAIR, tokenizer, [1], LengthLimits(4000, 2000))
+        asked = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True, **(kwargs or {}))
+        assert row["prompt_ids"] == tokenizer(asked, add_special_tokens=False)["input_ids"], file.name
+        chosen = "".join(tokenizer.convert_ids_to_tokens(row["chosen_ids"]))
+        assert "<t> yes" in chosen, file.name
+        assert chosen.endswith("</s>")
+        whole = tokenizer.apply_chat_template([*TALK, message("assistant", "<t> yes")], tokenize=False)
+        assert rows[0]["retokenized"] == (not whole.startswith(asked))
+        count += 1
+    assert count > 80
 
 
 def test_reasoning_that_would_be_lost_is_counted():

@@ -164,11 +164,13 @@ def find_warnings(rows: Rows, limit: int, context: int) -> list[str]:
     share, sentence = length_sentence(rows, limit, context)
     if WARN_TOO_LONG < share <= MAX_TOO_LONG:
         sentences.append(sentence)
-    # A chat template may well add tokens to its generation prompt, such as an empty think block.
-    measured = [row for row in rows if row.get("tokens") and isinstance(row["prompt"], str)]
+    measured = [row for row in rows if row.get("tokens")]
     if (retokenized := sum(row["retokenized"] for row in kept_rows(measured))) > WARN_RETOKENIZED * len(measured):
-        sentences.append(
-            f"{retokenized} of {len(measured)} rows: the prompt's tokens change when a completion follows, so the "
-            "completion was tokenized alone: end the prompts where a token ends (a line break, or no trailing space)"
-        )
+        reason = "the prompt's tokens change when a completion follows"
+        remedy = "end the prompts where a token ends (a line break, or no trailing space)"
+        if isinstance(measured[0]["prompt"], list):
+            reason = "the chat template ends its generation prompt with what no dialogue has"
+            remedy = "where that is an open <think>, type 'model.chat_template_kwargs={enable_thinking: false}'"
+        count = f"{retokenized} of {len(measured)} rows"
+        sentences.append(f"{count}: {reason}, so the completion was tokenized alone: {remedy}")
     return sentences
