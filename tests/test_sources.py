@@ -6,9 +6,7 @@ The rows are made up in the form that each set has on the hub; its file in conf/
 import csv
 import gzip
 import json
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -20,6 +18,7 @@ from dpo_pipeline.data.report import count_rows, kept_rows, print_report
 from dpo_pipeline.data.reviews import GENRES, NOUNS
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.errors import PipelineError
+from tests.helpers import prepare_run
 
 
 def write(path, rows, schema=None):
@@ -664,7 +663,7 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path):
 CARD = """---
 configs:
 - config_name: one
-  data_files: one/*.jsonl
+  data_files: one/*.jsonl.gz
 - config_name: two
   data_files: two/*.jsonl
 ---
@@ -679,7 +678,7 @@ def configs(tmp_path):
             {"prompt": f"the {GENRES[i % 8]} {NOUNS[i % 17]} .", "chosen": "it", "rejected": "cold", name: "x"}
             for i in range(20)
         ]
-        write(tmp_path / "set" / name / "train.jsonl", rows)
+        write(tmp_path / "set" / name / f"train.jsonl{'.gz' if name == 'one' else ''}", rows)
     (tmp_path / "set" / "README.md").write_text(CARD)
     return tmp_path / "set"
 
@@ -695,25 +694,15 @@ def test_a_set_of_several_configs_lists_them(configs, monkeypatch):
     assert len(loaded("json", configs, "dataset.data_dir=one")["train"]) == 20
 
 
-def test_what_datasets_writes_lies_under_root(configs, small):
-    """Where HF_HOME can hold nothing: a plain file stands for a shared one that is read-only, since root may write."""
+def test_what_datasets_writes_lies_under_root(configs, small, monkeypatch):
+    """A plain file stands for an HF_HOME that is read-only, since root may write everywhere."""
     home = configs.parent / "home"
     home.write_text("")
-    typed = [
-        *small.typed,
-        f"root={configs.parent / 'outputs'}",
-        "dataset=json",
-        f"dataset.path={configs}",
-        "dataset.config=one",
-    ]
-    typed = [item for item in typed if not item.startswith("dataset.rows")]
-    environment = {**os.environ, "HF_HOME": str(home)}
-    for name in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_MODULES_CACHE"):
-        environment.pop(name, None)
-    command = [sys.executable, "-m", "dpo_pipeline.inspect_data", *typed]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert list((configs.parent / "outputs" / ".cache" / "datasets").rglob("*.arrow"))
+    for name in ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH", "HF_MODULES_CACHE"):
+        monkeypatch.setattr(f"datasets.config.{name}", home / "datasets")
+    run = small("dataset=json", f"dataset.path={configs}", "dataset.config=one")
+    assert len(prepare_run(run, "dpo", "train").tables["train"]) > 10
+    assert list((Path(run.root) / ".cache" / "datasets").rglob("*.arrow"))
 
 
 @pytest.mark.parametrize("ending", ["tsv", "xlsx", "jsonl.zst"])

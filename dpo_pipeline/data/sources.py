@@ -101,12 +101,13 @@ def load_parts(
     path: str, config: str | None, data_dir: str | None, revision: str | None, label: str
 ) -> dict[str, Rows]:
     """The rows of a set of the hub, or of a local copy with its card, by split."""
-    from datasets import load_dataset
+    import datasets
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
     try:
         # Not verified: the card of a set of millions of rows has no sizes of the one folder that is read.
-        parts = load_dataset(path, config, data_dir=data_dir, revision=revision, verification_mode="no_checks")
+        options = {"verification_mode": "no_checks", "cache_dir": datasets.config.HF_DATASETS_CACHE}
+        parts = datasets.load_dataset(path, config, data_dir=data_dir, revision=revision, **options)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise PipelineError(
             f"the data set {path} is neither a local path nor on the hub ({one_line(str(error))}): check the name and "

@@ -43,10 +43,10 @@ def write_data_page(folder: Path, summary: dict[str, Any], sizes: Any, overlaps:
 
 def data_warnings(summary: dict[str, Any]) -> list[str]:
     """What the numbers of a data set warn of, each with what to type."""
-    rows, epoch, bias, overlap = (summary[key] for key in ("rows", "epoch", "longer_chosen", "overlap"))
+    keys = ("rows", "epoch", "longer_chosen", "overlap", "leading_block")
+    rows, epoch, bias, overlap, block = (summary[key] for key in keys)
     share, kind = max((bias["value"], "longer"), (1 - bias["value"], "shorter")) if bias else (0.5, "")
     is_biased = bias and (bias["low"] > MAX_LENGTH_BIAS or bias["high"] < 1 - MAX_LENGTH_BIAS)
-    block = summary["leading_block"]
     common, read = overlap["median"] if overlap else 0, sum(part["read"] for part in summary["sources"].values())
     contradictions, copies = (dropped_rows(summary, reason) for reason in ("contradiction", "exact duplicate"))
     sentences = {
@@ -73,17 +73,12 @@ def data_warnings(summary: dict[str, Any]) -> list[str]:
         ),
     }
     for name, origins in summary["odd"].items():
-        sentence = (
-            f"the completions of {len(origins):,} train rows {name}, such as {''.join(origins[:1])}: look at them"
-        )
-        sentences[f"{sentence}, and correct the file if that is not meant"] = len(origins) > MAX_ODD * rows["train"]
+        sentence = f"the completions of {len(origins):,} train rows {name}, such as {''.join(origins[:1])}"
+        sentences[f"{sentence}: correct the file if that is not meant"] = len(origins) > MAX_ODD * rows["train"]
     for split, origins in summary["leaked"].items():
-        sentence = (
-            f"{len(origins):,} of the {split} rows repeat a prompt of train except for case and spaces, such as "
-        )
-        sentences[f"{sentence}{''.join(origins[:1])}: remove them, and give that file by `dataset.path=FILE`"] = (
-            origins
-        )
+        count = f"{len(origins):,} of the {split} rows"
+        sentence = f"{count} repeat a prompt of train except for case and spaces, such as {''.join(origins[:1])}"
+        sentences[f"{sentence}: remove them, and give that file by `dataset.path=FILE`"] = origins
     return [sentence for sentence, is_true in sentences.items() if is_true]
 
 
