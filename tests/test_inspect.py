@@ -118,7 +118,7 @@ def test_a_block_that_one_side_begins_with_is_what_a_judge_of_it_alone_reaches(s
     assert (block["text"], block["side"]) == ("<think>\n\n</think>\n\n", side)
     (sentence,) = warned(leading_block=block)
     assert f"of {side} completions alone tells which is chosen in 65.0%" in sentence
-    assert length_stats.leading_block([]) is None
+    assert length_stats.leading_block([]) is length_stats.leading_block([{"chosen": "", "rejected": ""}]) is None
 
 
 def test_repeats_and_leakage_look_past_case_and_spaces():

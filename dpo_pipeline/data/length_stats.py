@@ -28,13 +28,13 @@ def leading_block(rows: list[Row]) -> dict[str, Any] | None:
     """
     import pandas as pd
 
-    if not rows:
-        return None
     texts = pd.DataFrame({name: [row[name].lstrip() for row in rows] for name in ("chosen", "rejected")})
     heads = texts.apply(lambda column: column.str[:HEAD])
     counts = {name: heads[name].value_counts() for name in heads}
-    head = counts["chosen"].sub(counts["rejected"], fill_value=0).abs().idxmax()
-    has_head = heads == head
+    differences = counts["chosen"].sub(counts["rejected"], fill_value=0).drop("", errors="ignore").abs()
+    if differences.empty:  # no rows, or calls alone
+        return None
+    has_head = heads == differences.idxmax()
     side, other = sorted(heads, key=lambda name: -has_head[name].sum())
     text = os.path.commonprefix(texts.loc[has_head[side], side].tolist())  # noqa: RUF071 (text, not paths)
     return {"text": text, "side": side, **accuracy(has_head[side].astype(int).sub(has_head[other]).tolist())}
