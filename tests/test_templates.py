@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from dpo_pipeline.data.prompts import prompt_ids
 from dpo_pipeline.data.report import count_rows, find_warnings, print_report
-from dpo_pipeline.data.token_table import LengthLimits, cut_dialogue, tokenize
+from dpo_pipeline.data.token_table import LengthLimits, tokenize
+from dpo_pipeline.data.turns import cut_dialogue
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluation.eval_set import make_eval_set
 from dpo_pipeline.run_folder import identity

@@ -111,15 +111,17 @@ def test_a_reply_that_is_marked_is_not_learned(name, mark):
     assert learned_text(row, tokenizer) == "|".join([*words, "see</s>", "five</s>"])
 
 
-def test_a_reply_that_a_cut_reaches_is_not_learned():
-    tokenizer = chat_tokenizer()
-    texts = []
-    for limit in (60, 29, 28, 20):  # 28 tokens from the first of the second reply to the last
-        rows = rows_of({"prompt": messages(*DIALOGUE), "demonstration": "x" * 100})
-        table = table_of(rows, tokenizer, LengthLimits(limit + 101, limit))
-        assert len(table[0]["prompt_ids"]) == len(table[0]["prompt_mask"]) == limit
-        texts.append(learned_text(label_completions(table, True)[0], tokenizer).split("|")[:-1])
-    assert texts == [["two</s>", "see</s>"], ["see</s>"], [], []]
+@pytest.mark.parametrize(("limit", "learned"), [(98, ["two two two", "see"]), (95, ["see"]), (60, ["see"]), (34, [])])
+def test_a_reply_that_a_cut_reaches_is_not_learned(limit, learned):
+    """Of 98 tokens 95 reach into the first reply, 60 into the user's second turn, 34 are the last turn."""
+    tokenizer, prompt = chat_tokenizer(), messages(*DIALOGUE)
+    prompt[2]["content"] = "two two two"
+    table = table_of(
+        rows_of({"prompt": prompt, "demonstration": "x" * 100}), tokenizer, LengthLimits(limit + 101, limit)
+    )
+    assert len(table[0]["prompt_ids"]) == len(table[0]["prompt_mask"]) == limit
+    texts = learned_text(label_completions(table, True)[0], tokenizer).split("|")[:-1]
+    assert texts == [f"{text}</s>" for text in learned]
 
 
 def test_a_reply_without_an_end_token_drops_the_row():

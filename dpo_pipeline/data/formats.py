@@ -54,16 +54,14 @@ def load(
     """Rows of each split; conf/dataset/json.yaml says what the options mean.
 
     A row that an option excludes has a `reason`, one from which nothing can be learned a `problem`. Raises
-    PipelineError if a row lacks a column, holds a value of another type, or more than a form has a place for.
+    PipelineError for a row that has no form, or a value of another type.
     """
     columns, local = check_columns(columns or {}), Path(path).expanduser()
     if subsets and local.exists() and not any((local / subset).is_dir() for subset in subsets):
         subsets = None  # a copy without the folders of the published set
     loaded: dict[str, list[Row]] = defaultdict(list)
     options = (at_least or {}, (pairs, min_score_gap), prompt_words, chat)
-    sources = [
-        (subset, read_source(path, subset or data_dir, revision, splits, config)) for subset in subsets or [None]
-    ]
+    sources = [(name, read_source(path, name or data_dir, revision, splits, config)) for name in subsets or [None]]
     if test_path:
         test = read_source(test_path)
         sources = [(subset, {"train": parts["train"]}) for subset, parts in sources]

@@ -23,15 +23,13 @@ from dpo_pipeline.data.messages import fix_date, is_trained
 from dpo_pipeline.data.normalize import check_template, reply_key
 from dpo_pipeline.data.report import count_rows, find_errors, find_warnings, kept_rows, print_report
 from dpo_pipeline.data.splits import find_test_names, load_splits
-from dpo_pipeline.data.token_table import LengthLimits, check_ids, table_fingerprint, tokenize
+from dpo_pipeline.data.token_table import LengthLimits, check_ids, tokenize
 from dpo_pipeline.distributed import is_main_process, on_main_process, processes
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.locks import file_lock
 from dpo_pipeline.models import LoadOptions, load_config, load_generation_config, load_options
 from dpo_pipeline.schema import Run
 from dpo_pipeline.tokenizer import load_tokenizer
-
-__all__ = ["Prepared", "prepare", "table_fingerprint"]
 
 log = logging.getLogger(__name__)
 

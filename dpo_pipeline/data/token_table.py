@@ -8,8 +8,8 @@ from typing import Any
 
 from dpo_pipeline.data.files import Row
 from dpo_pipeline.data.report import INVALID, SINGLE, TOO_LONG, drop
-from dpo_pipeline.data.tokens import BATCH, EncodedRow, Ids, encode_rows, render_chat, tokenize_texts
-from dpo_pipeline.data.turns import mark_replies
+from dpo_pipeline.data.tokens import BATCH, EncodedRow, Ids, encode_rows
+from dpo_pipeline.data.turns import cut_dialogue, mark_replies
 from dpo_pipeline.errors import PipelineError
 
 Shorten = Callable[[int], Ids]
@@ -71,33 +71,6 @@ class LengthLimits:
 def cut_text(prompt: Ids, bos: int, size: int) -> Ids:
     """The last `size` tokens of a prompt, as in the DPO authors' code; its first `bos` tokens stay."""
     return prompt[:bos] + prompt[bos + len(prompt) - size :]
-
-
-def cut_dialogue(row: Row, tokenizer: Any, size: int) -> Ids:
-    """A prompt of messages in at most `size` tokens, or empty where it cannot be cut to that.
-
-    The oldest turns go, and the beginning of the longest message of the next: system, roles and template stay whole.
-    """
-    messages = row["prompt"]
-    while True:
-        ids = tokenize_texts([render_chat(messages, tokenizer, ask=True, tools=row.get("tools"))], tokenizer)[0]
-        if (excess := len(ids) - size) <= 0:
-            return ids
-        roles = [message["role"] for message in messages]
-        first = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
-        end = roles.index("user", first + 1) if "user" in roles[first + 1 :] else len(roles)
-        contents = [message["content"] for message in messages[first:end]]
-        counts = list(map(len, tokenize_texts(contents, tokenizer)))
-        longest = max(range(len(contents)), key=lambda i: len(contents[i]), default=0)
-        if sum(counts) > excess + len(counts) and len(contents[longest]) > 1:
-            about = len(contents[longest]) * excess // counts[longest]  # the next round cuts what is left
-            content = contents[longest][min(max(1, about), len(contents[longest]) - 1) :]
-            i = first + longest
-            messages = [*messages[:i], {**messages[i], "content": content}, *messages[i + 1 :]]
-        elif end < len(roles):
-            messages = messages[:first] + messages[end:]
-        else:
-            return []
 
 
 def tokenize(

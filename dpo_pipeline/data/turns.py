@@ -1,4 +1,4 @@
-"""Where the earlier replies of a dialogue lie among the tokens of its prompt: `sft_loss=all` learns them too."""
+"""The turns of a dialogue among the tokens of its prompt: the oldest are cut, `sft_loss=all` learns each reply."""
 
 import os
 import re
@@ -6,9 +6,36 @@ from typing import Any
 
 from dpo_pipeline.data.files import Row
 from dpo_pipeline.data.messages import is_trained
-from dpo_pipeline.data.tokens import Ids, render_chat
+from dpo_pipeline.data.tokens import Ids, render_chat, tokenize_texts
 
 GENERATION = re.compile(r"\{%-?\s*generation\b")  # how a template marks what the assistant says
+
+
+def cut_dialogue(row: Row, tokenizer: Any, size: int) -> Ids:
+    """A prompt of messages in at most `size` tokens, or empty where it cannot be cut to that.
+
+    The oldest turns go, and the beginning of the longest message of the next: system, roles and template stay whole.
+    """
+    messages = row["prompt"]
+    while True:
+        ids = tokenize_texts([render_chat(messages, tokenizer, ask=True, tools=row.get("tools"))], tokenizer)[0]
+        if (excess := len(ids) - size) <= 0:
+            return ids
+        roles = [message["role"] for message in messages]
+        first = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
+        end = roles.index("user", first + 1) if "user" in roles[first + 1 :] else len(roles)
+        contents = [message["content"] for message in messages[first:end]]
+        counts = list(map(len, tokenize_texts(contents, tokenizer)))
+        longest = max(range(len(contents)), key=lambda i: len(contents[i]), default=0)
+        if sum(counts) > excess + len(counts) and len(contents[longest]) > 1:
+            about = len(contents[longest]) * excess // counts[longest]  # the next round cuts what is left
+            content = contents[longest][min(max(1, about), len(contents[longest]) - 1) :]
+            i = first + longest
+            messages = [*messages[:i], {**messages[i], "content": content}, *messages[i + 1 :]]
+        elif end < len(roles):
+            messages = messages[:first] + messages[end:]
+        else:
+            return []
 
 
 def mark_replies(row: Row, whole_prompt: Ids, prompt: Ids, tokenizer: Any, eos_ids: Ids) -> list[bool] | None:

@@ -15,7 +15,8 @@ from trl import DPOTrainer
 from trl.trainer import dpo_trainer
 
 from dpo_pipeline.checkpoints import newest_checkpoint
-from dpo_pipeline.data.prepare import Prepared, table_fingerprint
+from dpo_pipeline.data.prepare import Prepared
+from dpo_pipeline.data.token_table import table_fingerprint
 from dpo_pipeline.distributed import processes
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.hardware import STOPS
