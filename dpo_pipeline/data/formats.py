@@ -53,8 +53,7 @@ def load(
 ) -> dict[str, list[Row]]:
     """Rows of each split; conf/dataset/json.yaml says what the options mean.
 
-    A row that an option excludes has a `reason`, one from which nothing can be learned a `problem`. Raises
-    PipelineError for a row that has no form, or a value of another type.
+    A row that an option excludes has a `reason`, one that teaches nothing a `problem`. PipelineError: it has no form.
     """
     columns, local = check_columns(columns or {}), Path(path).expanduser()
     if subsets and local.exists() and not any((local / subset).is_dir() for subset in subsets):
