@@ -63,10 +63,13 @@ def main(stage_function: Callable[[Run], Any]) -> None:
             signal.signal(number, interrupt)
         task()
     except KeyboardInterrupt:
+        eval("0")  # else Python ends by SIGINT where the exception left the `exec` of a string, say of a dataclass
         sys.exit(75)
     except Exception as error:
         is_sweep = any(item.startswith("-") for item in sys.argv[1:])  # its values are several
         end_with_error(error, root, [] if is_sweep else sys.argv[1:])
+    finally:
+        exit_on_signals()
 
 
 def interrupt(signum: int, frame: FrameType | None) -> None:
@@ -79,11 +82,18 @@ def interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def exit_on_signals() -> None:
+    """Have a signal end the process at once: an exception while Python shuts down would print a traceback."""
+    for number in STOPS:
+        signal.signal(number, lambda *_: os._exit(75))
+
+
 def end_with_error(error: Exception, root: Path, overrides: list[str] = ()) -> NoReturn:
     """End the process: with 1 and one sentence where a person can help it, else with 2 and a traceback under `root`.
 
     Ranks other than 0 repeat nothing: rank 0 has the same error, unless it is one that a rank may meet alone.
     """
+    exit_on_signals()
     code, sentence = 1, explain_error(error, overrides)
     is_repeated = sentence is not None and not isinstance(error, OneRankError)
     if sentence is None:

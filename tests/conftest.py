@@ -3,12 +3,14 @@
 import gc
 import importlib
 import os
+import signal
 
 os.environ.update(OMP_NUM_THREADS="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
 import pytest
 
 from dpo_pipeline.config import compose
+from dpo_pipeline.hardware import STOPS
 from dpo_pipeline.quiet import quiet
 from dpo_pipeline.schema import Run
 
@@ -26,6 +28,15 @@ def light_garbage_collection():
 def caches(tmp_path_factory):
     """What `datasets` writes while it reads a file goes with the tests."""
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Those of pytest outlive a command, which leaves its own."""
+    handlers = {number: signal.getsignal(number) for number in STOPS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

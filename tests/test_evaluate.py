@@ -26,8 +26,8 @@ from dpo_pipeline.evaluation import gate, measure, plan, policies, statistics
 from dpo_pipeline.evaluation.eval_set import load_eval_sets
 from dpo_pipeline.judges import build, verdicts
 from dpo_pipeline.judges.judge import Judge
+from tests.commands import run_two_ranks
 from tests.helpers import prepare_run
-from tests.ranks import TWO, launched
 
 STEPS = ("++dpo.max_steps=4", "dpo.learning_rate=1e-3")
 JUDGES = "judge=[truth,length]"
@@ -190,7 +190,7 @@ def test_the_numbers_do_not_hang_on_the_batch_nor_on_the_processes(small, typed,
         if batch == "two ranks":
             given = [*small.typed, *options, "name=small", "batch.micro_size=4"]
             kept = [item for item in given if not item.startswith("evaluation.prompts=4")]
-            assert launched(*TWO, "-m", "dpo_pipeline.evaluate", *kept).returncode == 0
+            assert run_two_ranks("dpo_pipeline.evaluate", *kept).returncode == 0
         else:
             run_evaluate(small(*options, "evaluation.batch_size=7"))
         found = numbers(copy / "small")

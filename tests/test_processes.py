@@ -1,5 +1,6 @@
 """Two processes give what one gives, write and print once, and stop together; and a launcher starts them."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import (
+    _validate_launch_command,
+    launch_command_parser,
+    prepare_simple_launcher_cmd_env,
+)
 from accelerate.utils import DistributedType
 from datasets import load_from_disk
 from safetensors.torch import load_file
@@ -18,13 +24,16 @@ from transformers import AutoModelForCausalLM
 
 from dpo_pipeline import checkpoints, hardware, run_folder
 from dpo_pipeline.cli import main
+from dpo_pipeline.distributed import map_over_ranks, on_main_process
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.evaluation import compare
 from dpo_pipeline.record import read_json, read_metrics
 from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training import reference
+from tests.commands import ROOT, TWO_RANKS, launch, run, run_two_ranks
 from tests.helpers import SMALL
-from tests.ranks import FSDP2, LAUNCH, ROOT, STAGES, TWO, commands_in_two_ranks, launched, two_ranks
+from tests.ranks import FSDP2, LAUNCH, STAGES, two_ranks
 
 
 @pytest.fixture(scope="module")
@@ -33,34 +42,32 @@ def typed(small):
     return [*SMALL, f"root={small().root}", "name=small"]
 
 
+def train(stage: str, run) -> Path:
+    """Train a stage in this process, without the comparison that follows a DPO; its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "compare_policies", lambda *args: {})
+        STAGES[stage](run)
+    return run.sft_folder if stage == "sft" else run.dpo_folder
+
+
 @pytest.fixture(scope="module")
-def one(small, sft):
-    """What one process makes of each stage, 16 rows at once: its folder, and its reference log-probs."""
-    made, cache = {}, reference.add_reference_logps
-
-    def once(stage, lora):
-        if (stage, lora) not in made:
-            seen = []
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(
-                    reference,
-                    "add_reference_logps",
-                    lambda dpo, *args: (cache(dpo, *args), seen.append(dpo.train_dataset)),
-                )
-                if stage == "dpo":
-                    run_dpo(run := small(f"lora={lora}", f"variant=one-{lora}"))
-            folder = sft[lora] if stage == "sft" else run.dpo_folder
-            logps = [seen[0][f"ref_{side}_logps"][:] for side in ("chosen", "rejected")] if seen else None
-            made[stage, lora] = folder, logps
-        return made[stage, lora]
-
-    return once
+def dpo_of_one(small, sft):
+    """The folder of a DPO of one process, 16 rows at once, and its reference log-probs."""
+    tables, add_logps = [], reference.add_reference_logps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            reference,
+            "add_reference_logps",
+            lambda dpo, *args: (add_logps(dpo, *args), tables.append(dpo.train_dataset)),
+        )
+        folder = train("dpo", small("lora=none", "variant=one"))
+    return folder, [tables[0][f"ref_{side}_logps"][:] for side in ("chosen", "rejected")]
 
 
 def losses(folder: Path) -> list[float]:
-    found = [(line["step"], line["loss"]) for line in read_metrics(folder) if "loss" in line]
-    assert [step for step, _ in found] == list(range(1, len(found) + 1))
-    return [loss for _, loss in found]
+    rows = [(line["step"], line["loss"]) for line in read_metrics(folder) if "loss" in line]
+    assert [step for step, _ in rows] == list(range(1, len(rows) + 1))
+    return [loss for _, loss in rows]
 
 
 def weights_apart(*folders: Path) -> float:
@@ -74,10 +81,10 @@ def weights_apart(*folders: Path) -> float:
 def check_equal(folder: Path, other: Path) -> None:
     """The same losses and weights; but for the last step, whose batch is not full: ranks fill it up, or split it."""
     assert run_folder.run_state(folder) == run_folder.run_state(other) == "done"
-    mine, theirs = losses(folder), losses(other)
-    assert len(mine) == len(theirs) == 16
-    assert mine[:-1] == pytest.approx(theirs[:-1], abs=5e-6)
-    assert mine[-1] == pytest.approx(theirs[-1], abs=0.1)
+    expected, actual = losses(folder), losses(other)
+    assert len(expected) == len(actual) == 16
+    assert actual[:-1] == pytest.approx(expected[:-1], abs=5e-6)
+    assert actual[-1] == pytest.approx(expected[-1], abs=0.1)
     assert weights_apart(folder, other) < 1e-4
 
 
@@ -86,100 +93,77 @@ def check_equal(folder: Path, other: Path) -> None:
 def test_four_rows_one_by_one_are_four_rows_at_once(stage, small, sft):
     folders = []
     for micro in (1, 4):
-        batch = ("batch.global_size=4", f"batch.micro_size={micro}")
-        variants = (f"sft_variant=micro-{micro}",) if stage == "sft" else (f"variant=micro-{micro}",)
-        run = small("lora=none", *batch, f"++{stage}.max_steps=6", *variants)
-        STAGES[stage](run)
-        folders.append(run.sft_folder if stage == "sft" else run.dpo_folder)
+        batch = ("batch.global_size=4", f"batch.micro_size={micro}", f"++{stage}.max_steps=6")
+        key = "sft_variant" if stage == "sft" else "variant"
+        folders.append(train(stage, small("lora=none", *batch, f"{key}=micro-{micro}")))
     assert losses(folders[0]) == pytest.approx(losses(folders[1]), abs=1e-5)
     assert weights_apart(*folders) < 1e-5
 
 
 @pytest.mark.slow
-def test_two_ranks_of_sft_are_one_and_print_once(typed, one):
+def test_two_ranks_of_sft_are_one_and_print_once(typed, sft):
+    """Started by the launcher that `make sft GPUS=2` calls."""
     file = "launch/accelerate/ddp.yaml"
     call = ("accelerate.commands.launch", "--config_file", file, "--num_processes", "2", "-m", "dpo_pipeline.sft")
-    done = launched(*call, *typed, "batch.micro_size=4", "sft_variant=two")
+    done = launch(*call, *typed, "batch.micro_size=4", "sft_variant=two")
     assert done.returncode == 0
-    folder, _ = one("sft", "none")
-    check_equal(folder.parent / "two", folder)
-    printed = Counter(line for line in done.stdout.splitlines() if line.strip())
-    assert set(printed.values()) == {1}
-    assert "fp32 on cpu: batch of 16 rows = 4 at once x 2 process(es) x 2 accumulated" in printed
-
-
-@pytest.fixture(scope="module")
-def two_of_dpo(typed, one, tmp_path_factory):
-    """A DPO in two ranks: its process, what each rank saw, its folder, and that of one process with its reference."""
-    folder, logps = one("dpo", "none")
-    shutil.rmtree(folder.parents[2] / ".cache")  # of what one process has left there
-    done, seen = two_ranks(tmp_path_factory.mktemp("seen"), "dpo", *typed, "variant=two")
-    assert done.returncode == 0
-    return done, seen, folder.parent / "two", folder, logps
+    check_equal(sft["none"], sft["none"].with_name("two"))
+    lines = Counter(line for line in done.stdout.splitlines() if line.strip())
+    assert set(lines.values()) == {1}
+    assert "fp32 on cpu: batch of 16 rows = 4 at once x 2 process(es) x 2 accumulated" in lines
 
 
 @pytest.mark.slow
-def test_two_ranks_of_dpo_are_one(two_of_dpo):
-    _, seen, folder, other, logps = two_of_dpo
+def test_two_ranks_of_dpo_are_one_and_rank_0_alone_prepares_writes_and_prints(typed, dpo_of_one, tmp_path):
+    folder, logps = dpo_of_one
+    shutil.rmtree(folder.parents[2] / ".cache")  # of what one process has left there
+    done, [facts] = two_ranks(tmp_path, ("dpo", *typed, "variant=two"))
+    assert done.returncode == 0
+    other = folder.with_name("two")
     check_equal(folder, other)
     logged = [[line for line in read_metrics(each) if "eval_rewards/margins" in line][:-1] for each in (folder, other)]
     for name in ("margins", "accuracies"):  # the last batch of validation pairs is not full: ranks fill it up
         means = [[line[f"eval_rewards/{name}"] for line in lines] for lines in logged]
         assert len(means[0]) > 5
         assert means[0] == pytest.approx(means[1], abs=1e-5)
-    for rank in seen:
+    for rank in facts:
         for side, expected in zip(rank["reference"], logps, strict=True):
             assert side == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.slow
-def test_two_ranks_read_one_config_and_prepare_the_data_once(two_of_dpo):
-    _, seen, folder, *_ = two_of_dpo
-    assert seen[0]["run"] == seen[1]["run"]
-    assert seen[0]["run"]["variant"] == folder.name
-    assert [rank["tokenized"] for rank in seen] == [3, 0]  # train, validation, test
-    assert read_json(folder / "manifest.json")["world_size"] == 2
+        assert rank["timeout"] == 24 * 60 * 60  # none gives up while rank 0 prepares
+    assert facts[0]["run"] == facts[1]["run"]
+    assert facts[0]["run"]["variant"] == "two"
+    assert [rank["tokenized"] for rank in facts] == [3, 0]  # train, validation, test
+    assert read_json(other / "manifest.json")["world_size"] == 2
     entries = [entry for entry in (folder.parents[2] / ".cache" / "data").iterdir() if entry.is_dir()]
     tables = [load_from_disk(entry) for entry in entries]
     assert sum("chosen_ids" in table.column_names for table in tables) == 3
     assert not [entry for entry in entries if entry.suffix == ".partial"]
 
-
-@pytest.mark.slow
-def test_rank_0_alone_writes_and_prints(two_of_dpo):
-    done, _, folder, *_ = two_of_dpo
     files = (file for file in folder.parents[2].rglob("*") if file.is_file())
-    of_rank_1 = {file.name for file in files if file.stat().st_mode & 0o002}
-    assert of_rank_1 == {"rng_state_1.pth"}  # its own random state, of each checkpoint
-    for told in ("fp32 on cpu", "DPO of", "preflight: reference", "All against the base", "Results:", "DPO done"):
-        assert done.stdout.count(told) == 1
+    assert {file.name for file in files if file.stat().st_mode & 0o002} == {"rng_state_1.pth"}  # rank 1's
+    for text in ("fp32 on cpu", "DPO of", "preflight: reference", "All against the base", "Results:", "DPO done"):
+        assert done.stdout.count(text) == 1
     assert "measuring dpo/two" in done.stderr
 
 
 @pytest.mark.slow
-def test_no_rank_gives_up_while_rank_0_prepares(two_of_dpo):
-    day = 24 * 60 * 60
-    assert [rank["timeout"] for rank in two_of_dpo[1]] == [day, day]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "sent"), [("sft", "rank SIGUSR1"), ("dpo", "launcher SIGTERM")])
-def test_a_signal_stops_both_ranks_at_one_step_and_the_command_goes_on(stage, sent, typed, one, tmp_path):
-    other, _ = one(stage, "r8")
-    folder = other.parent / "stopped"
-    call = (stage, *typed, "lora=r8", f"{'sft_variant' if stage == 'sft' else 'variant'}=stopped")
-    done, seen = two_ranks(tmp_path, *call, SIGNAL=sent)
+def test_a_signal_stops_both_ranks_at_one_step_and_the_command_goes_on(stage, sent, typed, small, sft, tmp_path):
+    whole = sft["r8"] if stage == "sft" else train("dpo", small("lora=r8", "variant=one-r8"))
+    folder = whole.with_name("stopped")
+    command = (stage, *typed, "lora=r8", f"{'sft_variant' if stage == 'sft' else 'variant'}=stopped")
+    done, [facts] = two_ranks(tmp_path, command, SIGNAL=sent)
     assert done.returncode != 0
-    assert seen[0]["step"] == seen[1]["step"] < 16
+    assert facts[0]["step"] == facts[1]["step"] < 16
     assert read_json(folder / "status.json")["state"] == "interrupted"
-    assert checkpoints.newest_checkpoint(folder).name == f"checkpoint-{seen[0]['step']}"
+    assert checkpoints.newest_checkpoint(folder).name == f"checkpoint-{facts[0]['step']}"
     assert done.stdout.count("interrupted: type the same command to go on from") == 1
-    done, seen = two_ranks(tmp_path, *call)
+    done, _ = two_ranks(tmp_path, command, COMPARES="no")
     assert done.returncode == 0
-    check_equal(folder, other)
+    check_equal(whole, folder)
 
 
-HOW = [
+SETTINGS = [
     *(("sft", f"lora={lora}") for lora in ("none", "r8")),
     *(("dpo", f"lora=none reference={mode}") for mode in ("cached", "frozen")),
     *(("dpo", f"lora=r8 reference={mode}") for mode in ("cached", "frozen", "adapter")),
@@ -187,50 +171,48 @@ HOW = [
 ]
 
 
+def short_run(stage: str, setting: str, name: str) -> tuple[str, ...]:
+    """The overrides of two steps of a setting, in a variant of their own."""
+    key = "sft_variant" if stage == "sft" else "variant"
+    return (*setting.split(), f"++{stage}.max_steps=2", f"{key}={name}-{re.sub(r'[^a-z0-9]', '-', setting)}")
+
+
+@pytest.fixture(scope="module")
+def short_runs(small, sft):
+    """The folders of two steps of each setting in one process."""
+    return [train(stage, small(*short_run(stage, setting, "one"))) for stage, setting in SETTINGS]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_ranks_have_the_gradients_and_losses_of_one(kind, typed, small, sft, tmp_path):
-    short = ("evaluation.pairs=4", "evaluation.prompts=1")
-    commands, folders = [], []
-    for stage, how in HOW:
-        key, tail = "sft_variant" if stage == "sft" else "variant", re.sub(r"\W", "-", how)
-        overrides = (*how.split(), f"++{stage}.max_steps=2", *short)
-        run = small(*overrides, f"{key}=short-{kind}-{tail}")
-        STAGES[stage](run)
-        folders.append(run.sft_folder if stage == "sft" else run.dpo_folder)
-        commands.append((stage, *typed, *overrides, f"{key}={kind}-{tail}"))
-    done, seen = commands_in_two_ranks(tmp_path, commands, **(FSDP2 if kind == "fsdp2" else {}))
+def test_two_ranks_have_the_gradients_and_losses_of_one(kind, typed, short_runs, tmp_path):
+    """In whole copies (ddp), and in halves (fsdp2)."""
+    commands = [(stage, *typed, *short_run(stage, setting, kind)) for stage, setting in SETTINGS]
+    done, facts = two_ranks(tmp_path, *commands, COMPARES="no", **(FSDP2 if kind == "fsdp2" else {}))
     assert done.returncode == 0
-    for folder, ranks in zip(folders, seen, strict=True):
-        check_gradients(kind, folder, folder.with_name(folder.name.removeprefix("short-")), ranks)
-
-
-def check_gradients(kind: str, folder: Path, other: Path, ranks: list[dict]) -> None:
-    """Two ranks made what one process made, in whole copies (ddp) or in halves (fsdp2)."""
-    assert read_json(other / "manifest.json")["sharded"] == ("fsdp" if kind == "fsdp2" else None)
-    for rank in ranks:
-        assert bool(rank["parts"]) == (kind == "fsdp2")
-        assert not rank["parts"] or min(rank["parts"]) == max(rank["parts"]) == 0.5
-    assert losses(other) == pytest.approx(losses(folder), abs=5e-6), other
-    norms = [[row["grad_norm"] for row in read_metrics(each) if "loss" in row] for each in (folder, other)]
-    assert norms[1] == pytest.approx(norms[0], rel=1e-4), other
-    assert weights_apart(folder, other) < 1e-4, other
-    AutoModelForCausalLM.from_pretrained(other / "final")  # complete, as anybody loads it
+    for folder, ranks in zip(short_runs, facts, strict=True):
+        other = folder.with_name(folder.name.replace("one", kind, 1))
+        assert read_json(other / "manifest.json")["sharded"] == ("fsdp" if kind == "fsdp2" else None)
+        assert [set(rank["parts"]) for rank in ranks] == [{0.5} if kind == "fsdp2" else set()] * 2
+        assert losses(other) == pytest.approx(losses(folder), abs=5e-6), other
+        norms = [[row["grad_norm"] for row in read_metrics(each) if "loss" in row] for each in (folder, other)]
+        assert norms[1] == pytest.approx(norms[0], rel=1e-4), other
+        assert weights_apart(folder, other) < 1e-4, other
+        AutoModelForCausalLM.from_pretrained(other / "final")  # complete, as anybody loads it
 
 
 @pytest.mark.slow
-def test_a_sharded_run_that_was_stopped_goes_on_and_in_whole_copies_it_is_refused(typed, small, sft, tmp_path):
-    whole, stopped = small("sft_variant=whole-fsdp"), ("sft", *typed, "sft_variant=stopped-fsdp")
-    STAGES["sft"](whole)
-    done, seen = two_ranks(tmp_path, *stopped, SIGNAL="launcher SIGINT", **FSDP2)
+def test_a_sharded_run_that_was_stopped_goes_on_and_in_whole_copies_it_is_refused(typed, sft, tmp_path):
+    command = ("sft", *typed, "sft_variant=stopped-fsdp")
+    done, [facts] = two_ranks(tmp_path, command, SIGNAL="both SIGINT", **FSDP2)
     assert done.returncode != 0
-    folder = whole.sft_folder.with_name("stopped-fsdp")
-    assert checkpoints.newest_checkpoint(folder).name == f"checkpoint-{seen[1]['step']}"
-    refused = launched(*TWO, "-m", "dpo_pipeline.sft", *stopped[1:], "batch.micro_size=4")
-    assert f"{folder} began with sharded=fsdp and cannot resume" in refused.stderr
-    done, _ = two_ranks(tmp_path, *stopped, **FSDP2)
+    folder = sft["none"].with_name("stopped-fsdp")
+    assert checkpoints.newest_checkpoint(folder).name == f"checkpoint-{facts[1]['step']}"
+    done, _ = two_ranks(tmp_path, command)
+    assert f"{folder} began with sharded=fsdp and cannot resume" in done.stderr
+    done, _ = two_ranks(tmp_path, command, **FSDP2)
     assert done.returncode == 0
-    check_equal(whole.sft_folder, folder)
+    check_equal(sft["none"], folder)
 
 
 def test_fsdp_without_gpus_is_refused_and_quantized_in_parts_too(small, sft, monkeypatch):
@@ -242,20 +224,21 @@ def test_fsdp_without_gpus_is_refused_and_quantized_in_parts_too(small, sft, mon
 
 
 @pytest.mark.slow
-def test_accelerate_starts_the_command_on_one_device(typed):
-    file = "launch/accelerate/single_gpu.yaml"
-    call = ("accelerate.commands.launch", "--config_file", file, "-m", "dpo_pipeline.sft")
-    done = launched(*call, *typed, "sft_variant=accelerate", "++sft.max_steps=2")
+def test_accelerate_starts_the_command_on_one_device(typed, small):
+    """With the variables that `accelerate launch` sets."""
+    options = ["--config_file", str(LAUNCH / "single_gpu.yaml"), "-m", "dpo_pipeline.sft"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args([*options, "sft_variant=accelerate"]))
+    call, variables = prepare_simple_launcher_cmd_env(args)
+    done = run(*call[2:], *typed, "++sft.max_steps=2", **variables)
     assert done.returncode == 0
-    (root,) = (item.removeprefix("root=") for item in typed if item.startswith("root="))
-    folder = Path(root) / "small" / "sft" / "accelerate"
+    folder = small("sft_variant=accelerate").sft_folder
     manifest = read_json(folder / "manifest.json")
     assert (run_folder.run_state(folder), manifest["world_size"], manifest["precision"]) == ("done", 1, "fp32")
 
 
 @pytest.mark.slow
-def test_two_ranks_tell_an_error_once(typed, sft):
-    done = launched(*TWO, "-m", "dpo_pipeline.dpo", *typed, "variant=wrong", "++dpo.lerning_rate=1")
+def test_an_error_of_both_ranks_is_told_once_under_a_launcher(typed, sft):
+    done = launch(*TWO_RANKS, "dpo_pipeline.dpo", *typed, "variant=wrong", "++dpo.lerning_rate=1")
     assert done.returncode != 0
     assert done.stderr.count("error: dpo.lerning_rate is no field of trl.DPOConfig: did you mean learning_rate") == 1
     assert "/dpo_pipeline/" not in done.stderr
@@ -263,43 +246,39 @@ def test_two_ranks_tell_an_error_once(typed, sft):
 
 @pytest.mark.slow
 def test_any_error_of_rank_0_ends_the_other_ranks_without_a_traceback(typed, tmp_path):
-    (tmp_path / "small" / "sft").parent.mkdir()
+    (tmp_path / "small").mkdir()
     (tmp_path / "small" / "sft").write_text("a file where the folder of all SFTs has to be")
-    call = [item for item in typed if not item.startswith("root=")]
-    done = launched(*TWO, "-m", "dpo_pipeline.sft", *call, f"root={tmp_path}")
+    done = run_two_ranks("dpo_pipeline.sft", *typed, f"root={tmp_path}")
     assert done.returncode != 0
     assert done.stderr.count(f"error: {tmp_path}/small/sft cannot be made") == 1
     assert "/dpo_pipeline/" not in done.stderr
 
 
-RAISES = """
-import os, sys
-from pathlib import Path
-from dpo_pipeline.distributed import map_over_ranks, on_main_process
-
 class Unpicklable(Exception):
     def __init__(self, text, second):
         super().__init__(text)
 
-def fail(error):
-    raise error
 
-lines = []
-for error in (KeyError("a key"), Unpicklable("of two", 2), KeyboardInterrupt()):
-    try:
-        on_main_process(lambda: fail(error))
-    except BaseException as caught:
-        lines.append(f"{type(caught).__name__} {caught}")
-lines.append(str(on_main_process(lambda: os.environ["RANK"])))
-lines.append(str(map_over_ranks(lambda rows: [10 * row for row in rows], 5)))
-Path(sys.argv[1], os.environ["RANK"]).write_text("\\n".join(lines))
-"""
+def share_results(folder: Path) -> None:
+    """What a rank gets of results and errors of rank 0, written to a file."""
+
+    def fail(error):
+        raise error
+
+    lines = []
+    for error in (KeyError("a key"), Unpicklable("of two", 2), KeyboardInterrupt()):
+        try:
+            on_main_process(lambda error=error: fail(error))
+        except BaseException as caught:
+            lines.append(f"{type(caught).__name__} {caught}")
+    lines.append(str(on_main_process(lambda: os.environ["RANK"])))
+    lines.append(str(map_over_ranks(lambda rows: [10 * row for row in rows], 5)))
+    (folder / os.environ["RANK"]).write_text("\n".join(lines))
 
 
 @pytest.mark.slow
 def test_results_and_errors_of_rank_0_reach_every_rank(tmp_path):
-    (tmp_path / "raises.py").write_text(RAISES)
-    assert launched(*TWO, str(tmp_path / "raises.py"), str(tmp_path)).returncode == 0
+    assert run_two_ranks("tests.test_processes", str(tmp_path)).returncode == 0
     lines = [(tmp_path / rank).read_text().splitlines() for rank in ("0", "1")]
     assert lines[0] == ["KeyError 'a key'", "Unpicklable of two", "KeyboardInterrupt ", "0", "[0, 10, 20, 30, 40]"]
     assert lines[1] == [lines[0][0], "PipelineError Unpicklable: of two", *lines[0][2:]]
@@ -447,3 +426,7 @@ def test_each_device_computes_in_what_it_can(card, gpu, monkeypatch):
                 hardware.mixed_precision(asked)
         else:
             assert hardware.mixed_precision(asked) == given
+
+
+if __name__ == "__main__":
+    share_results(Path(sys.argv[1]))

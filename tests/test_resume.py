@@ -1,6 +1,7 @@
 """Ctrl-C loses nothing: the same command goes on, and ends with the bytes of a run that was never stopped."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from dpo_pipeline.hardware import STOPS
 from dpo_pipeline.record import read_json
 from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training.callbacks import Metrics
+from tests.commands import start, wait
 from tests.helpers import SMALL
 
 pytestmark = pytest.mark.slow
@@ -81,21 +83,45 @@ def test_how_often_one_evaluates_and_saves_changes_no_byte(small, sft):
 
 
 @pytest.mark.parametrize("sent", STOPS)
-def test_a_signal_to_stop_ends_a_command_with_75_and_a_checkpoint(sent, tmp_path):
-    call = [sys.executable, "-m", "dpo_pipeline.sft", *SMALL, f"root={tmp_path}", "sft.num_train_epochs=200"]
-    process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    folder, deadline = tmp_path / "tiny-reviews" / "sft" / "full", time.monotonic() + 120
-    while read_json(folder / "status.json") is None or read_json(folder / "status.json")["step"] < 3:
+def test_a_signal_to_stop_ends_a_command_with_75_and_a_checkpoint(sent, small, sft):
+    typed = ("name=small", f"sft_variant=endless-{int(sent)}", "sft.num_train_epochs=200")
+    run = small(*typed)
+    process = start("dpo_pipeline.sft", *SMALL, f"root={run.root}", *typed)
+    deadline = time.monotonic() + 120
+    while (status := read_json(run.sft_folder / "status.json")) is None or status["step"] < 3:
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.1)
-    process.send_signal(sent)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 75
-    assert "Traceback" not in printed
-    assert "interrupted: type the same command to go on from" in printed
-    assert run_folder.run_state(folder) == "interrupted"
-    assert checkpoints.newest_checkpoint(folder)
+    os.kill(process.pid, sent)
+    done = wait(process)
+    assert done.returncode == 75
+    assert "Traceback" not in done.stderr
+    assert "interrupted: type the same command to go on from" in done.stdout
+    assert run_folder.run_state(run.sft_folder) == "interrupted"
+    assert checkpoints.newest_checkpoint(run.sft_folder)
+
+
+COMMAND = """
+import atexit, signal, sys
+from dpo_pipeline import cli
+cli.time.sleep = lambda seconds: signal.raise_signal(signal.SIGTERM)
+sys.argv[1:] = [{typed!r}]
+cli.main(lambda run: {stage})
+"""
+MOMENTS = {
+    "in code that is a string": ("seed=1", "exec('signal.raise_signal(signal.SIGINT)')", "0"),
+    "while Python ends": ("seed=1", "atexit.register(signal.raise_signal, signal.SIGTERM)", "0"),
+    "while a rank waits for another to tell the error of both": ("sed=1", "None", "1"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_at_any_moment_ends_the_process_itself_with_75_and_without_a_traceback(moment, tmp_path):
+    typed, stage, rank = MOMENTS[moment]
+    (tmp_path / "command.py").write_text(COMMAND.format(typed=typed, stage=stage))
+    call = [sys.executable, "-m", "command"]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"RANK": rank})
+    assert (done.returncode, done.stderr) == (75, "")
 
 
 def test_a_signal_that_comes_while_python_deletes_something_is_not_lost():
@@ -108,6 +134,6 @@ def test_a_signal_that_comes_while_python_deletes_something_is_not_lost():
         gone = Slow()
         del gone  # an exception raised in there is printed and forgotten
         with pytest.raises(KeyboardInterrupt):
-            time.sleep(5)
+            time.sleep(1)
     finally:
         signal.signal(signal.SIGTERM, before)
