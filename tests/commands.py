@@ -13,6 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from hydra.core.global_hydra import GlobalHydra
+
 from dpo_pipeline.config import CONF
 
 ROOT = CONF.parent
@@ -25,10 +27,10 @@ class ForkedPopen(subprocess.Popen):
     """Forks where a command starts `python -m MODULE`, as a sweep does for each job."""
 
     def _execute_child(self, args, *rest):
-        if args[:2] != [sys.executable, "-m"]:
+        if args[0] != sys.executable or "-m" not in args[1:3]:
             super()._execute_child(args, *rest)
             return
-        names = list(inspect.signature(subprocess.Popen._execute_child).parameters)[2:]
+        names = list(inspect.signature(super()._execute_child).parameters)[1:]
         options = dict(zip(names, rest, strict=True))
         self.pid = os.fork()
         if self.pid:
@@ -36,25 +38,29 @@ class ForkedPopen(subprocess.Popen):
             return
         code = 1
         try:
-            os.setsid()
-            run_module(args[2:], options["env"], options["c2pwrite"], options["errwrite"])
+            if options["start_new_session"]:
+                os.setsid()
+            run_module(args[args.index("-m") + 1 :], options["env"], options["c2pwrite"], options["errwrite"])
             code = 0
         except SystemExit as end:
-            code = end.code
+            code = end.code or 0
             if isinstance(code, str):
                 os.write(2, f"{code}\n".encode())
                 code = 1
         finally:
-            os._exit(code or 0)
+            os._exit(code)
 
 
-def run_module(call: list[str], environment: dict[str, str], output: int, errors: int) -> None:
-    """Be `python -m` with this call; the streams are file descriptors."""
-    os.environ.clear()
-    os.environ.update(environment)
+def run_module(call: list[str], environment: dict[str, str] | None, output: int, errors: int) -> None:
+    """Be `python -m` with this call; the streams are file descriptors, or -1 for those of this process."""
+    os.environ.update(environment or {})
+    for name in [name for name in os.environ if name not in (environment or os.environ)]:
+        del os.environ[name]
     for source, stream in ((output, 1), (errors, 2)):
-        os.dup2(source, stream)
+        if source != -1:
+            os.dup2(source, stream)
     subprocess.Popen = ForkedPopen
+    GlobalHydra.instance().clear()
     sys.argv = list(call)
     sys.modules.pop(call[0], None)
     try:

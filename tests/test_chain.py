@@ -7,11 +7,15 @@ import sys
 
 import pytest
 
+from tests.commands import run
+
 pytestmark = pytest.mark.slow
 
-CALL = ("dataset.rows=3000", "batch.global_size=32", "evaluation.prompts=60", "sft.num_train_epochs=2")
-
-
+TYPED = (
+    *("model.builder.hidden_size=64", "model.builder.layers=2", "model.builder.steps=100", "sft.learning_rate=5e-3"),
+    *("dataset.rows=1500", "batch.global_size=16", "evaluation.pairs=200", "evaluation.prompts=40"),
+    *("evaluation.max_new_tokens=32", "evaluation.tracker_prompts=8", "dpo.learning_rate=6e-4"),
+)
 NO_NETWORK = """
 import socket
 def refuse(self, address):
@@ -20,20 +24,17 @@ socket.socket.connect = socket.socket.connect_ex = refuse
 """
 
 
-def command(stage: str, root) -> subprocess.CompletedProcess:
-    """One command as typed, in a process of its own that ends where it reaches for the network."""
-    (root / "sitecustomize.py").write_text(NO_NETWORK)
-    env = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "TQDM_DISABLE")}
-    call = [sys.executable, "-m", f"dpo_pipeline.{stage}", f"root={root}", *CALL]
-    done = subprocess.run(call, capture_output=True, text=True, env={**env, "PYTHONPATH": str(root)})
-    assert done.returncode == 0, done.stderr
-    assert "the network was touched" not in done.stdout + done.stderr
-    return done
-
-
-def test_two_commands_align_the_tiny_model_and_a_third_finds_it_done(tmp_path):
-    sft, dpo = command("sft", tmp_path), command("dpo", tmp_path)
+def test_two_commands_align_the_tiny_model_and_a_third_finds_it_done(tmp_path, monkeypatch):
+    for name in ("HF_HUB_OFFLINE", "TQDM_DISABLE"):
+        monkeypatch.delenv(name)
+    sft = run("dpo_pipeline.sft", f"root={tmp_path}", *TYPED)
+    # From the first import on, and without a network.
+    (tmp_path / "sitecustomize.py").write_text(NO_NETWORK)
+    call = [sys.executable, "-m", "dpo_pipeline.dpo", f"root={tmp_path}", *TYPED]
+    dpo = subprocess.run(call, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
     for done in (sft, dpo):
+        assert done.returncode == 0, done.stderr
+        assert "the network was touched" not in done.stdout + done.stderr
         assert "arn" not in done.stderr.replace("learn", ""), done.stderr  # warn, Warning
         assert "training: 100%" in done.stderr
     home = tmp_path / "tiny-reviews"
@@ -56,11 +57,11 @@ def test_two_commands_align_the_tiny_model_and_a_third_finds_it_done(tmp_path):
     assert perplexity["sft/full"]["high"] < perplexity["base"]["low"]
 
     samples = json.loads((home / "generation_samples.json").read_text())
-    assert len(samples) == 60
+    assert len(samples) == 40
     assert set(samples[0]["answers"]) == set(policies)
     for text in (
         "| preference accuracy",
-        "All against the base model: 375 test pairs",
+        "All against the base model: 187 test pairs",
         f"{variant} is better than sft/full by truth: difference ",
         "> film",
     ):
@@ -75,10 +76,10 @@ def test_two_commands_align_the_tiny_model_and_a_third_finds_it_done(tmp_path):
     status = json.loads((home / variant / "status.json").read_text())
     assert (status["state"], status["error"]) == ("done", None)
     manifest = json.loads((home / variant / "manifest.json").read_text())
-    assert manifest["rows"]["train"] == 2494
+    assert manifest["rows"]["train"] == 1248
     assert manifest["peak_memory_bytes"] > 1e8
     assert {"command", "git", "versions", "seed", "data_fingerprint", "world_size", "seconds"} <= set(manifest)
 
-    again = command("dpo", tmp_path)
+    again = run("dpo_pipeline.dpo", f"root={tmp_path}", *TYPED)
     assert again.stdout.startswith("already done: ")
     assert json.loads((home / "results.json").read_text())["policies"] == policies
