@@ -4,11 +4,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from trl import SFTTrainer
 
 from dpo_pipeline.base_model import base_model
 from dpo_pipeline.data.prepare import Prepared, prepare
+from dpo_pipeline.dpo import run_dpo
+from dpo_pipeline.evaluation import compare
 from dpo_pipeline.schema import Run
+from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training.arguments import training_arguments
 from dpo_pipeline.training.starting_policy import load_reference, load_start, resolve_starting_policy
 from dpo_pipeline.training.trainer import PairTrainer, label_completions, make_trainer
@@ -26,6 +30,14 @@ def prepare_run(run: Run, stage: str, *splits: str) -> Prepared:
     """What a stage of this run works on."""
     with base_model(run) as run:
         return prepare(run, stage, splits or None)
+
+
+def train(run: Run, stage: str) -> Path:
+    """Run a stage without the comparison that follows a DPO; its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "compare_policies", lambda *args: {})
+        {"sft": run_sft, "dpo": run_dpo}[stage](run)
+    return run.sft_folder if stage == "sft" else run.dpo_folder
 
 
 def build(run: Run, stage: str, folder: Path, policy: Any = None, reference: Any = None) -> SimpleNamespace:

@@ -14,6 +14,7 @@ from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.training import callbacks, guards
 from dpo_pipeline.training.trainer import PairTrainer
+from tests.helpers import train
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_no_gradient_in_the_first_steps_ends_the_run_and_later_does_not(small, s
     with pytest.raises(PipelineError, match="the gradients are zero in the first 2 steps: .*lora.target_modules"):
         run_dpo(small("variant=rest0", "loss=hinge"))
     first[0] = False
-    run_dpo(small("variant=rest2", "loss=hinge", "++dpo.max_steps=8"))
+    train(small("variant=rest2", "loss=hinge", "++dpo.max_steps=8"), "dpo")
 
 
 def test_no_checkpoint_is_written_before_its_loss_is_looked_at(small, sft, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from dpo_pipeline.models import load_options, load_policy
 from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training.merge import merge
 from dpo_pipeline.training.starting_policy import load_start, resolve_starting_policy
-from tests.helpers import SMALL, build
+from tests.helpers import SMALL, build, train
 from tests.test_models import save_base
 
 ROADS = {
@@ -66,16 +67,20 @@ def metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def road_run(road: str, mode: str, small, sft):
+    variant = f"variant={re.sub(r'[^A-Za-z0-9]', '_', road)}-{mode}"
+    return small(*ROADS[road][0].format(**sft).split(), f"reference={mode}", variant, *STEPS)
+
+
 @pytest.mark.parametrize("road", ROADS)
 def test_a_road_starts_at_its_reference_and_all_reference_modes_agree(road, small, sft):
-    typed, modes = ROADS[road]
+    modes = ROADS[road][1]
     if road in SFT_FIRST:
         run_sft(small(*SFT_FIRST[road].split(), "++sft.max_steps=4"))
     losses = {}
     for mode in modes:
-        name = "variant=" + "".join(c if c.isalnum() else "_" for c in road) + "-" + mode
-        run = small(*typed.format(**sft).split(), f"reference={mode}", name, *STEPS)
-        run_dpo(run)
+        run = road_run(road, mode, small, sft)
+        train(run, "dpo")
         log = [row for row in metrics(run.dpo_folder) if "loss" in row]
         assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
         for key in ("rewards/chosen", "rewards/rejected", "rewards/margins", "margins_nats"):
@@ -106,44 +111,39 @@ def test_the_sft_policy_is_not_the_base(lora, small, sft):
     assert (base(ids).logits - policy(ids).logits).abs().max() > 0.01
 
 
+LOAD = """
+import json, sys, torch
+from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import AutoPeftModelForCausalLM
+nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+logits = []
+for folder, is_adapter, is_quantized in json.loads(sys.argv[1]):
+    auto = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
+    quantized = {"quantization_config": nf4, "device_map": {"": "cpu"}} if is_quantized else {}
+    model = auto.from_pretrained(folder, **quantized).train()  # no dropout; bitsandbytes packs in eval
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    logits.append(model(tokenizer("film : the wild river . review :", return_tensors="pt").input_ids).logits)
+torch.save(logits, "logits.pt")
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "typed",
-    ["lora=none", "lora=r8", "lora=r8 policy=base", "lora=r8 sft_variant=full", "lora=r16 sft_variant=r8",
-     "lora=none sft_variant=r8", "lora=r8 quantization=nf4 sft_variant=full"],
-)  # fmt: skip
-def test_final_loads_with_plain_libraries_from_another_directory(typed, small, sft, tmp_path):
-    run = small(*typed.split(), *STEPS, "variant=" + typed.replace("=", "").replace(" ", "-"))
-    run_dpo(run)
-    final = (run.dpo_folder / "final").resolve()
-    code = (
-        "import sys, torch\n"
-        "from transformers import BitsAndBytesConfig\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "from peft import AutoPeftModelForCausalLM\n"
-        "folder, adapter = sys.argv[1], sys.argv[2] == 'True'\n"
-        "auto = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM\n"
-        "nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True)\n"
-        "quantized = {'quantization_config': nf4, 'device_map': {'': 'cpu'}} if sys.argv[4] == 'True' else {}\n"
-        "model = auto.from_pretrained(folder, **quantized).train()\n"  # no dropout; bitsandbytes packs in eval
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        "ids = tokenizer('film : the wild river . review :', return_tensors='pt').input_ids\n"
-        "torch.save(model(ids).logits, sys.argv[3])"
-    )
-    out = tmp_path / "logits.pt"
-    call = [sys.executable, "-c", code, str(final), str(run.lora is not None), str(out)]
-    call.append(str(run.quantization is not None))
-    subprocess.run(call, cwd=tmp_path, check=True, capture_output=True)
-    ours = load_policy(final, load_options(run))
-    ids = AutoTokenizer.from_pretrained(final)("film : the wild river . review :", return_tensors="pt").input_ids
-    assert torch.equal(torch.load(out), ours(ids).logits)
-    assert record.read_json(run.dpo_folder / "manifest.json")["final"]["reload_difference_nats"] < 1e-5
-    assert not (final / "ref").exists()
-    expected = (
-        {"adapter_config.json", "adapter_model.safetensors"} if run.lora else {"config.json", "model.safetensors"}
-    )
-    found = {file.name for file in final.iterdir()}
-    assert {*expected, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"} == found
+def test_final_loads_with_plain_libraries_from_another_directory(small, sft, tmp_path):
+    runs = [road_run(road, ROADS[road][1][0], small, sft) for road in (*list(ROADS)[:7], "full -> QLoRA")]
+    folders = [(train(run, "dpo") / "final").resolve() for run in runs]  # trained by the roads, or here
+    kinds = [(run.lora is not None, run.quantization is not None) for run in runs]
+    facts = [(str(folder), *kind) for folder, kind in zip(folders, kinds, strict=True)]
+    subprocess.run([sys.executable, "-c", LOAD, json.dumps(facts)], cwd=tmp_path, check=True, capture_output=True)
+    for final, run, logits in zip(folders, runs, torch.load(tmp_path / "logits.pt"), strict=True):
+        policy = load_policy(final, load_options(run))
+        ids = AutoTokenizer.from_pretrained(final)("film : the wild river . review :", return_tensors="pt").input_ids
+        assert torch.equal(logits, policy(ids).logits)
+        weights = (
+            {"adapter_config.json", "adapter_model.safetensors"} if run.lora else {"config.json", "model.safetensors"}
+        )
+        names = {file.name for file in final.iterdir()}
+        assert {*weights, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md"} == names
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_an_sft_of_another_base_is_refused_and_of_other_settings_told(small, sft
         run_dpo(small("model.builder.layers=1", "variant=other"))
     with pytest.raises(PipelineError, match="base/model was made with other settings.*name=NAME"):
         run_sft(small("model.builder.layers=1", "sft_variant=other"))
-    run_dpo(small("sft.learning_rate=7e-4", "variant=told", *STEPS))
+    train(small("sft.learning_rate=7e-4", "variant=told", "++dpo.max_steps=1"), "dpo")
     assert "was made with other settings: sft.learning_rate is" in capsys.readouterr().out
 
 
@@ -238,7 +238,7 @@ def test_kl_at_step_0_and_later_is_against_the_biases_of_step_0_too(biased):
     typed = ("lora.bias=all", "evaluation.tracker_prompts=4", "dpo.eval_steps=2")
     points = {}
     for mode in ("cached", "frozen"):
-        run_dpo(run := biased(*typed, f"reference={mode}", f"variant=biased-{mode}"))
+        train(run := biased(*typed, f"reference={mode}", f"variant=biased-{mode}"), "dpo")
         points[mode] = [point["kl"] for point in record.read_json(run.dpo_folder / "reward_kl_tracker.json")]
     assert points["cached"][0] == pytest.approx(0, abs=1e-6)
     assert points["cached"] == pytest.approx(points["frozen"], abs=1e-5)
@@ -251,7 +251,7 @@ def test_an_adapter_whose_base_is_gone_is_trained_on_the_one_that_is_given(named
     config = record.read_json(folder / "adapter_config.json")
     record.write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": named})
     run = small("lora=r8", f"policy={folder}", f"variant=gone-{named[:2].strip('/')}", "++dpo.max_steps=2")
-    run_dpo(run)
+    train(run, "dpo")
     assert f"names the base {named}, not here: model.path={run.model.path} is taken for it" in caplog.text
     assert named_base(run) == run.model.path
     assert f"fine-tuned version of `{run.model.path}`" in (run.dpo_folder / "final" / "README.md").read_text()

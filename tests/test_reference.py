@@ -12,13 +12,12 @@ import pytest
 import torch
 from datasets import Dataset
 
-from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.models import load_options
 from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training.memory import row_lengths
 from dpo_pipeline.training.reference import add_reference_logps, reference_key
 from dpo_pipeline.training.trainer import PairTrainer
-from tests.helpers import build, prepare_run
+from tests.helpers import build, prepare_run, train
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 CHECKED = 3  # rows that each run computes again
@@ -189,7 +188,7 @@ def test_one_pass_serves_every_beta_loss_and_seed_and_changes_no_byte(small, tmp
             *(f"root={tmp_path}", "name=once", "++sft.max_steps=4", f"variant=v{i}", *typed.split()),
             *("batch.global_size=128", "batch.micro_size=16"),  # two steps on all rows
         )
-        run_dpo(run)
+        train(run, "dpo")
         finals.append((run.dpo_folder / "final" / "model.safetensors").read_bytes())
         counts.append(sum(forwards))
         forwards.clear()
@@ -210,7 +209,7 @@ def test_a_run_that_reads_few_rows_computes_no_others(typed, small, sft, forward
         return compute_loss(self, model, batch, *args, **options)
 
     monkeypatch.setattr(PairTrainer, "compute_loss", seen)
-    run_dpo(small("lora=none", f"variant=few{len(typed)}", "dpo.max_steps=3", *typed.split()))
+    train(small("lora=none", f"variant=few{len(typed)}", "dpo.max_steps=3", *typed.split()), "dpo")
     checked = 16 if "micro" not in typed else 4  # rows of preflight's batch, for policy and reference
     computed = sum(forwards) - CHECKED - 2 * checked
     assert computed in (3 * 16 + 13, 3 * 16)  # those of validation may be there

@@ -11,20 +11,13 @@ import pytest
 
 from dpo_pipeline import checkpoints, run_folder
 from dpo_pipeline.cli import interrupt
-from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.hardware import STOPS
 from dpo_pipeline.record import read_json
-from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training.callbacks import Metrics
 from tests.commands import start, wait
-from tests.helpers import SMALL
+from tests.helpers import SMALL, train
 
 pytestmark = pytest.mark.slow
-
-
-def run_stage(run, stage: str):
-    {"sft": run_sft, "dpo": run_dpo}[stage](run)
-    return run.sft_folder if stage == "sft" else run.dpo_folder
 
 
 def logged(folder) -> list[dict]:
@@ -57,16 +50,16 @@ def test_an_interrupted_run_is_resumed_bit_for_bit(stage, typed, small, sft, mon
         if state.global_step == 7:
             signal.raise_signal(signal.SIGINT)
 
-    folder = run_stage(whole, stage)
+    folder = train(whole, stage)
     with monkeypatch.context() as patch:
         patch.setattr(Metrics, "on_step_end", ctrl_c_at_7)
         with pytest.raises(KeyboardInterrupt):
-            run_stage(stopped, stage)
+            train(stopped, stage)
     other = stopped.sft_folder if stage == "sft" else stopped.dpo_folder
     assert run_folder.run_state(other) == "interrupted"
     assert checkpoints.newest_checkpoint(other).name == "checkpoint-7"
     assert not (other / "final").exists()
-    run_stage(stopped, stage)
+    train(stopped, stage)
     assert run_folder.run_state(other) == "done"
     weights = "adapter_model.safetensors" if "r8" in typed else "model.safetensors"
     assert (folder / "final" / weights).read_bytes() == (other / "final" / weights).read_bytes()
@@ -78,7 +71,7 @@ def test_how_often_one_evaluates_and_saves_changes_no_byte(small, sft):
         small("variant=often", "dpo.eval_steps=3"),
         small("variant=seldom", "dpo.eval_steps=9", "dpo.logging_steps=4", "++dpo.eval_on_start=true"),
     )
-    files = [run_stage(run, "dpo") / "final" / "model.safetensors" for run in (often, seldom)]
+    files = [train(run, "dpo") / "final" / "model.safetensors" for run in (often, seldom)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 

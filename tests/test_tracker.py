@@ -16,9 +16,7 @@ from accelerate import Accelerator
 from dpo_pipeline import checkpoints, record, run_folder
 from dpo_pipeline.config import compose
 from dpo_pipeline.data.reviews import reward
-from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.evaluation import compare
 from dpo_pipeline.judges import build
 from dpo_pipeline.judges.judge import Judge
 from dpo_pipeline.models import load_options, load_policy
@@ -26,7 +24,7 @@ from dpo_pipeline.sampling import sample, uniform_draws
 from dpo_pipeline.training import kept_reference, reward_kl, trainer
 from dpo_pipeline.training.arguments import BEST, training_arguments
 from dpo_pipeline.training.reward_kl import RewardKLTracker
-from tests.helpers import SMALL
+from tests.helpers import SMALL, train
 from tests.ranks import FSDP2, two_ranks
 
 SHORT = (
@@ -40,8 +38,8 @@ LOGGED = ("kl", "reward", "stop_rate", "completion_tokens")
 
 
 @pytest.fixture(scope="module")
-def train(small, sft):
-    """Trains one DPO, without the comparison that follows: `train("lora=r8")`; its run, points and Tracker."""
+def track(small, sft):
+    """Trains one DPO: `track("lora=r8")`; its run, points and Tracker."""
     given = trainer.train
 
     def run(*typed: str, judges=None) -> SimpleNamespace:
@@ -54,11 +52,10 @@ def train(small, sft):
             return given(dpo, folder, callbacks)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(compare, "compare_policies", lambda *args: {})
             patch.setattr(trainer, "train", seen)
             if judges is not None:
                 patch.setattr(build, "build_judges", lambda *args: judges)
-            run_dpo(made)
+            train(made, "dpo")
         found.points = record.read_json(made.dpo_folder / checkpoints.TRACKER_FILE)
         found.manifest = record.read_json(made.dpo_folder / "manifest.json")
         return found
@@ -67,9 +64,9 @@ def train(small, sft):
 
 
 @pytest.fixture(scope="module")
-def full(train):
+def full(track):
     """A run of every weight, whose reference is kept in host memory."""
-    return train("variant=tracked-full")
+    return track("variant=tracked-full")
 
 
 def weights(folder):
@@ -103,10 +100,10 @@ MODES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", MODES)
-def test_each_reference_gives_the_kl_that_a_plain_loop_gives(how, train, full, sft):
+def test_each_reference_gives_the_kl_that_a_plain_loop_gives(how, track, full, sft):
     base = full.run.model.path
     typed = MODES[how].replace("BASE", base).split()
-    found = full if how == "full cached" else train(*typed, f"variant=mode-{how.replace(' ', '-').replace(',', '')}")
+    found = full if how == "full cached" else track(*typed, f"variant=mode-{how.replace(' ', '-').replace(',', '')}")
     assert [point["step"] for point in found.points] == [0, 2, 4]
     on, last = found.tracker.eval_set, found.points[-1]
     start = base if "BASE" in MODES[how] else sft["r8" if "adapter" in how and "new" not in how else "none"] / "final"
@@ -128,8 +125,8 @@ def test_each_reference_gives_the_kl_that_a_plain_loop_gives(how, train, full, s
 
 
 @pytest.mark.slow
-def test_policy_and_reference_are_multiplied_in_one_precision(train):
-    found = train("precision=bf16", "variant=tracked-bf16")
+def test_policy_and_reference_are_multiplied_in_one_precision(track):
+    found = track("precision=bf16", "variant=tracked-bf16")
     assert found.manifest["precision"] == "bf16"
     assert found.points[0]["kl"] == 0 != found.points[-1]["kl"]
 
@@ -150,7 +147,7 @@ def noisy(completions):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["lora=none", "lora=r8 dpo.activation_checkpointing=true"])
-def test_the_weights_are_the_same_with_and_without_it(how, train, monkeypatch):
+def test_the_weights_are_the_same_with_and_without_it(how, track, monkeypatch):
     states, tell = [], RewardKLTracker.measure_and_log
 
     def kept(self, step):
@@ -160,11 +157,11 @@ def test_the_weights_are_the_same_with_and_without_it(how, train, monkeypatch):
         return found
 
     tail = how.replace(" ", "-").replace("=", "_")
-    without = train(*how.split(), f"variant=without-{tail}", "evaluation.tracker_prompts=0")
+    without = track(*how.split(), f"variant=without-{tail}", "evaluation.tracker_prompts=0")
     assert without.points is None
     assert not any("eval_kl" in row for row in record.read_metrics(without.folder))
     monkeypatch.setattr(RewardKLTracker, "measure_and_log", kept)
-    found = train(*how.split(), f"variant=with-{tail}", judges={"noisy": Judge(noisy)})
+    found = track(*how.split(), f"variant=with-{tail}", judges={"noisy": Judge(noisy)})
     assert weights(found.folder / "final") == weights(without.folder / "final")
     assert states[::2] == states[1::2]
     assert len(states) == 6
@@ -174,7 +171,7 @@ def test_the_weights_are_the_same_with_and_without_it(how, train, monkeypatch):
 
 @pytest.mark.parametrize("typed", ["lora=none", "lora=r8", "lora=none reference.path=BASE"])
 @pytest.mark.slow
-def test_no_evaluation_loads_weights_and_nothing_of_the_copy_is_saved(typed, train, full, monkeypatch):
+def test_no_evaluation_loads_weights_and_nothing_of_the_copy_is_saved(typed, track, full, monkeypatch):
     begin = RewardKLTracker.on_train_begin
 
     def forbid_loading(self, *args, **options):
@@ -183,7 +180,7 @@ def test_no_evaluation_loads_weights_and_nothing_of_the_copy_is_saved(typed, tra
 
     monkeypatch.setattr(RewardKLTracker, "on_train_begin", forbid_loading)
     variant = f"variant=kept-{typed.replace(' ', '-').replace('=', '_')}"
-    run = train(*typed.replace("BASE", full.run.model.path).split(), variant)
+    run = track(*typed.replace("BASE", full.run.model.path).split(), variant)
     assert run.points[-1]["kl"] != 0
     if "BASE" not in typed:
         copies, weights = run.tracker.reference.args[0], kept_reference.trained_weights(run.tracker.trainer.model)
@@ -251,8 +248,8 @@ def test_a_judge_that_fails_is_told_once_and_its_reward_is_none(fault, full, cap
 
 
 @pytest.mark.slow
-def test_a_run_whose_judge_is_down_goes_on_without_a_reward(train, full):
-    found = train("variant=judge-down", "reference=frozen", "++dpo.eval_on_start=true", judges={"down": Judge(down)})
+def test_a_run_whose_judge_is_down_goes_on_without_a_reward(track, full):
+    found = track("variant=judge-down", "reference=frozen", "++dpo.eval_on_start=true", judges={"down": Judge(down)})
     assert run_folder.run_state(found.folder) == "done"
     assert [point["reward"] for point in found.points] == [None] * 3
     for key in ("kl", "stop_rate"):
@@ -261,7 +258,7 @@ def test_a_run_whose_judge_is_down_goes_on_without_a_reward(train, full):
 
 
 @pytest.mark.slow
-def test_an_interrupt_stops_the_sampling_at_the_next_batch_and_loses_no_point(train, full, monkeypatch, caplog):
+def test_an_interrupt_stops_the_sampling_at_the_next_batch_and_loses_no_point(track, full, monkeypatch, caplog):
     calls = []
 
     def interrupted(*args, **options):
@@ -275,11 +272,11 @@ def test_an_interrupt_stops_the_sampling_at_the_next_batch_and_loses_no_point(tr
         patch.setattr(reward_kl, "sample", interrupted)
         for checkpoint, points in ((None, None), (folder / "checkpoints" / "checkpoint-2", full.points[:1])):
             with pytest.raises(KeyboardInterrupt):
-                train("variant=stopped")
+                track("variant=stopped")
             assert checkpoints.newest_checkpoint(folder) == checkpoint
             assert record.read_json(folder / checkpoints.TRACKER_FILE) == points
     assert caplog.text.count("SIGTERM: stops with a checkpoint after this step or evaluation") == 2
-    assert train("variant=stopped").points == full.points
+    assert track("variant=stopped").points == full.points
     assert [row["step"] for row in record.read_metrics(folder) if "eval_kl" in row] == [0, 2, 4]
     assert weights(folder / "final") == weights(full.folder / "final")
 
@@ -309,10 +306,10 @@ PEAK = ("dpo.learning_rate=3e-2", "++dpo.max_steps=12", "evaluation.tracker_prom
 
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", [10, 1000, 0.01])
-def test_the_best_by_reward_is_the_largest_within_the_budget_else_the_nearest(budget, train, caplog):
+def test_the_best_by_reward_is_the_largest_within_the_budget_else_the_nearest(budget, track, caplog):
     typed = (*PEAK, "dpo_best=reward", f"evaluation.kl_budget={budget}")
     with caplog.at_level("INFO", logger="dpo_pipeline"):
-        found = train(*typed, f"variant=best-{budget}")
+        found = track(*typed, f"variant=best-{budget}")
     points = found.points[1:]
     inside = [point for point in points if point["kl"] <= budget]
     best = max(inside, key=lambda p: p["reward"]) if inside else min(points, key=lambda p: p["kl"])
@@ -329,8 +326,8 @@ def test_the_best_by_reward_is_the_largest_within_the_budget_else_the_nearest(bu
     ("typed", "better"),
     [("dpo_best=kl lora=r8", min), ("dpo_best=eval_rewards/margins lora=r8 reference=adapter", max)],
 )
-def test_the_best_by_a_metric_is_its_checkpoint_and_the_log_has_it(typed, better, train):
-    found = train(*typed.split(), f"variant=best-{len(typed)}")
+def test_the_best_by_a_metric_is_its_checkpoint_and_the_log_has_it(typed, better, track):
+    found = track(*typed.split(), f"variant=best-{len(typed)}")
     name = found.run.dpo_best.removeprefix("eval_")
     rows = [row for row in record.read_metrics(found.folder) if f"eval_{name}" in row and row["step"]]
     best = better(rows, key=lambda row: row[f"eval_{name}"])["step"]
@@ -567,8 +564,8 @@ def test_without_a_tracker_the_metrics_alone_are_watched(caplog):
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_too_far_stops_where_asked_and_is_done(train, caplog):
-    found = train(*PEAK, "guard.action=stop", "guard.kl_max=8", "variant=stops")
+def test_a_run_that_goes_too_far_stops_where_asked_and_is_done(track, caplog):
+    found = track(*PEAK, "guard.action=stop", "guard.kl_max=8", "variant=stops")
     assert run_folder.run_state(found.folder) == "done"
     kls = {point["step"]: point["kl"] for point in found.points}
     assert [kl > 8 for kl in kls.values()] == [False] * (len(kls) - 1) + [True]
@@ -587,9 +584,9 @@ def test_a_run_that_goes_too_far_stops_where_asked_and_is_done(train, caplog):
         ("fsdp2", "lora=none reference=frozen"),
     ],
 )
-def test_two_ranks_have_the_points_of_one(kind, how, small, full, train, tmp_path):
+def test_two_ranks_have_the_points_of_one(kind, how, small, full, track, tmp_path):
     tail = how.replace(" ", "-").replace("=", "_")
-    one = full if "lora=none" in how else train(*how.split(), f"variant=one-{tail}")
+    one = full if "lora=none" in how else track(*how.split(), f"variant=one-{tail}")
     variables = FSDP2 if kind == "fsdp2" else {}
     typed = [f"root={small().root}", "name=small", f"variant={kind}-{tail}", *how.split(), *SHORT]
     names = {item.split("=")[0] for item in typed}

@@ -15,10 +15,10 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import WandbCallback
 
 from dpo_pipeline import record
-from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training import tracking
 from dpo_pipeline.training.callbacks import Metrics
+from tests.helpers import train
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_wandb_without_a_key_keeps_a_dpo_run_with_name_group_id_and_all_numbers(
         *("variant=offline", "report_to=wandb", "wandb.project=a-project", "wandb.group=a-group"),
         *("++dpo.max_steps=3", "dpo.eval_steps=2", "evaluation.tracker_prompts=4", "++dpo.weight_decay=0.125"),
     )
-    run_dpo(run)
+    train(run, "dpo")
     assert "wandb cannot be reached (not logged in: type `wandb login`): type `wandb sync" in caplog.text
     (file,) = offline_runs(run.dpo_folder)
     content, run_id = file.read_bytes(), record.read_json(run.dpo_folder / "manifest.json")["run_id"]
