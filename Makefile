@@ -59,7 +59,7 @@ deepspeed: install
 		{ echo 'error: LAUNCH=$(LAUNCH) needs DeepSpeed, which is not installed: $(PY) -m pip install -e ".[deepspeed]"'; exit 1; };; esac
 
 test: install  ## run every test that needs nothing but this checkout
-	@$(PY) -m pytest -n 2 -m "not real and not slurm"
+	@$(PY) -m pytest -n 2 --dist loadfile -m "not real and not slurm"
 
 test-real: install  ## run the tests on the real models and data of ../shared
 	@$(PY) -m pytest -m real

@@ -31,6 +31,7 @@ from dpo_pipeline.evaluation import measure
 from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training import reference, saving
 from dpo_pipeline.training.callbacks import Metrics
+from tests.commands import run, start, wait
 
 STAGES = {"sft": run_sft, "dpo": run_dpo}
 ROWS = [
@@ -766,25 +767,24 @@ def test_ctrl_c_ends_with_75_anywhere_and_the_same_command_goes_on(name, here, m
 
 def test_the_process_itself_ends_with_these_codes(here, parts):
     """1 with the sentence alone, 75 for Ctrl-C while it starts, and 0 for the same command typed again."""
-    call = [sys.executable, "-m", "dpo_pipeline.sft", *GIVEN.split()]
-    good = (here / "pairs.jsonl").read_bytes()
+    call, good = ("dpo_pipeline.sft", *GIVEN.split()), (here / "pairs.jsonl").read_bytes()
     BROKEN(here, parts)
-    done = subprocess.run(call, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", *call], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: pairs.jsonl")
     assert len(done.stderr.splitlines()) == 1
     (here / "pairs.jsonl").write_bytes(good)
-    process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = start(*call)
     deadline = time.monotonic() + 120
     while (status := record.read_json(here / SFT / "status.json")) is None or status["pid"] != process.pid:
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 75
-    assert "Traceback" not in printed
+    os.kill(process.pid, signal.SIGINT)
+    done = wait(process)
+    assert done.returncode == 75
+    assert "Traceback" not in done.stdout + done.stderr
     assert run_folder.run_state(here / SFT) == "interrupted"
-    again = subprocess.run(call, capture_output=True, text=True)
+    again = run(*call)
     assert again.returncode == 0, again.stderr
     assert run_folder.run_state(here / SFT) == "done"

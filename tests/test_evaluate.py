@@ -26,7 +26,7 @@ from dpo_pipeline.evaluation import gate, measure, plan, policies, statistics
 from dpo_pipeline.evaluation.eval_set import load_eval_sets
 from dpo_pipeline.judges import build, verdicts
 from dpo_pipeline.judges.judge import Judge
-from tests.commands import run_two_ranks
+from tests.commands import run, run_two_ranks
 from tests.helpers import prepare_run
 
 STEPS = ("++dpo.max_steps=4", "dpo.learning_rate=1e-3")
@@ -585,8 +585,7 @@ def test_a_half_written_policy_is_one_sentence_and_what_was_done_stays(small, ty
 
 def test_the_command_itself(small, typed, evaluated):
     given = [item for item in small.typed if not item.startswith("evaluation.prompts")]
-    call = [sys.executable, "-m", "dpo_pipeline.evaluate", *given, *typed, "name=small", "variant=none"]
-    done = subprocess.run(call, capture_output=True, text=True, timeout=300)
+    done = run("dpo_pipeline.evaluate", *given, *typed, "name=small", "variant=none")
     assert done.returncode == 0, done.stderr
     assert "All against the base model: 20 test pairs and 6 sampled completions of reviews" in done.stdout
     text = (small(*typed).home / "report" / "report.md").read_text()

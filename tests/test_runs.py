@@ -2,17 +2,14 @@
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import socket
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
-import torch
 
 from dpo_pipeline import checkpoints, content_hash, locks, record, run_folder
 from dpo_pipeline.config import compose
@@ -39,41 +36,38 @@ def raise_in(run, error: BaseException | None, decision: str) -> None:
             raise error
 
 
-def test_an_empty_place_is_new(tmp_path):
-    assert run_folder.decide(tmp_path / "a", {"beta": 0.1}, overwrite=False) == "new"
+HERE, OTHER = {"beta": 0.1}, {"beta": 0.3}
+ANOTHER = r"beta is 0.1 there, 0.3 here.*variant=NAME or name=NAME.*overwrite=true"
 
 
-@pytest.mark.parametrize(("state", "decision"), [("done", "done"), ("interrupted", "resume"), ("failed", "resume")])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_the_same_identity_is_done_or_resumed_with_or_without_overwrite(state, decision, overwrite, tmp_path):
-    lay(tmp_path, state, {"beta": 0.1}, checkpoint=True)
-    assert run_folder.decide(tmp_path, {"beta": 0.1}, overwrite) == decision
-    assert checkpoints.newest_checkpoint(tmp_path)
-
-
-def test_another_identity_is_refused_with_both_values_and_what_to_type(tmp_path):
+@pytest.mark.parametrize(
+    ("state", "checkpoint", "identity", "overwrite", "decision"),
+    [
+        ("none", False, HERE, False, "new"),
+        *(("done", True, HERE, overwrite, "done") for overwrite in (False, True)),
+        *(
+            (state, True, HERE, overwrite, "resume")
+            for state in ("interrupted", "failed")
+            for overwrite in (False, True)
+        ),
+        ("running", False, HERE, False, "resume"),  # nobody holds its lock, whatever host and process it names
+        ("done", False, OTHER, False, ANOTHER),
+        ("interrupted", True, OTHER, False, ANOTHER),
+        ("failed", False, OTHER, False, "replace"),
+        ("done", True, OTHER, True, "replace"),
+    ],
+)
+def test_a_place_is_new_done_resumed_replaced_or_refused(state, checkpoint, identity, overwrite, decision, tmp_path):
     folder = tmp_path / "dpo" / "x"
-    lay(folder, "done", {"beta": 0.1, "seed": 0})
-    with pytest.raises(PipelineError, match=r"beta is 0.1 there, 0.3 here.*variant=NAME or name=NAME.*overwrite=true"):
-        run_folder.decide(folder, {"beta": 0.3, "seed": 0}, overwrite=False)
-    assert (folder / "manifest.json").is_file()
-
-
-def test_another_identity_that_has_only_begun_is_refused_once_it_has_a_checkpoint(tmp_path):
-    lay(tmp_path, "interrupted", {"beta": 0.1}, checkpoint=True)
-    with pytest.raises(PipelineError, match="beta is 0.1 there"):
-        run_folder.decide(tmp_path, {"beta": 0.3}, overwrite=False)
-
-
-def test_another_identity_without_a_checkpoint_is_replaced(tmp_path):
-    lay(tmp_path / "a", "failed", {"beta": 0.1})
-    assert run_folder.decide(tmp_path / "a", {"beta": 0.3}, overwrite=False) == "replace"
-
-
-def test_overwrite_replaces_another_identity(tmp_path):
-    lay(tmp_path / "a", "done", {"beta": 0.1})
-    assert run_folder.decide(tmp_path / "a", {"beta": 0.3}, overwrite=True) == "replace"
-    assert (tmp_path / "a").is_dir()  # deciding touches nothing
+    if state != "none":
+        lay(folder, state, HERE, checkpoint, host="elsewhere", pid=os.getppid())
+    before = sorted(tmp_path.rglob("*"))
+    if decision == ANOTHER:
+        with pytest.raises(PipelineError, match=ANOTHER):
+            run_folder.decide(folder, identity, overwrite)
+    else:
+        assert run_folder.decide(folder, identity, overwrite) == decision
+    assert sorted(tmp_path.rglob("*")) == before  # deciding touches nothing
 
 
 def test_files_of_nobody_are_never_touched(tmp_path):
@@ -83,26 +77,13 @@ def test_files_of_nobody_are_never_touched(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-def test_running_without_a_lock_holder_is_interrupted_on_any_host_and_with_any_pid(tmp_path):
-    lay(tmp_path / "a", "running", {"beta": 0.1}, host="elsewhere", pid=os.getppid())
-    assert run_folder.run_state(tmp_path / "a") == "interrupted"
-    assert run_folder.decide(tmp_path / "a", {"beta": 0.1}, overwrite=False) == "resume"
-
-
 def test_running_with_a_lock_holder_is_in_use(tmp_path):
     lay(tmp_path / "a", "running", {"beta": 0.1})
+    assert run_folder.run_state(tmp_path / "a") == "interrupted"
     with locks.run_lock(tmp_path / "a"):
         assert run_folder.run_state(tmp_path / "a") == "running"
         with pytest.raises(PipelineError, match=f"in use by process {os.getpid()} on {socket.gethostname()}"):
             run_folder.decide(tmp_path / "a", {"beta": 0.1}, overwrite=True)
-
-
-def test_the_newest_checkpoint_is_the_newest_complete_one(tmp_path):
-    for step in (9, 10):
-        write_json(tmp_path / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json", {})
-    (tmp_path / "checkpoints" / "checkpoint-11").mkdir()
-    assert checkpoints.newest_checkpoint(tmp_path).name == "checkpoint-10"
-    assert checkpoints.newest_checkpoint(tmp_path / "nowhere") is None
 
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path):
@@ -113,13 +94,11 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path):
     assert json.loads(file.read_text()) == {"a": 1}
 
 
-@pytest.mark.parametrize(
-    "typed",
-    ["root=x", "name=x", "sft_variant=x", "overwrite=true", "report_to=wandb", "batch.micro_size=8",
-     "sft.logging_steps=1", "sft.save_total_limit=5", "evaluation.pairs=7", "dpo.learning_rate=1", "beta=0.5"],
-)  # fmt: skip
-def test_what_cannot_change_the_weights_is_not_identity(typed):
-    assert run_folder.identity(compose([typed]), "sft") == run_folder.identity(compose([]), "sft")
+def test_what_cannot_change_the_weights_is_not_identity():
+    typed = ["root=x", "name=x", "sft_variant=x", "overwrite=true", "report_to=wandb", "batch.micro_size=8",
+             "sft.logging_steps=1", "sft.save_total_limit=5", "evaluation.pairs=7", "dpo.learning_rate=1",
+             "beta=0.5"]  # fmt: skip
+    assert run_folder.identity(compose(typed), "sft") == run_folder.identity(compose([]), "sft")
 
 
 @pytest.mark.parametrize(
@@ -319,37 +298,19 @@ def test_of_two_at_once_one_runs_and_the_other_says_who_until_that_one_is_gone(t
 def test_a_stale_running_is_resumed_by_the_process_that_takes_the_lock(small, tmp_path):
     run = small(f"root={tmp_path}")
     lay(run.sft_folder, "running", run_folder.identity(run, "sft"), host="node-that-burnt-down", pid=os.getppid())
-    with open_run(run, "sft") as found:
-        assert found.decision == "resume"
+    with open_run(run, "sft") as record:
+        assert record.decision == "resume"
     assert run_folder.run_state(run.sft_folder) == "done"
 
 
-def saved_at(folder, step: int, files: dict[str, bytes]) -> Path:
-    place = folder / "checkpoints" / f"checkpoint-{step}"
-    place.mkdir(parents=True)
-    for name, content in files.items():
-        (place / name).write_bytes(content)
-    return place
-
-
-def test_torn_checkpoints_are_never_resumed_from_and_go_before_a_run_goes_on(tmp_path):
-    saved = io.BytesIO()
-    torch.save({"a": torch.ones(9)}, saved)
-    whole = {"trainer_state.json": b"{}", "optimizer.pt": saved.getvalue(), "rng_state_1.pth": saved.getvalue()}
-    kept = saved_at(tmp_path, 8, whole)
-    torn = [
-        saved_at(tmp_path, 10, {key: value for key, value in whole.items() if key != "trainer_state.json"}),
-        saved_at(tmp_path, 11, {**whole, "trainer_state.json": b'{"epoch": 1'}),
-        saved_at(tmp_path, 12, {**whole, "rng_state_1.pth": saved.getvalue()[:-30]}),
-        saved_at(tmp_path, 13, {**whole, "optimizer.pt": b""}),
-    ]
-    assert checkpoints.newest_checkpoint(tmp_path) == kept
+def test_metrics_behind_the_checkpoint_are_cut_before_a_run_goes_on(tmp_path):
+    write_json(tmp_path / "checkpoints" / "checkpoint-8" / "trainer_state.json", {})
+    (tmp_path / "checkpoints" / "checkpoint-10").mkdir()  # torn before its state was written
     rows = [{"step": 7, "loss": 1}, {"step": 8, "loss": 1}, {"step": 8, "train_runtime": 1}, {"step": 9, "loss": 1}]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 9, "lo')
     checkpoints.rollback_to_checkpoint(tmp_path)
-    assert kept.is_dir()
-    assert not [place for place in torn if place.exists()]
+    assert [place.name for place in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-8"]
     assert record.read_metrics(tmp_path) == rows[:2]
 
 

@@ -20,12 +20,12 @@ from hydra_plugins.dpo_pipeline import launcher
 from dpo_pipeline import checkpoints, locks, run_folder
 from dpo_pipeline.config import CONF
 from dpo_pipeline.data import prepare
-from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluation import sweep_report
 from dpo_pipeline.record import read_json, write_json
 from dpo_pipeline.sft import run_sft
 from tests.commands import run, start, wait
+from tests.helpers import train
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_rows_are_tokenized_once_for_every_beta_loss_and_seed(small, sft, tmp_pa
     run_sft(small(f"root={tmp_path}", "name=once"))
     calls.clear()
     for i, typed in enumerate(("beta=0.05", "beta=0.3 seed=1", "loss=ipo")):
-        run_dpo(small(f"root={tmp_path}", "name=once", "++dpo.max_steps=2", f"variant=v{i}", *typed.split()))
+        train(small(f"root={tmp_path}", "name=once", "++dpo.max_steps=2", f"variant=v{i}", *typed.split()), "dpo")
     assert len(calls) == 3  # train, validation, test
 
 
