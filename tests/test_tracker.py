@@ -1,9 +1,9 @@
 """What a DPO run is watched by: KL and reward of its completions, warnings of too much, and the best checkpoint."""
 
 import copy
-import json
 import math
 import random
+import re
 import signal
 import statistics
 from types import SimpleNamespace
@@ -381,39 +381,22 @@ def test_a_judge_that_comes_late_cannot_choose(full):
         RewardKLTracker(full.tracker.trainer, run, full.tracker.record, full.tracker.eval_set, post_training_only, "")
 
 
-def test_the_identity_of_the_last_checkpoint_is_that_of_a_run_without_any_of_it():
-    plain = run_folder.identity(compose([]), "dpo")
-    assert not {"judge", "evaluation.tracker_prompts", "evaluation.kl_budget", "dpo.eval_steps"} & set(plain)
-    assert not any(key.startswith("guard") for key in plain)
-    for typed in ("evaluation.tracker_prompts=9", "evaluation.kl_budget=3", "guard.action=off", "guard.kl_max=5",
-                  "dpo.eval_steps=7", "judge=[]"):  # fmt: skip
-        assert run_folder.identity(compose([typed]), "dpo") == plain
+IDENTITY = {  # keys that a choice adds to those of a DPO that keeps its last checkpoint
+    "dpo_best=reward": "evaluation.tracker_prompts evaluation.kl_budget evaluation.max_new_tokens dpo.eval_steps "
+    "dpo.save_steps judge judge.truth._target_",
+    "dpo_best=kl": "evaluation.tracker_prompts evaluation.max_new_tokens dpo.eval_steps dpo.save_steps",
+    "dpo_best=loss": "dpo.eval_steps dpo.save_steps",
+    "guard.action=stop": "evaluation.tracker_prompts evaluation.max_new_tokens dpo.eval_steps guard.action "
+    "guard.kl_max",
+}
 
 
-@pytest.mark.parametrize(
-    ("chosen", "theirs", "not_theirs"),
-    [
-        ("dpo_best=reward", "evaluation.tracker_prompts evaluation.kl_budget evaluation.max_new_tokens dpo.eval_steps "
-         "dpo.save_steps judge", "guard.kl_max dpo.logging_steps"),
-        ("dpo_best=kl", "evaluation.tracker_prompts evaluation.max_new_tokens dpo.eval_steps",
-         "evaluation.kl_budget judge"),
-        ("dpo_best=loss", "dpo.eval_steps dpo.save_steps", "evaluation.tracker_prompts judge evaluation.kl_budget"),
-        ("guard.action=stop", "guard.kl_max evaluation.tracker_prompts evaluation.max_new_tokens dpo.eval_steps",
-         "dpo.save_steps evaluation.kl_budget judge"),
-    ],
-)  # fmt: skip
-def test_what_chooses_or_stops_is_of_the_identity(chosen, theirs, not_theirs):
-    values = {"judge": "[truth,length]"}
-
-    def identity(*typed: str):
-        return json.loads(json.dumps(run_folder.identity(compose([chosen, *typed]), "dpo")))
-
-    plain = identity()
-    assert plain == run_folder.identity(compose([chosen]), "dpo") != run_folder.identity(compose([]), "dpo")
-    for key in theirs.split():
-        assert identity(f"{key}={values.get(key, 7)}") != plain
-    for key in not_theirs.split():
-        assert identity(f"{key}={values.get(key, 7)}") == plain
+@pytest.mark.parametrize("typed", IDENTITY)
+def test_what_chooses_or_stops_is_of_the_identity(typed):
+    plain, fields = (run_folder.identity(compose(overrides), "dpo") for overrides in ([], [typed]))
+    assert set(fields) - set(plain) == set(IDENTITY[typed].split())
+    more = run_folder.identity(compose([typed, "judge=[truth,length]"]), "dpo")
+    assert (more != fields) == (typed == "dpo_best=reward")
 
 
 def test_a_typed_choice_gives_the_folder_a_name_of_its_own():
@@ -445,113 +428,90 @@ def watching(run, record) -> RewardKLTracker:
     return RewardKLTracker(trainer, run, record, nothing, {}, "")
 
 
-def watched(points, *typed, losses=(0.6, 0.5, 0.4, 0.3), accuracy=0.9, chosen=(-50.0, 0.0), caplog=None):
+def watched(caplog, points, typed="", losses=(0.6, 0.5, 0.4, 0.3), accuracy=(0.9,) * 7, chosen=(-50.0, 0.0)):
     """The warnings of a run with one evaluation for each point behind the first, and what it did to the run."""
     caplog.clear()
     saved = Saved()
-    watch = watching(compose(["dpo.learning_rate=1e-4", *typed]), saved)
-    control, told = SimpleNamespace(should_training_stop=False, should_save=False), []
+    watch = watching(compose(["dpo.learning_rate=1e-4", *typed.split()]), saved)
+    control, warnings = SimpleNamespace(should_training_stop=False, should_save=False), []
     watch.points.append(points[0])
-    for point, loss in zip(points[1:], losses, strict=False):
+    for point, loss, mean in zip(points[1:], losses, accuracy, strict=False):
         state = SimpleNamespace(global_step=point["step"], max_steps=100)
         watch.points.append(point)
-        mean = accuracy if isinstance(accuracy, float) else accuracy[len(told)]
         for value in (mean - 0.04, mean + 0.04):
             watch.on_log(None, state, control, logs={"rewards/accuracies": value, "eval_rewards/accuracies": 0.99})
         metrics = {"eval_loss": loss, "eval_logps/chosen": chosen[0], "eval_rewards/chosen": chosen[1]}
         watch.on_evaluate(None, state, control, metrics=metrics)
-        told.append([record.getMessage() for record in caplog.records])
+        warnings.append([record.getMessage() for record in caplog.records])
         caplog.clear()
-    return told, control, saved
+    return warnings, control, saved
 
 
-def test_a_run_that_goes_well_is_not_warned_of(caplog):
-    points = [at(0, 0.0, reward=0.0), at(10, 4.0), at(20, 9.9, 0.75), at(30, 9.9, 0.75)]
-    told, control, saved = watched(points, accuracy=0.95, chosen=(-74.0, -2.4), caplog=caplog)
-    assert told == [[], [], []]
-    assert not control.should_training_stop
-    assert saved == []
+RISING = [at(0, 0.0), *(at(10 * i, kl) for i, kl in enumerate((5, 12.34, 13, 18.6, 25, 30, 38), 1))]
+SCORES = [at(0, reward=0.0), at(10, reward=0.8), at(20, reward=0.61), at(30, reward=0.5)]
+FEWER = "fewer completions come to an end: "
+WARNINGS = [  # points, what else is measured, and a part of the warning at each evaluation, "" for none
+    (
+        [at(0, 0.0, reward=0.0), at(10, 4.0), at(20, 9.9, 0.75), at(30, 9.9, 0.75)],
+        {"accuracy": (0.95,) * 3, "chosen": (-74.0, -2.4)},
+        ["", "", ""],
+    ),
+    (
+        RISING,
+        {"losses": (0.5,) * 7},
+        ["", r"KL 12.3 \[12.2, 12.4\] nats at step 20 is high \(above 10\).*dpo.max_steps=10.*beta above 0.1.*=0.0001",
+         "", "KL 18.6 .*high .*max_steps=30", r"KL 25 .*too far \(above 20\).*max_steps=40", "", "KL 38 .*too far"],
+    ),
+    (RISING[:3], {"typed": "guard.kl_max=8 beta=0.3"}, [r"KL 5 .*high \(above 4\).*above 0.3", "KL 12.3 .*too far"]),
+    (
+        [at(0), at(10), at(20), at(30)],  # the mean since the last evaluation
+        {"accuracy": (0.9, 0.957, 0.957)},
+        ["", r"train accuracy is 0.957 by step 20 \(above 0.95\).*dpo.max_steps=10", ""],
+    ),
+    ([at(0), at(10)], {"chosen": (-75.5, -2.55)}, ["chosen completions falls from -50.0 .*to -75.5 nats at step 10"]),
+    *(
+        ([at(0, stop_rate=first), at(10, stop_rate=last)], {}, [warning])  # where the intervals are apart
+        for first, last, warning in (
+            *((0.9, 0.55, rf"{FEWER}0.9 \[0.8, 1\] at step 0, 0.55"), (0.9, 0.65, ""), (0.5, 0.24, FEWER)),
+            *((0.4, 0.21, ""), (0.2, 0.05, "")),
+        )
+    ),
+    (SCORES, {}, ["", "", "score fell from 0.8 .* 10 to 0.5 .* 30 .*loss fell from 0.600 to 0.400.*max_steps=20"]),
+    (SCORES, {"losses": (0.6, 0.5, 0.7)}, ["", "", ""]),
+    # No loss is known of step 0: that of the first evaluation is taken.
+    ([at(0, reward=0.8), at(10, reward=0.3), at(20, reward=0.3)], {}, ["", "score fell from 0.8"]),
+    ([at(0, reward=None), at(10, reward=None)], {}, [""]),
+]  # fmt: skip
 
 
-ADVICE = "raise beta above 0.1 or lower dpo.learning_rate=0.0001"
-
-
-def test_a_kl_is_high_then_too_far_and_told_again_only_where_it_is_much_worse(caplog):
-    kls = (5, 12.34, 13, 18.6, 25, 30, 38)
-    points = [at(0, 0.0), *(at(10 * i, kl) for i, kl in enumerate(kls, 1))]
-    told, control, _ = watched(points, losses=[0.5] * 7, caplog=caplog)
-    before = "KL {} nats at step {} is {}: stop earlier (dpo.max_steps={}), " + ADVICE
-    assert told == [
-        [],
-        [before.format("12.3 [12.2, 12.4]", 20, "high (above 10)", 10)],
-        [],
-        [before.format("18.6 [18.5, 18.7]", 40, "high (above 10)", 30)],
-        [before.format("25 [24.9, 25.1]", 50, "too far (above 20)", 40)],
-        [],
-        [before.format("38 [37.9, 38.1]", 70, "too far (above 20)", 60)],
-    ]
-    assert not control.should_training_stop
-    told, *_ = watched(points[:3], "guard.kl_max=8", "beta=0.3", caplog=caplog)
-    assert told[0][0].startswith(
-        "KL 5 [4.9, 5.1] nats at step 10 is high (above 4): stop earlier, raise beta above 0.3"
-    )
-
-
-def test_train_accuracy_is_the_mean_since_the_last_evaluation(caplog):
-    told, *_ = watched([at(0), at(10), at(20), at(30)], accuracy=(0.9, 0.957, 0.957), caplog=caplog)
-    said = f"train accuracy is 0.957 by step 20 (above 0.95): stop earlier (dpo.max_steps=10), {ADVICE}"
-    assert told == [[], [said], []]
-
-
-def test_chosen_completions_collapse_where_their_nats_grow_by_half(caplog):
-    told, *_ = watched([at(0), at(10)], chosen=(-75.5, -2.55), caplog=caplog)
-    said = "the log-prob of the chosen completions falls from -50.0 under the reference to -75.5 nats at step 10: "
-    assert told[0][0].startswith(said)
-
-
-@pytest.mark.parametrize(
-    ("first", "last", "warned"),
-    [(0.9, 0.55, True), (0.9, 0.65, False), (0.5, 0.24, True), (0.4, 0.21, False), (0.2, 0.05, False)],
-)
-def test_fewer_completions_that_end_are_told_where_the_intervals_are_apart(first, last, warned, caplog):
-    told, *_ = watched([at(0, stop_rate=first), at(10, stop_rate=last)], caplog=caplog)
-    said = f"fewer completions come to an end: {first} [{first - 0.1:.3g}, {first + 0.1:.3g}] at step 0, {last} ["
-    assert [sentence.startswith(said) for sentence in told[0]] == [True] * warned
-
-
-def test_a_score_that_falls_while_the_loss_falls_is_told(caplog):
-    points = [at(0, reward=0.0), at(10, reward=0.8), at(20, reward=0.61), at(30, reward=0.5)]
-    told, *_ = watched(points, losses=(0.6, 0.5, 0.4), caplog=caplog)
-    said = "the judge's score fell from 0.8 [0.7, 0.9] at step 10 to 0.5 [0.4, 0.6] at step 30 "
-    said += "while the validation loss fell from 0.600 to 0.400: "
-    assert told == [[], [], [f"{said}stop earlier (dpo.max_steps=20), {ADVICE}"]]
-    told, *_ = watched(points, losses=(0.6, 0.5, 0.7), caplog=caplog)
-    assert told == [[], [], []]
-    told, *_ = watched([at(0, reward=0.8), at(10, reward=0.3), at(20, reward=0.3)], losses=(0.6, 0.5), caplog=caplog)
-    assert [len(each) for each in told] == [0, 1]  # no loss is known of step 0: that of the first evaluation
-    told, *_ = watched([at(0, reward=None), at(10, reward=None)], caplog=caplog)
-    assert told == [[]]
+@pytest.mark.parametrize(("points", "measured", "parts"), WARNINGS)
+def test_each_evaluation_warns_of_what_has_gone_too_far_or_got_much_worse(points, measured, parts, caplog):
+    warnings, control, saved = watched(caplog, points, **measured)
+    for sentences, part in zip(warnings, parts, strict=True):
+        assert len(sentences) == bool(part), sentences
+        assert re.search(part, " ".join(sentences)), sentences
+    assert (control.should_training_stop, saved) == (False, [])
 
 
 def test_off_is_silent_and_stop_stops_beyond_kl_max_alone(caplog):
     points = [at(0, 0.0), at(10, 15.0), at(20, 21.0)]
-    told, control, _ = watched(points, "guard.action=off", accuracy=0.99, caplog=caplog)
+    told, control, _ = watched(caplog, points, "guard.action=off", accuracy=(0.99,) * 2)
     assert (told, control.should_training_stop) == ([[], []], False)
-    _, control, saved = watched(points[:2], "guard.action=stop", caplog=caplog)
+    _, control, saved = watched(caplog, points[:2], "guard.action=stop")
     assert (control.should_training_stop, saved) == (False, [])
-    told, control, saved = watched(points, "guard.action=stop", caplog=caplog)
+    told, control, saved = watched(caplog, points, "guard.action=stop")
     assert (control.should_training_stop, control.should_save) == (True, True)
     assert saved == [{"stopped": {"step": 20, "kl": 21.0, "kl_max": 20.0}}]
     assert told[1][-1] == "stopped at step 20 of 100: guard.action=stop, and KL is 21"
-    _, control, saved = watched([at(0, 0.0), at(100, 21.0)], "guard.action=stop", caplog=caplog)
+    _, control, saved = watched(caplog, [at(0, 0.0), at(100, 21.0)], "guard.action=stop")
     assert (control.should_training_stop, saved) == (False, [])  # it has come to its end by itself
     unknown = [at(0, None), at(10, None)]
-    assert watched(unknown, "guard.action=stop", caplog=caplog)[0] == [[]]
+    assert watched(caplog, unknown, "guard.action=stop")[0] == [[]]
     single = {
         key: None if key.endswith(("_low", "_high")) and "stop" not in key else value
         for key, value in at(10, 30.0).items()
     }
-    told, *_ = watched([at(0, 0.0), single], caplog=caplog)
+    told, *_ = watched(caplog, [at(0, 0.0), single])
     assert told[0][0].startswith("KL 30 nats at step 10 is too far")
 
 
