@@ -1,5 +1,6 @@
 """Two processes give what one gives, write and print once, and stop together; and a launcher starts them."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -292,15 +293,19 @@ def test_accelerate_reads_each_launch_file_and_finds_no_precision_in_it(file, ki
     assert not config.use_cpu
 
 
-@pytest.mark.parametrize("target", ["sft", "dpo"])
-def test_make_starts_as_many_processes_as_gpus_are_asked_for(target):
-    for gpus, start_of_call in (
-        ("GPUS=4", "accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 4 -m"),
-        *(("GPUS=1", "python -m"), ("GPUS=", "python -m")),
-    ):
-        call = ["make", "-n", target, gpus, "ARGS=beta=0.3", "PYTHON=python3"]
-        plan = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        assert f"/bin/{start_of_call} dpo_pipeline.{target} beta=0.3" in plan
+MAKE = {  # what is typed behind make, and what is called
+    "sft GPUS=4": "accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 4 -m dpo_pipeline.sft beta",
+    "dpo GPUS=1": "python -m dpo_pipeline.dpo beta=0.3",
+    "dpo GPUS=": "python -m dpo_pipeline.dpo beta=0.3",
+    "check": "python -m dpo_pipeline.sft beta=0.3 check=true && .*/bin/python -m dpo_pipeline.dpo beta=0.3 check=true",
+}
+
+
+@pytest.mark.parametrize("typed", MAKE)
+def test_make_starts_as_many_processes_as_gpus_are_asked_for(typed):
+    call = ["make", "-n", *typed.split(), "ARGS=beta=0.3", "PYTHON=python3"]
+    plan = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.search(f"/bin/{MAKE[typed]}", plan)
 
 
 def test_make_says_what_deepspeed_needs(tmp_path):
@@ -323,32 +328,14 @@ def test_a_launch_file_that_says_a_precision_is_refused(monkeypatch):
         main(run_dpo)
 
 
-def test_make_check_looks_at_both_stages():
-    call = ["make", "-n", "check", "ARGS=beta=0.3", "PYTHON=python3"]
-    plan = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert re.search(r"-m dpo_pipeline.sft beta=0.3 check=true && .*-m dpo_pipeline.dpo beta=0.3 check=true", plan)
-
-
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_sweep_under_a_launcher_is_refused(rank, monkeypatch):
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", rank), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["dpo.py", "-m", "beta=0.1,0.3"])
-    monkeypatch.setattr("dpo_pipeline.cli.time.sleep", lambda seconds: None)
-    with pytest.raises(SystemExit) as ended:
-        main(run_dpo)
-    told = (
-        "error: a sweep would run whole in each of the 2 processes of its launcher: type `python -m dpo_pipeline.dpo "
-        "-m beta=0.1,0.3` without the launcher"
-    )
-    assert ended.value.code == (told if rank == "0" else 1)
+KERNELS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """Makes this machine one with a card: `gpu("T4", (7, 5), bf16=False)`."""
 
-    def become(name, capability, bf16=True, count=1, kernels=("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")):
+    def become(name, capability, bf16=True, count=1, kernels=KERNELS):
         for attribute, value in (
             *(("is_available", True), ("device_count", count), ("get_device_name", name)),
             *(("get_device_capability", capability), ("get_arch_list", list(kernels)), ("is_bf16_supported", bf16)),
@@ -359,42 +346,28 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "capability"),
-    [("T4", (7, 5)), ("A100", (8, 0)), ("L4", (8, 9)), ("H100", (9, 0)), ("B200", (10, 0)), ("RTX 5090", (12, 0))],
+    ("name", "capability", "kernels", "is_refused"),
+    [
+        *(("T4", (7, 5), KERNELS, False), ("RTX 5090", (12, 0), KERNELS, False), ("V100", (7, 0), KERNELS, True)),
+        *(("L4", (8, 9), KERNELS, False), ("V100", (7, 0), ["sm_75", "compute_60"], False)),
+        ("MI300X", (9, 4), ["gfx942"], False),  # AMD's names are no capabilities
+    ],
 )
-def test_a_card_that_the_build_has_kernels_for_passes(name, capability, gpu):
-    gpu(name, capability)
-    hardware.check_device("dpo_pipeline.sft")
-
-
-def test_a_card_without_kernels_is_told_with_the_build_that_has_them(gpu):
-    gpu("V100", (7, 0))
-    with pytest.raises(PipelineError, match=r"V100 has compute capability 7\.0.*sm_75, .*torch==[\d.]+ .*/whl/cu126"):
+def test_a_card_without_kernels_is_refused_with_the_build_that_has_them(name, capability, kernels, is_refused, gpu):
+    gpu(name, capability, kernels=kernels)
+    message = r"V100 has compute capability 7\.0.*sm_75, .*torch==[\d.]+ .*/whl/cu126"
+    with pytest.raises(PipelineError, match=message) if is_refused else contextlib.nullcontext():
         hardware.check_device("dpo_pipeline.sft")
-    gpu("V100", (7, 0), kernels=["sm_75", "compute_60"])
-    hardware.check_device("dpo_pipeline.sft")
-    gpu("MI300X", (9, 4), kernels=["gfx942"])  # AMD's names are no capabilities
-    hardware.check_device("dpo_pipeline.sft")
-
-
-def test_several_gpus_in_one_process_are_told_what_to_type(gpu, monkeypatch):
-    gpu("A100", (8, 0), count=4)
-    with pytest.raises(PipelineError) as told:
-        hardware.check_device("dpo_pipeline.dpo")
-    for typed in (
-        "`accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 4 -m dpo_pipeline.dpo ...`",
-        *("make ... GPUS=4", "CUDA_VISIBLE_DEVICES=0"),
-    ):
-        assert typed in str(told.value)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    hardware.check_device("dpo_pipeline.dpo")
 
 
 @pytest.mark.parametrize(("stage", "command"), STAGES.items())
-def test_a_command_looks_at_the_device_before_it_loads_anything(stage, command, gpu, small, sft):
+def test_several_gpus_in_one_process_are_told_before_anything_is_loaded(stage, command, gpu, small, sft, monkeypatch):
     gpu("A100", (8, 0), count=4)
-    with pytest.raises(PipelineError, match=f"4 GPUs are visible .*-m dpo_pipeline.{stage}"):
+    remedy = f"accelerate launch .*ddp.yaml --num_processes 4 -m dpo_pipeline.{stage}.*GPUS=4.*CUDA_VISIBLE_DEVICES=0"
+    with pytest.raises(PipelineError, match=f"4 GPUs are visible .*{remedy}"):
         command(small("variant=devices", "sft_variant=devices" if stage == "sft" else "sft_variant=full"))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    hardware.check_device(f"dpo_pipeline.{stage}")
 
 
 PRECISIONS = {
