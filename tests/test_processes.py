@@ -294,7 +294,7 @@ def test_accelerate_reads_each_launch_file_and_finds_no_precision_in_it(file, ki
 
 
 MAKE = {  # what is typed behind make, and what is called
-    "sft GPUS=4": "accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 4 -m dpo_pipeline.sft beta",
+    "sft GPUS=4": "accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 4 -m dpo_pipeline.sft b",
     "dpo GPUS=1": "python -m dpo_pipeline.dpo beta=0.3",
     "dpo GPUS=": "python -m dpo_pipeline.dpo beta=0.3",
     "check": "python -m dpo_pipeline.sft beta=0.3 check=true && .*/bin/python -m dpo_pipeline.dpo beta=0.3 check=true",
