@@ -447,7 +447,7 @@ def watched(caplog, points, typed="", losses=(0.6, 0.5, 0.4, 0.3), accuracy=(0.9
     return warnings, control, saved
 
 
-RISING = [at(0, 0.0), *(at(10 * i, kl) for i, kl in enumerate((5, 12.34, 13, 18.6, 25, 30, 38), 1))]
+RISING = [at(0, 0.0), *(at(10 * i, kl) for i, kl in enumerate((5, 12.34, 13, 18.6, 25, 33, 38), 1))]
 SCORES = [at(0, reward=0.0), at(10, reward=0.8), at(20, reward=0.61), at(30, reward=0.5)]
 FEWER = "fewer completions come to an end: "
 WARNINGS = [  # points, what else is measured, and a part of the warning at each evaluation, "" for none
