@@ -1,7 +1,5 @@
 """Weights of pairs: the loss of a step is sum(weight * loss) / sum(weight), and a pair of weight 2 counts as two."""
 
-import json
-
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
@@ -11,11 +9,12 @@ from dpo_pipeline.config import compose
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.record import read_metrics
 from dpo_pipeline.training.pair_weights import UNWEIGHTED
 from dpo_pipeline.training.reference import add_reference_logps
 from dpo_pipeline.training.tiny import word_tokenizer
 from dpo_pipeline.training.trainer import PairTrainer, make_trainer
-from tests.helpers import prepare_run
+from tests.helpers import prepare_run, train
 from tests.ranks import two_ranks
 from tests.test_data import counts_of, pairs, write
 from tests.test_forms import read_row
@@ -183,13 +182,12 @@ def test_two_ranks_have_the_losses_of_one(small, sft, tmp_path):
     path = write(tmp_path / "a.jsonl", [{**row, "weight": 1 + i % 5} for i, row in enumerate(pairs_of_words(64))])
     typed = ["dataset=json", f"dataset.path={path}", "policy=base", "evaluation.pairs=4", "evaluation.prompts=1"]
     typed += ["++dpo.max_steps=3"]
-    run = small(*typed, "variant=one")
-    run_dpo(run)
-    done, _ = two_ranks(tmp_path, "dpo", *small.typed, f"root={run.root}", "name=small", *typed, "variant=two")
+    folder = train(small(*typed, "variant=one"), "dpo")
+    command = ("dpo", *small.typed, f"root={small().root}", "name=small", *typed, "variant=two")
+    done, _ = two_ranks(tmp_path, command, COMPARES="no")
     assert done.returncode == 0
     losses = [
-        [row["loss"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
-        for folder in (run.dpo_folder, run.dpo_folder.with_name("two"))
+        [row["loss"] for row in read_metrics(each) if "loss" in row] for each in (folder, folder.with_name("two"))
     ]
     assert losses[1] == pytest.approx(losses[0], abs=5e-6)
     assert len(losses[0]) == 3
