@@ -52,7 +52,7 @@ def dpo_of_one(small, sft):
             "add_reference_logps",
             lambda dpo, *args: (add_logps(dpo, *args), tables.append(dpo.train_dataset)),
         )
-        folder = train(small("lora=none", "variant=one"), "dpo")
+        folder = train(small("lora=none", "variant=one-process"), "dpo")
     return folder, [tables[0][f"ref_{side}_logps"][:] for side in ("chosen", "rejected")]
 
 
@@ -109,9 +109,9 @@ def test_two_ranks_of_sft_are_one_and_print_once(typed, sft):
 def test_two_ranks_of_dpo_are_one_and_rank_0_alone_prepares_writes_and_prints(typed, dpo_of_one, tmp_path):
     folder, logps = dpo_of_one
     shutil.rmtree(folder.parents[2] / ".cache")  # of what one process has left there
-    done, [facts] = two_ranks(tmp_path, ("dpo", *typed, "variant=two"))
+    done, [facts] = two_ranks(tmp_path, ("dpo", *typed, "variant=two-ranks"))
     assert done.returncode == 0
-    other = folder.with_name("two")
+    other = folder.with_name("two-ranks")
     check_equal(folder, other)
     logged = [[line for line in read_metrics(each) if "eval_rewards/margins" in line][:-1] for each in (folder, other)]
     for name in ("margins", "accuracies"):  # the last batch of validation pairs is not full: ranks fill it up
@@ -123,7 +123,7 @@ def test_two_ranks_of_dpo_are_one_and_rank_0_alone_prepares_writes_and_prints(ty
             assert side == pytest.approx(expected, abs=1e-4)
         assert rank["timeout"] == 24 * 60 * 60  # none gives up while rank 0 prepares
     assert facts[0]["run"] == facts[1]["run"]
-    assert facts[0]["run"]["variant"] == "two"
+    assert facts[0]["run"]["variant"] == "two-ranks"
     assert [rank["tokenized"] for rank in facts] == [3, 0]  # train, validation, test
     assert read_json(other / "manifest.json")["world_size"] == 2
     entries = [entry for entry in (folder.parents[2] / ".cache" / "data").iterdir() if entry.is_dir()]
@@ -135,7 +135,7 @@ def test_two_ranks_of_dpo_are_one_and_rank_0_alone_prepares_writes_and_prints(ty
     assert {file.name for file in files if file.stat().st_mode & 0o002} == {"rng_state_1.pth"}  # rank 1's
     for text in ("fp32 on cpu", "DPO of", "preflight: reference", "All against the base", "Results:", "DPO done"):
         assert done.stdout.count(text) == 1
-    assert "measuring dpo/two" in done.stderr
+    assert "measuring dpo/two-ranks" in done.stderr
 
 
 @pytest.mark.slow

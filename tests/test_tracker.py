@@ -267,16 +267,16 @@ def test_an_interrupt_stops_the_sampling_at_the_next_batch_and_loses_no_point(tr
             signal.raise_signal(signal.SIGTERM)
         return sample(*args, **options)
 
-    folder = full.folder.with_name("stopped")
+    folder = full.folder.with_name("stopped-sampling")
     with monkeypatch.context() as patch:
         patch.setattr(reward_kl, "sample", interrupted)
         for checkpoint, points in ((None, None), (folder / "checkpoints" / "checkpoint-2", full.points[:1])):
             with pytest.raises(KeyboardInterrupt):
-                track("variant=stopped")
+                track("variant=stopped-sampling")
             assert checkpoints.newest_checkpoint(folder) == checkpoint
             assert record.read_json(folder / checkpoints.TRACKER_FILE) == points
     assert caplog.text.count("SIGTERM: stops with a checkpoint after this step or evaluation") == 2
-    assert track("variant=stopped").points == full.points
+    assert track("variant=stopped-sampling").points == full.points
     assert [row["step"] for row in record.read_metrics(folder) if "eval_kl" in row] == [0, 2, 4]
     assert weights(folder / "final") == weights(full.folder / "final")
 

@@ -182,12 +182,12 @@ def test_two_ranks_have_the_losses_of_one(small, sft, tmp_path):
     path = write(tmp_path / "a.jsonl", [{**row, "weight": 1 + i % 5} for i, row in enumerate(pairs_of_words(64))])
     typed = ["dataset=json", f"dataset.path={path}", "policy=base", "evaluation.pairs=4", "evaluation.prompts=1"]
     typed += ["++dpo.max_steps=3"]
-    folder = train(small(*typed, "variant=one"), "dpo")
-    command = ("dpo", *small.typed, f"root={small().root}", "name=small", *typed, "variant=two")
+    folder = train(small(*typed, "variant=weighted-one"), "dpo")
+    command = ("dpo", *small.typed, f"root={small().root}", "name=small", *typed, "variant=weighted-two")
     done, _ = two_ranks(tmp_path, command, COMPARES="no")
     assert done.returncode == 0
     losses = [
-        [row["loss"] for row in read_metrics(each) if "loss" in row] for each in (folder, folder.with_name("two"))
+        [row["loss"] for row in read_metrics(each) if "loss" in row] for each in (folder, folder.with_name("weighted-two"))
     ]
     assert losses[1] == pytest.approx(losses[0], abs=5e-6)
     assert len(losses[0]) == 3
