@@ -186,8 +186,7 @@ def test_two_ranks_have_the_losses_of_one(small, sft, tmp_path):
     command = ("dpo", *small.typed, f"root={small().root}", "name=small", *typed, "variant=weighted-two")
     done, _ = two_ranks(tmp_path, command, COMPARES="no")
     assert done.returncode == 0
-    losses = [
-        [row["loss"] for row in read_metrics(each) if "loss" in row] for each in (folder, folder.with_name("weighted-two"))
-    ]
+    folders = (folder, folder.with_name("weighted-two"))
+    losses = [[row["loss"] for row in read_metrics(each) if "loss" in row] for each in folders]
     assert losses[1] == pytest.approx(losses[0], abs=5e-6)
     assert len(losses[0]) == 3
