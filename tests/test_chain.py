@@ -13,8 +13,8 @@ pytestmark = pytest.mark.slow
 
 TYPED = (
     *("model.builder.hidden_size=64", "model.builder.layers=2", "model.builder.steps=100", "sft.learning_rate=5e-3"),
-    *("dataset.rows=1500", "batch.global_size=16", "evaluation.pairs=200", "evaluation.prompts=40"),
-    *("evaluation.max_new_tokens=32", "evaluation.tracker_prompts=8", "dpo.learning_rate=6e-4"),
+    *("dataset.rows=900", "batch.global_size=16", "evaluation.pairs=100", "evaluation.prompts=40"),
+    *("evaluation.max_new_tokens=24", "evaluation.tracker_prompts=8", "dpo.learning_rate=8e-4"),
 )
 NO_NETWORK = """
 import socket
@@ -61,7 +61,7 @@ def test_two_commands_align_the_tiny_model_and_a_third_finds_it_done(tmp_path, m
     assert set(samples[0]["answers"]) == set(policies)
     for text in (
         "| preference accuracy",
-        "All against the base model: 187 test pairs",
+        "All against the base model: 100 test pairs",
         f"{variant} is better than sft/full by truth: difference ",
         "> film",
     ):
@@ -76,7 +76,7 @@ def test_two_commands_align_the_tiny_model_and_a_third_finds_it_done(tmp_path, m
     status = json.loads((home / variant / "status.json").read_text())
     assert (status["state"], status["error"]) == ("done", None)
     manifest = json.loads((home / variant / "manifest.json").read_text())
-    assert manifest["rows"]["train"] == 1248
+    assert manifest["rows"]["train"] == 749
     assert manifest["peak_memory_bytes"] > 1e8
     assert {"command", "git", "versions", "seed", "data_fingerprint", "world_size", "seconds"} <= set(manifest)
 
