@@ -148,6 +148,7 @@ def test_a_server_that_never_answers_keeps_the_run_offline(track, monkeypatch, c
         run = track("wandb", WandbCallback())
         assert time.monotonic() - begin < 30
     (file,) = offline_runs(run.folder)
+    wandb.teardown()  # which waits for wandb's own process to write
     assert b"train/loss" in file.read_bytes()
     assert "wandb failed" not in caplog.text
     assert "wandb cannot be reached (Failed to authenticate" in caplog.text
