@@ -21,6 +21,7 @@ NEEDED = {
     "quantization": ["lora=r16"],
     "adapter": ["lora=r16"],
     "reward_model": ["judge.reward_model.path=somewhere"],
+    "dpo_paper_sentiment_small": ["model.path=somewhere", "judge.reward_model.path=somewhere"],
     **{name: [f"judge.{name}.model=m"] for group, name in OPTIONS if name.startswith("openai")},
 }
 
