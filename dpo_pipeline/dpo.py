@@ -27,6 +27,7 @@ def run_dpo(run: Run) -> dict[str, Any]:
     from dpo_pipeline.evaluation.compare import compare_policies
     from dpo_pipeline.evaluation.eval_set import make_eval_sets
     from dpo_pipeline.judges.build import build_judges
+    from dpo_pipeline.report.build import report_or_warn
     from dpo_pipeline.training.arguments import training_arguments
     from dpo_pipeline.training.before_loading import check_before_loading
     from dpo_pipeline.training.pair_weights import check_weights
@@ -44,7 +45,10 @@ def run_dpo(run: Run) -> dict[str, Any]:
             if run.check:
                 return {}
             train_dpo(run, record, args, start, data, eval_sets["tracker"], judges)
-        return compare_policies(run, eval_sets, judges)
+        results = compare_policies(run, eval_sets, judges)
+        arguments = (run.home, run.evaluation.kl_budget, run.overlay, f"dpo/{record.folder.name}")
+        on_main_process(lambda: report_or_warn(*arguments))
+        return results
 
 
 def train_dpo(

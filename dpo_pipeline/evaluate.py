@@ -18,7 +18,7 @@ def run_evaluate(run: Run) -> dict[str, Any]:
     """
     from dpo_pipeline.data.prepare import prepare
     from dpo_pipeline.distributed import on_main_process
-    from dpo_pipeline.evaluation.compare import judge_and_report
+    from dpo_pipeline.evaluation.compare import judge_and_write
     from dpo_pipeline.evaluation.eval_set import load_eval_sets
     from dpo_pipeline.evaluation.gate import check_gate, gated_policies
     from dpo_pipeline.evaluation.measure import Comparison, measure_policies
@@ -27,6 +27,7 @@ def run_evaluate(run: Run) -> dict[str, Any]:
     from dpo_pipeline.hardware import check_device
     from dpo_pipeline.judges.build import build_judges
     from dpo_pipeline.models import load_options
+    from dpo_pipeline.report.build import report_or_warn
     from dpo_pipeline.tokenizer import check_same_tokenizer
 
     with run_logging(None):
@@ -45,9 +46,11 @@ def run_evaluate(run: Run) -> dict[str, Any]:
         comparison = Comparison(eval_set, policies, base, requests_of(policies, plan, eval_set, other_prompts))
         measure_policies(comparison)
         arguments = (run, home, {"eval.json": comparison}, judges, plan)
-        results, outcome = on_main_process(lambda: judge_and_report(*arguments))
+        results, outcome = on_main_process(lambda: judge_and_write(*arguments))
         if reasons := "; ".join(map(": ".join, outcome.failures.items())):
             raise PipelineError(f"{reasons} (all other results are written to {home}/results.json)")
+        subject = policies[0].name if run.evaluation.policy else None
+        on_main_process(lambda: report_or_warn(home, run.evaluation.kl_budget, run.overlay, subject))
         if gated:
             on_main_process(lambda: check_gate(*gated, run.gate.metric, comparison, outcome.verdicts))
         return results

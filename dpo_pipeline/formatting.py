@@ -31,8 +31,12 @@ def markdown_table(rows: list[list[str]]) -> str:
 
 
 def escape_controls(text: str) -> str:
-    """A text whose control characters, but tabs and line breaks, stand as `\\x1b`: a terminal would obey them."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda character: repr(character[0])[1:-1], text)
+    """A text whose control characters, but tabs and line breaks, stand as `\\x1b`: a terminal would obey them.
+
+    So do those that turn the direction of text.
+    """
+    controls = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+    return re.sub(controls, lambda character: repr(character[0])[1:-1], text)
 
 
 def mask_secrets(text: str) -> str:

@@ -46,7 +46,7 @@ def inspect_stage(run: Run, data: "Prepared", folder: Path) -> Path:
     """Print what the rows of a stage look like and write it into `folder`; the page."""
     import pandas as pd
 
-    from dpo_pipeline.evaluation import data_page, token_view
+    from dpo_pipeline.report import data_page, token_view
 
     rows = pd.DataFrame(data.all_rows)
     if "tokens" not in rows or not (is_measured := rows["tokens"].notna() & (rows["split"] == "train")).any():
@@ -64,12 +64,12 @@ def inspect_stage(run: Run, data: "Prepared", folder: Path) -> Path:
         ids_of_row = table[order[int(quantile * (len(order) - 1))]]
         row = data.rows["train"][ids_of_row["row"]]
         examples.append(token_view.show_tokens(title, row, ids_of_row, data.columns, data.tokenizer))
-    data_page.write_data_page(folder, summary, sizes, overlaps, examples)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    text = data_page.write_data_page(folder, summary, sizes, overlaps, examples, colour)
     texts = pd.DataFrame(map(text_fields, data.all_rows))
     rows = rows.drop(columns=[*texts.columns, "key", "extra", "unused"], errors="ignore").join(texts)
     rows.to_parquet(folder / "rows.parquet")
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    print(data_page.page_text(summary, examples, colour), f"\n{folder / 'data.html'}", sep="\n")
+    print(text, folder / "data.html", sep="\n")
     return folder / "data.html"
 
 
@@ -86,7 +86,7 @@ def text_fields(row: dict[str, Any]) -> dict[str, str]:
 def summarize_rows(run: Run, data: "Prepared", sizes: Any, overlaps: Any) -> dict[str, Any]:
     """What the page says of the rows in numbers: counts, lengths, limits, biases, repeats, leakage and warnings."""
     from dpo_pipeline.data import length_stats
-    from dpo_pipeline.evaluation.data_page import data_warnings
+    from dpo_pipeline.report.data_page import data_warnings
 
     limits, context, max_prompt, batch = data.limits, data.context, run.length.max_prompt, run.batch.global_size
     rows = {split: [data.rows[split][i] for i in table["row"]] for split, table in data.tables.items()}

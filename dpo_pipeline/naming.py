@@ -11,7 +11,7 @@ from dpo_pipeline.schema import Run
 # Keys that do not change the `final/` of a run: places, trackers, logging, checkpoints, evaluation, and how rows are
 # spread over devices. They are no part of a run's identity nor of its folder's name. Patterns of fnmatch.
 NOT_IDENTITY = (
-    *("root", "name", "variant", "sft_variant", "check", "overwrite", "report_to", "wandb.*", "hydra*"),
+    *("root", "name", "variant", "sft_variant", "check", "overwrite", "overlay", "report_to", "wandb.*", "hydra*"),
     *("evaluation.*", "best_of.*", "gate.*", "guard.*", "judge*", "pairs.*", "export.*", "chat.*"),
     *("target", "push", "compare"),
     *("batch.micro_size", "model.micro_size", "model.use_safetensors", "model.trust_remote_code"),

@@ -156,10 +156,11 @@ def loss_summary(folder: Path) -> str:
 
 
 class EscapingFormatter(logging.Formatter):
-    """Shows control characters of data, model folders and templates instead of sending them, and masks secrets."""
+    """Marks warnings, shows control characters of data, folders and templates instead of sending them, masks secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return escape_controls(mask_secrets(super().format(record)))
+        mark = "warning: " if record.levelno == logging.WARNING else ""
+        return mark + escape_controls(mask_secrets(super().format(record)))
 
 
 @contextlib.contextmanager

@@ -173,6 +173,7 @@ class Run(Part):
     debug: bool
     check: bool
     overwrite: bool
+    overlay: list[Text]
     batch: Batch
     length: Length
     evaluation: Evaluation

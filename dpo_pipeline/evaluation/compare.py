@@ -1,4 +1,4 @@
-"""Measures, judges and reports: what `dpo` does at its end, and `evaluate` for a whole name."""
+"""Measures, judges and writes: what `dpo` does at its end, and `evaluate` for a whole name."""
 
 import logging
 from collections.abc import Callable
@@ -11,7 +11,6 @@ from dpo_pipeline.evaluation.judging import JudgeOutcome, run_judges
 from dpo_pipeline.evaluation.measure import Comparison, measure_policies
 from dpo_pipeline.evaluation.plan import JudgingPlan, requests_of
 from dpo_pipeline.evaluation.policies import base_policy, dpo_with_references, unique_by_name
-from dpo_pipeline.evaluation.report import report
 from dpo_pipeline.evaluation.results import summarize_comparison, write_name_results, write_results
 from dpo_pipeline.judges.judge import Judge
 from dpo_pipeline.record import read_json
@@ -21,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def compare_policies(run: Run, eval_sets: dict[str, EvalSet], judges: dict[str, Judge]) -> dict[str, Any]:
-    """Measure what is not measured yet of base, SFT and this DPO, and report it; the results of the name."""
+    """Measure what is not measured yet of base, SFT and this DPO, and judge it; the results of the name."""
     dpo_policies = dpo_with_references(run.dpo_folder, run)
     policies = unique_by_name([*dpo_policies, base_policy(run, None)])
     scoring = {name: judge for name, judge in judges.items() if judge.score and not judge.post_training_only}
@@ -31,19 +30,16 @@ def compare_policies(run: Run, eval_sets: dict[str, EvalSet], judges: dict[str, 
         eval_set = eval_sets[file]
         comparisons[file] = Comparison(eval_set, compared, base, requests_of(compared, plan, eval_set, []))
     measure_policies(*comparisons.values())
-    results, outcome = on_main_process(lambda: judge_and_report(run, run.home, comparisons, scoring, plan))
+    results, outcome = on_main_process(lambda: judge_and_write(run, run.home, comparisons, scoring, plan))
     for name, reason in outcome.failures.items():
         log.warning("%s: %s", name, reason)
     return results
 
 
-def judge_and_report(
+def judge_and_write(
     run: Run, home: Path, comparisons: dict[str, Comparison], judges: dict[str, Judge], plan: JudgingPlan
 ) -> tuple[dict[str, Any], JudgeOutcome]:
-    """Judge what was measured, write all results of each file, and report the test ones, the first.
-
-    Results of a judge that failed are as they were, and with them the files of a sweep.
-    """
+    """Judge what was measured, and write the results of each file; those of a judge that failed stay as they were."""
     is_replaced = replaced_judges(judges, read_json(home / "results.json"))
     outcomes = {}
     for file, comparison in comparisons.items():
@@ -54,9 +50,7 @@ def judge_and_report(
             extra = more
     comparison, outcome = comparisons["eval.json"], outcomes["eval.json"]
     folders = None if comparison.base else [policy.folder for policy in comparison.shown_policies]
-    results = write_name_results(home, folders, extra, is_replaced)
-    report(home, results, comparison.policies, run.evaluation.kl_budget, write_sweep=not outcome.failures)
-    return results, outcome
+    return write_name_results(home, folders, extra, is_replaced), outcome
 
 
 def replaced_judges(judges: dict[str, Judge], earlier: dict[str, Any] | None) -> Callable[[str], bool]:

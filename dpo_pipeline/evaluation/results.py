@@ -61,6 +61,8 @@ def summarize_comparison(
         refusals = extra.get("safety", {}).get(policy.name, {})
         results[policy.name] = {
             "policy": policy.name,
+            "reference": policy.reference,
+            "sft": policy.sft,
             "dataset": comparison.eval_set.dataset,
             "settings": comparison.eval_set.settings() | settings,
             "against": {kind: estimates_against(policy, kind, name, comparison) for kind, name in references.items()},

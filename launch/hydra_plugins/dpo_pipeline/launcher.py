@@ -77,7 +77,7 @@ class ProcessLauncher(Launcher):
                 f"dpo_pipeline.{self.stage} -m {overrides}` without the launcher"
             )
         if self.stage not in ("sft", "dpo"):
-            raise PipelineError(f"-m is for sft and dpo: type `python -m dpo_pipeline.{self.stage}` without it")
+            raise PipelineError(f"-m is for sft and dpo: type {self.stage} without it")
         for folder, count in Counter(job.folder for job in self.jobs).items():
             if count > 1:
                 raise PipelineError(f"{count} jobs would share {folder}: a value is twice, or variant= is one for all")
@@ -130,14 +130,13 @@ class ProcessLauncher(Launcher):
         return " ".join(item for item in job.overrides if item not in self.shared) or job.folder.name
 
     def report(self) -> None:
-        """Print the table of each name that DPO was swept over, and write it with its plots."""
-        from dpo_pipeline.evaluation import sweep_report
+        """Print and write the report of each name that DPO was swept over."""
+        from dpo_pipeline.report.build import write_report
 
         failed = [job for job in self.jobs if job.state != "done"]
-        for home in dict.fromkeys(job.run.home for job in self.jobs if self.stage == "dpo"):
+        for home, run in {job.run.home: job.run for job in self.jobs if self.stage == "dpo"}.items():
             reasons = {job.folder.name: f"{job.state}: {job.reason}" for job in failed if job.run.home == home}
-            text, _ = sweep_report.sweep_report(home, self.jobs[0].run.evaluation.kl_budget, reasons)
-            print(f"\n{text}\n\nWritten: {home}/report/sweep.md, sweep.csv, sweep.png, reward_kl_frontier.png")
+            print(f"\n{write_report(home, run.evaluation.kl_budget, run.overlay, failed=reasons)}")
 
     def stop(self) -> None:
         """Stop the running jobs at a checkpoint."""

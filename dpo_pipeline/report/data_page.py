@@ -1,14 +1,18 @@
-"""A data set's page: its rows, lengths, biases and warnings, for a terminal and as HTML with plots."""
+"""A data set's page: its rows, lengths, biases and warnings, as sections."""
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from dpo_pipeline.data.report import source_lines
-from dpo_pipeline.evaluation.data_plots import INK, draw_histograms
-from dpo_pipeline.evaluation.token_view import format_tokens, show_invisible
-from dpo_pipeline.formatting import markdown_table, render_template
+from dpo_pipeline.report.build import write_page
+from dpo_pipeline.report.figures import GREY, INK, ORANGE, TEAL, draw_histogram, draw_png
+from dpo_pipeline.report.render import to_text
+from dpo_pipeline.report.section import Panel, Section
+from dpo_pipeline.report.token_view import show_invisible
 
 MIN_PAIRS = 2000  # with fewer, reward models stay near chance (Gao et al., arXiv:2210.10760, on data size)
 MAX_LENGTH_BIAS = 0.6  # share of pairs in which length alone tells the chosen completion; ours, 0.5 tells nothing
@@ -18,27 +22,31 @@ MIN_STEPS = 50  # of an epoch; ours: a tenth of them warm up
 MAX_DUPLICATES, MAX_ODD = 0.1, 0.02  # shares of rows to warn from; ours
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of the page; the first row of its table is the header, its pictures are captions by file."""
+def write_data_page(
+    folder: Path, summary: dict[str, Any], sizes: Any, overlaps: Any, examples: list[Any], colour: bool
+) -> str:
+    """Write data.json, data.html, data.md and PNGs into `folder`; the page as text for a terminal.
 
-    title: str
-    text: str = ""
-    table: list[list[str]] = field(default_factory=list)
-    pictures: dict[str, str] = field(default_factory=dict)
-
-
-def write_data_page(folder: Path, summary: dict[str, Any], sizes: Any, overlaps: Any, examples: list[Any]) -> None:
-    """Write data.json, data.html and the PNGs into `folder`; `examples` are made by `show_tokens`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draw_histograms(folder, summary, sizes, overlaps)
-    page = render_template(
-        Path(__file__).parent / "data.html.jinja",
-        **{"title": page_title(summary), "overview": overview(summary), "warnings": summary["warnings"]},
-        **{"sections": sections(summary), "examples": examples, "show": show_invisible},
-    )
-    (folder / "data.html").write_text(page + "\n", encoding="utf-8")
+    `examples` are made by `show_tokens`.
+    """
+    title = f"{', '.join(summary['sources'])} with the tokenizer of {summary['tokenizer']}"
+    sections = [
+        Section("Warnings", "\n".join(f"- {sentence}" for sentence in summary["warnings"]) or "Nothing to warn of."),
+        *row_sections(summary),
+        length_section(summary, sizes),
+        *completion_sections(summary, sizes, overlaps),
+        limit_section(summary),
+        repeat_section(summary),
+        Section("Three rows, token by token", tokens=tuple(examples)),
+    ]
+    write_page(folder, "data.html", "data.md", title, overview(summary), sections)
     (folder / "data.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return to_text(title, overview(summary), sections, escape=show_lines, colour=colour)
+
+
+def show_lines(text: str) -> str:
+    """A text for a terminal: only its line breaks are obeyed."""
+    return "\n".join(map(show_invisible, text.split("\n")))
 
 
 def data_warnings(summary: dict[str, Any]) -> list[str]:
@@ -97,11 +105,6 @@ def dropped_rows(summary: dict[str, Any], reason: str) -> int:
     return sum(source["dropped"].get(reason, 0) for source in summary["sources"].values())
 
 
-def page_title(summary: dict[str, Any]) -> str:
-    """The data sets and the tokenizer."""
-    return f"{', '.join(summary['sources'])} with the tokenizer of {summary['tokenizer']}"
-
-
 def overview(summary: dict[str, Any]) -> str:
     """The most important numbers on one line."""
     rows, epoch, bias = summary["rows"], summary["epoch"], summary["longer_chosen"]
@@ -112,35 +115,62 @@ def overview(summary: dict[str, Any]) -> str:
     return f"{', '.join(counts)}."
 
 
-def sections(summary: dict[str, Any]) -> list[Section]:
-    """The parts of the page, in their order."""
+def row_sections(summary: dict[str, Any]) -> list[Section]:
+    """What became of every row, and the first row of each reason."""
+    header, *lines = source_lines(summary["sources"])
     text = "Of each source, read (or the pairs made of that) = train + validation + test + dropped."
-    parts = [Section("Every row", text, source_lines(summary["sources"]))]
+    parts = [Section("Every row", text, pd.DataFrame(lines, columns=header))]
     if summary["examples"]:
-        lines = [["reason", "its first row"], *([reason, rows[0]] for reason, rows in summary["examples"].items())]
-        parts.append(Section("Where to look", "", lines))
-    lines = [["tokens", "mean", "5%", "median", "95%", "99%", "longest"]]
-    lines += [[name, *(f"{value:,.0f}" for value in spread.values())] for name, spread in summary["lengths"].items()]
-    pictures = {f"data_{name}.png": f"Tokens of {name}" for name in summary["lengths"] if name in INK}
-    parts.append(Section("Lengths", "Of train rows, before any cut, with end tokens.", lines, pictures))
-    if bias := summary["longer_chosen"]:
-        low, high = f"{bias['low']:.1%}", f"{bias['high']:.1%}"
-        text = (
-            f"The longer completion is chosen in {bias['value']:.1%} of pairs [{low}, {high}] (ties count half): the "
-            "accuracy of a judge of length alone."
-        )
-        text += f" Of all openings, {block_sentence(summary['leading_block'])}." if summary["leading_block"] else ""
-        if summary["overlap"]:
-            text += f" Half of the kept pairs share at least {summary['overlap']['median']:.0%} of their tokens."
-        pictures = {"data_difference.png": "Tokens of chosen minus rejected", "data_overlap.png": "Shared tokens"}
-        parts.append(Section("The two completions", text, [], pictures))
-    return [*parts, limit_section(summary), repeat_section(summary)]
+        lines = [[reason, rows[0]] for reason, rows in summary["examples"].items()]
+        parts.append(Section("Where to look", table=pd.DataFrame(lines, columns=["reason", "its first row"])))
+    return parts
+
+
+def length_section(summary: dict[str, Any], sizes: Any) -> Section:
+    """The spread of token counts, with a histogram of each part."""
+    header, limit, panels = ["tokens", "mean", "5%", "median", "95%", "99%", "longest"], summary["length"]["max"], []
+    lines = [[name, *(f"{value:,.0f}" for value in spread.values())] for name, spread in summary["lengths"].items()]
+    for name in sizes.columns.intersection(list(INK)):
+        values = sizes[name].to_numpy()
+        marks = {f"median {np.median(values):,.0f}": np.median(values), f"length.max {limit:,}": limit}
+        edges = np.linspace(0, max(10, np.quantile(values, 0.995)), 41)
+        arguments = (values, edges, INK[name], "tokens", marks)
+        title = f"tokens of {name}"
+        panels.append(Panel(title, draw_png(lambda axis, each=arguments: draw_histogram(axis, *each), title)))
+    text, table = "Of train rows, before any cut, with end tokens.", pd.DataFrame(lines, columns=header)
+    return Section("Lengths", text, table, tuple(panels), "data_lengths.png")
+
+
+def completion_sections(summary: dict[str, Any], sizes: Any, overlaps: Any) -> list[Section]:
+    """How the two completions of a pair differ in length, and how much they share; nothing for SFT rows."""
+    if (bias := summary["longer_chosen"]) is None:
+        return []
+    text = (
+        f"The longer completion is chosen in {bias['value']:.1%} of pairs [{bias['low']:.1%}, {bias['high']:.1%}] "
+        "(ties count half): the accuracy of a judge of length alone."
+    )
+    if summary["overlap"]:
+        text += f" Half of the kept pairs share at least {summary['overlap']['median']:.0%} of their tokens."
+    text += f" Of all openings, {block_sentence(summary['leading_block'])}." if summary["leading_block"] else ""
+    difference = (sizes["chosen"] - sizes["rejected"]).to_numpy()
+    edges = np.linspace(-1, 1, 42) * max(20.5, np.quantile(np.abs(difference), 0.99))
+    colours = [ORANGE] * 20 + [GREY] + [TEAL] * 20  # grey: about equal
+    marks = {f"median {overlaps.median():.0%}": overlaps.median()} if len(overlaps) else {}
+    drawings = {
+        "tokens of chosen minus rejected": (difference, edges, colours, "rejected longer  |  chosen longer", {}),
+        "share of tokens in common": (overlaps, np.linspace(0, 1, 41), GREY, "share", marks),
+    }
+    panels = [
+        Panel(title, draw_png(lambda axis, each=arguments: draw_histogram(axis, *each), title))
+        for title, arguments in drawings.items()
+    ]
+    return [Section("The two completions", text, panels=tuple(panels), figure="data_pairs.png")]
 
 
 def limit_section(summary: dict[str, Any]) -> Section:
     """What other values of length.max would drop and cut."""
     length = summary["length"]
-    lines = [["length.max", "kept", "dropped", "prompts cut", "completions cut", "tokens an epoch"]]
+    header, lines = ["length.max", "kept", "dropped", "prompts cut", "completions cut", "tokens an epoch"], []
     for row in summary["limits"]:
         limit, *counts = (f"{value:,}" for value in row.values())
         note = " (beyond the model)" if row["max"] > length["context"] else ""
@@ -150,7 +180,7 @@ def limit_section(summary: dict[str, Any]) -> Section:
         f"Of train rows, with `length.prompt={length['prompt']} length.completion={length['completion']}`. A cut "
         f"prompt keeps {cut_to}, and counts once for each completion. The model can read {length['context']:,} tokens."
     )
-    return Section("What length.max cuts", text, lines)
+    return Section("What length.max cuts", text, pd.DataFrame(lines, columns=header))
 
 
 def repeat_section(summary: dict[str, Any]) -> Section:
@@ -162,21 +192,4 @@ def repeat_section(summary: dict[str, Any]) -> Section:
         counts[f"{split} rows with a prompt of train except for case and spaces"] = len(origins)
     counts |= {f"train rows whose completions {name}": len(origins) for name, origins in summary["odd"].items()}
     counts["different prompts in train"] = summary["repeats"]["prompts"]
-    return Section("Repeats and leakage", "", [["", "rows"], *([name, f"{n:,}"] for name, n in counts.items())])
-
-
-def page_text(summary: dict[str, Any], examples: list[dict[str, Any]], colour: bool = False) -> str:
-    """The page as text for a terminal, in colour if asked for."""
-    warnings = "\n".join(f"- **warning**: {show_invisible(sentence)}" for sentence in summary["warnings"])
-    blocks = [f"# {show_invisible(page_title(summary))}", overview(summary), warnings or "Nothing to warn of."]
-    for part in sections(summary):
-        table = markdown_table([[show_invisible(cell) for cell in row] for row in part.table]) if part.table else ""
-        blocks += [f"## {part.title}", part.text, table]
-    blocks.append("## Three rows, token by token")
-    for row in examples:
-        cut = f", {row['cut']} tokens cut" * (row["cut"] > 0)
-        blocks.append(f"{row['title']}: {show_invisible(row['origin'])}{cut}")
-        for part in row["parts"]:
-            head = f"{part['name']}, {len(part['tokens'])} tokens, {part['use']}"
-            blocks.append(f"    {head}\n    {format_tokens(part, colour)}")
-    return "\n\n".join(block for block in blocks if block)
+    return Section("Repeats and leakage", table=pd.DataFrame(list(counts.items()), columns=["", "rows"], dtype=object))

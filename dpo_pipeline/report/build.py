@@ -1,0 +1,79 @@
+"""The report of a name: its sections in their order, and the files they are written to."""
+
+import logging
+import os
+import time
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from dpo_pipeline.formatting import one_line
+from dpo_pipeline.report import betas, comparison, cost, curves, examples, frontier
+from dpo_pipeline.report.figures import join_pngs
+from dpo_pipeline.report.render import to_html, to_markdown, to_terminal
+from dpo_pipeline.report.runs import Runs, load_runs
+from dpo_pipeline.report.section import Section
+from dpo_pipeline.report.verdict import verdict
+
+log = logging.getLogger(__name__)
+
+SECTIONS = (
+    *(verdict, comparison.comparison, frontier.frontier, curves.training_curves, curves.sft_curves),
+    *(betas.temperatures, betas.all_variants, examples.completions, examples.changes),
+    *(comparison.own_reference, comparison.all_estimates, comparison.accuracy_by_kind, comparison.any_two),
+    *(comparison.best_of_n, comparison.safety, comparison.bias, cost.data_report, cost.warnings, cost.cost),
+)
+
+
+def write_report(
+    home: Path,
+    kl_budget: float,
+    overlay: list[str],
+    subject: str | None = None,
+    failed: dict[str, str] | None = None,
+) -> str:
+    """Write index.html, report.md and PNGs to `report/` in `home`; the text for a terminal.
+
+    The report is about the policy `subject`, by default the recommended one. `failed` are DPO variants whose last run
+    failed, with the reason. All is made before any of it is written: a failure leaves the report as it was.
+    """
+    runs = load_runs(home, kl_budget, subject, frontier.read_overlays(overlay), failed or {})
+    sections = [section for make_sections in SECTIONS for section in make_sections(runs)]
+    title, lead = home.name, describe(runs)
+    write_page(home / "report", "index.html", "report.md", title, lead, sections)
+    final = home / runs.subject / "final"
+    places = [f"Report:  {home}/report/index.html, and report.md"]
+    places += [f"Policy:  {final}"] if final.is_dir() and runs.subject else []
+    return "\n".join([to_terminal(sections), "", *places])
+
+
+def write_page(folder: Path, page: str, markdown: str, title: str, lead: str, sections: list[Section]) -> None:
+    """Write sections as HTML and as Markdown, and their figures, each file atomically and none before all are made."""
+    files = {page: to_html(title, lead, sections).encode(), markdown: to_markdown(title, lead, sections).encode()}
+    files |= {part.figure: join_pngs([panel.png for panel in part.panels]) for part in sections if part.panels}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        partial_file = folder / f"{name}.{os.getpid()}.partial"
+        partial_file.write_bytes(content)
+        os.replace(partial_file, folder / name)
+
+
+def describe(runs: Runs) -> str:
+    """The model, the data set and the number of policies."""
+    files = sorted([*runs.home.glob("dpo/*/config.yaml"), *runs.home.glob("sft/*/config.yaml")])
+    config = OmegaConf.load(files[0]).model if files else {"builder": None, "path": ""}
+    model = "the embedded model" if config["builder"] else str(config["path"])
+    data = runs.policies[runs.subject]["dataset"] if runs.subject else ""
+    parts = [model, data, f"{len(runs.policies)} policies measured", time.strftime("%Y-%m-%d %H:%M")]
+    return ", ".join(part for part in parts if part)
+
+
+def report_or_warn(home: Path, kl_budget: float, overlay: list[str], subject: str | None = None) -> None:
+    """Print and write the report at the end of another command: its failure costs a warning, not the command."""
+    try:
+        log.info("\n%s", write_report(home, kl_budget, overlay, subject))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(str(error))}"
+        log.warning(
+            "the report of %s could not be written (%s); all results are: type the command report", home, reason
+        )

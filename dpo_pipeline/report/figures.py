@@ -1,0 +1,94 @@
+"""The style of all figures: small panels that read at the width of a phone."""
+
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dpo_pipeline.formatting import escape_controls
+
+SIZE, DPI = (3.9, 2.75), 160  # inches: 9 points are some 11 pixels on a phone of 390
+WIDE = (4.8, 3.5)
+GREY, TEAL, ORANGE, BLUE, VIOLET = "#64748b", "#0d9488", "#ea580c", "#2563eb", "#9333ea"
+INK = {"prompt": GREY, "chosen": TEAL, "rejected": ORANGE, "demonstration": TEAL}
+LINES = (TEAL, ORANGE, BLUE, VIOLET, "#ca8a04", "#db2777", "#4d7c0f", GREY)
+STYLE = {
+    "font.size": 9,
+    "text.parse_math": False,  # a name may hold a dollar sign
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#94a3b8",
+    "axes.grid": True,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "grid.color": "#e2e8f0",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+    "text.color": "#0f172a",
+    "axes.labelcolor": "#334155",
+    "xtick.color": "#334155",
+    "ytick.color": "#334155",
+}
+
+
+def draw_png(draw: Callable[[Any], None], title: str, size: tuple[float, float] = SIZE) -> bytes:
+    """The PNG of one set of axes, which `draw` fills; a legend goes below them, where it covers nothing."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure, buffer = Figure(figsize=size, layout="constrained"), io.BytesIO()
+        axis = figure.subplots()
+        draw(axis)
+        axis.set_title(escape_controls(title))
+        handles, labels = axis.get_legend_handles_labels()
+        if labels:
+            columns = next(n for n, width in ((4, 14), (2, 27), (1, 999)) if max(map(len, labels)) <= width)
+            figure.legend(handles, map(escape_controls, labels), loc="outside lower center", ncols=columns)
+        figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
+
+
+def join_pngs(pngs: list[bytes]) -> bytes:
+    """One PNG of several of equal size, two beside each other."""
+    from matplotlib.image import imread, imsave
+
+    if len(pngs) == 1:
+        return pngs[0]
+    tiles = [imread(io.BytesIO(png)) for png in pngs]
+    tiles += [np.ones_like(tiles[0])] * (len(tiles) % 2)
+    buffer = io.BytesIO()
+    grid = np.vstack([np.hstack(tiles[i : i + 2]) for i in range(0, len(tiles), 2)])
+    imsave(buffer, grid, format="png")
+    return buffer.getvalue()
+
+
+def error_bars(estimates: list[dict[str, Any]]) -> list[list[float]]:
+    """Lengths of the error bars below and above, 0 where an interval is unknown."""
+    known = [e if e["low"] is not None else {**e, "low": e["value"], "high": e["value"]} for e in estimates]
+    return [[e["value"] - e["low"] for e in known], [e["high"] - e["value"] for e in known]]
+
+
+def draw_histogram(
+    axis: Any, values: Any, edges: np.ndarray, colours: str | list[str], unit: str, marks: dict[str, float]
+) -> None:
+    """Rows by a value; the outer bars count the values beyond them too, and marks beyond the edges are left out."""
+    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+    axis.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colours, edgecolor="white", linewidth=0.4)
+    visible_marks = {name: value for name, value in marks.items() if value <= edges[-1]}
+    for style, (name, value) in zip(("--", ":"), visible_marks.items(), strict=False):
+        axis.axvline(value, color="#0f172a", linewidth=1, linestyle=style, label=name)
+    axis.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.1 * max(1, counts.max())), xlabel=unit, ylabel="rows")
+
+
+def beta_axis(axis: Any, betas: list[float]) -> None:
+    """A logarithmic axis that names each of these betas."""
+    axis.set(xscale="log", xlabel="beta")
+    axis.minorticks_off()
+    spread = math.log10(max(betas) / min(betas)) or 1
+    axis.set_xlim(min(betas) / 10 ** (0.1 * spread), max(betas) * 10 ** (0.1 * spread))
+    axis.set_xticks(betas, [f"{beta:g}" for beta in betas])
