@@ -46,8 +46,7 @@ def run_dpo(run: Run) -> dict[str, Any]:
                 return {}
             train_dpo(run, record, args, start, data, eval_sets["tracker"], judges)
         results = compare_policies(run, eval_sets, judges)
-        arguments = (run.home, run.evaluation.kl_budget, run.overlay, f"dpo/{record.folder.name}")
-        on_main_process(lambda: report_or_warn(*arguments))
+        on_main_process(lambda: report_or_warn(run, subject=f"dpo/{record.folder.name}"))
         return results
 
 

@@ -49,8 +49,7 @@ def run_evaluate(run: Run) -> dict[str, Any]:
         results, outcome = on_main_process(lambda: judge_and_write(*arguments))
         if reasons := "; ".join(map(": ".join, outcome.failures.items())):
             raise PipelineError(f"{reasons} (all other results are written to {home}/results.json)")
-        subject = policies[0].name if run.evaluation.policy else None
-        on_main_process(lambda: report_or_warn(home, run.evaluation.kl_budget, run.overlay, subject))
+        on_main_process(lambda: report_or_warn(run, home, policies[0].name if run.evaluation.policy else None))
         if gated:
             on_main_process(lambda: check_gate(*gated, run.gate.metric, comparison, outcome.verdicts))
         return results

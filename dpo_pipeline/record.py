@@ -156,7 +156,7 @@ def loss_summary(folder: Path) -> str:
 
 
 class EscapingFormatter(logging.Formatter):
-    """Marks warnings, shows control characters of data, folders and templates instead of sending them, masks secrets."""
+    """Marks warnings, masks secrets, and shows control characters of data, folders and templates as text."""
 
     def format(self, record: logging.LogRecord) -> str:
         mark = "warning: " if record.levelno == logging.WARNING else ""

@@ -18,8 +18,8 @@ from dpo_pipeline.data import length_stats
 from dpo_pipeline.data.prepare import load_rows
 from dpo_pipeline.data.report import kept_rows
 from dpo_pipeline.data.token_table import LengthLimits, cut_text
-from dpo_pipeline.evaluation import data_page, token_view
 from dpo_pipeline.inspect_data import count_repeats, leaked_prompts, odd_completions, overlap, run_inspect, text_fields
+from dpo_pipeline.report import data_page, token_view
 from dpo_pipeline.tokenizer import load_tokenizer
 
 SCRIPT = "<script>alert(1)</script>"
@@ -317,12 +317,15 @@ def test_html_shows_markup_as_text(model, tmp_path):
     page = (folder / "data.html").read_text()
     seen = Seen(page)
     assert {tag for tag, _ in seen.tags} == {
-        *("html head meta title style body h1 h2 h3 div ul li p code table tr th td".split()),
+        *("html head meta title style body nav a section h1 h2 h3 div ul li p code table tr th td".split()),
         *("figure figcaption img span br".split()),
     }
     sources = [attrs["src"] for tag, attrs in seen.tags if tag == "img"]
-    assert sorted(sources) == sorted(file.name for file in folder.glob("*.png"))
-    assert not any(name.startswith("on") or name == "href" for _, attrs in seen.tags for name in attrs)
+    assert len(sources) == 5
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert {file.name for file in folder.glob("*.png")} == {"data_lengths.png", "data_pairs.png"}
+    assert not any(name.startswith("on") for _, attrs in seen.tags for name in attrs)
+    assert all(attrs["href"].startswith("#") for tag, attrs in seen.tags if tag == "a")
     # What the data holds is all there, each script tag as one token's text.
     shown = ["".join(text).replace("\ufffd", "") for _, text in seen.texts]
     assert [name for name, _ in seen.texts] == ["prompt", "chosen", "rejected"] * 3
@@ -331,7 +334,8 @@ def test_html_shows_markup_as_text(model, tmp_path):
         re.fullmatch(re.escape(token_view.show_invisible(NASTY)) + r" \d+ .* .*</s>", text) for text in shown[1::3]
     )
     assert all(SCRIPT in text for name, text in seen.texts if name != "rejected")
-    assert "<img" not in page.replace('<img src="data_', "")
+    assert "<img" not in page.replace('<img src="data:image', "")
+    assert "<img" not in (folder / "data.md").read_text().split("## Three rows")[0]
     assert "\x1b" not in page
     assert "\u202e" not in page
 
@@ -470,7 +474,7 @@ def test_a_set_for_sft_alone_has_lengths_and_no_bias(model, tmp_path):
     assert list(summary["lengths"]) == ["prompt", "demonstration", "total"]
     assert summary["longer_chosen"] is summary["overlap"] is None
     assert {file.name for file in (folder / "sft").iterdir()} == {
-        *("data.json", "data.html", "rows.parquet", "data_prompt.png", "data_demonstration.png"),
+        *("data.json", "data.html", "data.md", "rows.parquet", "data_lengths.png"),
     }
     page = (folder / "sft" / "data.html").read_text()
     assert "The two completions" not in page

@@ -21,8 +21,8 @@ from dpo_pipeline import checkpoints, locks, run_folder
 from dpo_pipeline.config import CONF
 from dpo_pipeline.data import prepare
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.evaluation import sweep_report
 from dpo_pipeline.record import read_json, write_json
+from dpo_pipeline.report import betas, build, render, runs
 from dpo_pipeline.sft import run_sft
 from tests.commands import run, start, wait
 from tests.helpers import train
@@ -47,11 +47,11 @@ def test_a_job_that_fails_leaves_the_others_running_and_the_command_runs_what_is
     assert "loss 0." in other[0][2]
     assert "error: 1 of 2 jobs did not finish (dpo.learning_rate=1e+20)" in done.stderr
     assert "Traceback" not in done.stderr
-    table = (small().home / "report" / "sweep.md").read_text()
-    assert table in done.stdout
-    assert sum("| failed: " in line for line in table.splitlines()) == 1
-    assert sum("dpo.learning_rate=1e+20" in line for line in table.splitlines()) == 1  # where the names are hashes
-    for file in ("sweep.csv", "sweep.png", "reward_kl_frontier.png"):
+    assert done.stdout.count("Without numbers: ") == 1
+    text = (small().home / "report" / "report.md").read_text()
+    assert sum("| failed: " in line for line in text.splitlines()) == 1
+    assert len(re.findall(r"^- \S+: dpo.learning_rate=1e\+20$", text, flags=re.MULTILINE)) == 1  # beside a hash
+    for file in ("index.html", "sweep.csv", "betas.png", "reward_kl_frontier.png"):
         assert (small().home / "report" / file).stat().st_size > 100
     again = run(*call)
     assert again.returncode == 1
@@ -271,14 +271,23 @@ def lay(home: Path, beta: float, seed: int, kl: float, reward: float | None, nat
     settings["data"] = "d"
     settings["weights"] = {name: "x", "base": "b", "sft/full": "s"}
     against = {"base": block, "reference": block}
-    result = {"policy": name, "dataset": "d", "settings": settings, "own": own, "against": against}
+    result = {
+        "policy": name,
+        "reference": "sft/full",
+        "sft": "sft/full",
+        "dataset": "d",
+        "settings": settings,
+        "own": own,
+        "against": against,
+    }
     for file in ("eval.json", "validation.json"):
         write_json(folder / file, result)
     return folder
 
 
 def report(home: Path, kl_budget: float = 10, failed: dict | None = None) -> str:
-    return sweep_report.sweep_report(home, kl_budget, failed or {})[0]
+    """What the sections on the variants say, as Markdown."""
+    return render.to_markdown("", "", betas.all_variants(runs.load_runs(home, kl_budget, None, {}, failed or {})))
 
 
 def test_the_largest_reward_within_the_budget_is_recommended(tmp_path):
@@ -305,10 +314,10 @@ def test_the_choice_reads_validation_and_never_test(tmp_path):
         write_json(folder / "eval.json", result)
     text = report(tmp_path)
     assert "Recommended: beta 0.1, reward 0.700" in text
-    test, validation = text.split("On validation, by which beta is chosen:")
+    test, validation = text.split("## Validation, by which beta is chosen")
     assert "0.900 [0.850, 0.950]" in test
     assert "0.700 [0.650, 0.750]" in validation
-    assert sweep_report.sweep_report(tmp_path, 10, {})[1] == "sigmoid-beta0.1-seed0"
+    assert runs.load_runs(tmp_path, 10, None, {}, {}).subject == "dpo/sigmoid-beta0.1-seed0"
 
 
 def test_without_a_reward_the_largest_margin_in_nats_is_recommended(tmp_path):
@@ -337,18 +346,20 @@ def test_what_has_no_numbers_is_a_gap_with_its_reason(tmp_path):
     (folder / "eval.json").unlink()
     (lay(tmp_path, 0.5, 0, kl=2, reward=0.9, nats=4) / "validation.json").unlink()
     lay(tmp_path, 1, 0, kl=2, reward=0.9, nats=4)
-    text = report(tmp_path, 10, {"sigmoid-beta1-seed0": "failed: killed", "never-begun": "failed: no folder"})
-    assert re.search(r"beta0.3-seed0 +\| failed at step 9: out of memory", text)
+    failures = {"sigmoid-beta1-seed0": "failed: killed", "never-begun": "failed: no folder"}
+    text = report(tmp_path, 10, failures)
+    assert re.search(r"beta0.3-seed0 +\|.*\| failed at step 9: out of memory", text)
     assert re.search(r"beta0.5-seed0 +\| 0.800", text)  # on test, and nothing to be chosen by
-    assert re.search(r"beta1-seed0 +\| failed: killed", text)
-    assert re.search(r"never-begun +\| failed: no folder", text)
+    assert re.search(r"beta1-seed0 +\|.*\| failed: killed", text)
+    assert re.search(r"never-begun +\|.*\| failed: no folder", text)
     assert "Recommended: beta 0.1" in text
-    with (tmp_path / "report" / "sweep.csv").open() as stream:
-        rows = {row["variant"]: row for row in csv.DictReader(stream)}
+    build.write_csv(tmp_path / "sweep.csv", runs.load_runs(tmp_path, 10, None, {}, failures))
+    with (tmp_path / "sweep.csv").open() as stream:
+        rows = {row["name"]: row for row in csv.DictReader(stream)}
     assert rows["sigmoid-beta0.1-seed0"]["test.kl.value"] == "6"
     assert rows["sigmoid-beta0.1-seed0"]["validation.score.truth.high"] == "0.75"
     assert rows["sigmoid-beta1-seed0"]["test.kl.value"] == ""
-    assert rows["never-begun"]["why"] == "failed: no folder"
+    assert rows["never-begun"]["problem"] == "failed: no folder"
 
 
 def test_variants_of_two_references_are_shown_against_the_base(tmp_path):
@@ -357,7 +368,7 @@ def test_variants_of_two_references_are_shown_against_the_base(tmp_path):
     result = json.loads((folder / "eval.json").read_text())
     result["settings"]["weights"]["sft/full"] = "another"
     write_json(folder / "eval.json", result)
-    assert "All against base:" in report(tmp_path)
+    assert "All against the base model:" in report(tmp_path)
 
 
 def test_a_variant_measured_on_other_prompts_is_a_gap(tmp_path):
@@ -367,5 +378,5 @@ def test_a_variant_measured_on_other_prompts_is_a_gap(tmp_path):
     result["settings"]["prompts"] = 60
     write_json(folder / "eval.json", result)
     assert re.search(
-        r"beta0.5-seed0 +\| measured on 100 pairs and 60 prompts, or others: run evaluate", report(tmp_path)
+        r"beta0.5-seed0 +\|.*\| measured on 100 pairs and 60 prompts, or others: run evaluate", report(tmp_path)
     )

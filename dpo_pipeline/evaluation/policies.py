@@ -207,13 +207,6 @@ def final_folder(path: str) -> str:
     return str(Path(path) / "final") if (Path(path) / "final").is_dir() else path
 
 
-def preferred_ft_names(policies: list[Policy]) -> list[str]:
-    """The SFT policies that learned the chosen completions: Preferred-FT of the DPO paper (arXiv:2305.18290)."""
-    sfts = [policy for policy in policies if policy.name.startswith("sft/")]
-    configs = {policy.name: OmegaConf.load(policy.folder / "config.yaml") for policy in sfts}
-    return [name for name, config in configs.items() if config.sft_target == "chosen" and config.sft_dataset is None]
-
-
 def unique_by_name(policies: list[Policy]) -> list[Policy]:
     """The first of each name."""
     return list({policy.name: policy for policy in reversed(policies)}.values())[::-1]

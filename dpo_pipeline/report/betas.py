@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from dpo_pipeline.record import read_json
+from dpo_pipeline.report.comparison import caption
 from dpo_pipeline.report.figures import GREY, LINES, SIZE, WIDE, beta_axis, draw_png, error_bars
 from dpo_pipeline.report.runs import Runs, grouped, over_seeds, recommend
 from dpo_pipeline.report.section import SHORT_KEYS, Panel, Section, label_of, shorten
@@ -20,7 +21,9 @@ def all_variants(runs: Runs) -> list[Section]:
     if len(runs.variants) < 2:
         return []
     measured, keys = runs.measured, [*SHORT_KEYS, runs.target]
-    wins = dict.fromkeys(k for cells in measured["test"] for k in cells if re.match(r"win_rate\.[^.]+\.\w+$", k))
+    wins = dict.fromkeys(
+        k for cells in measured["test"] for k in cells if re.match(r"win_rate\.[^.]+\.(sft|reference)$", k)
+    )
     table = policy_lines(measured, "test", [*dict.fromkeys([*keys, *wins])])
     gaps = runs.variants[runs.variants["problem"] != ""]
     gap_lines = [{"": name, "without numbers": why} for name, why in zip(gaps["name"], gaps["problem"], strict=True)]
@@ -29,7 +32,8 @@ def all_variants(runs: Runs) -> list[Section]:
     unfinished = [f"{line['']}: {line['without numbers']}" for line in gap_lines]
     differences = list_differences(runs)
     short = "\n".join([text, *(f"Without numbers: {line}" for line in unfinished), *differences])
-    blocks = [text, *(["They differ, beside beta and seed, in:\n" + "\n".join(differences)] if differences else [])]
+    blocks = [caption(runs.policies[f"dpo/{first.name}"], first.reference) for first in measured[:1].itertuples()]
+    blocks += [text, *(["They differ, beside beta and seed, in:\n" + "\n".join(differences)] if differences else [])]
     panels = beta_panels(measured, runs.target) if len(measured) else ()
     sections = [Section("All variants", "\n\n".join(blocks), table, panels, "betas.png", short=short)]
     chosen_from = measured[measured["validation"].map(bool)]
@@ -65,11 +69,13 @@ def beta_panels(variants: pd.DataFrame, target: str) -> tuple[Panel, ...]:
     betas, panels = sorted(variants["beta"].unique()), []
 
     def draw(axis: Any, key: str) -> None:
-        for index, setting in enumerate(sorted(variants["setting"].unique())):
+        settings = sorted(variants["setting"].unique())
+        for index, setting in enumerate(settings):
             groups = {beta: group for (name, beta), group in grouped(variants, "test") if name == setting}
             points = [over_seeds(list(group["test"]), key) for group in groups.values()]
             seeds, values = max(map(len, groups.values())), [point["value"] for point in points]
             label = shorten(setting) + (f", {seeds} seeds" if seeds > 1 else "")
+            label = label if len(settings) > 1 or seeds > 1 else None
             style = {"marker": "o", "capsize": 3, "label": label, "color": LINES[index % len(LINES)]}
             axis.errorbar(list(groups), values, yerr=error_bars(points), **style)
             if seeds > 1:
@@ -116,6 +122,11 @@ def draw_wins(axis: Any, lines: pd.DataFrame) -> None:
     for index, (policy, group) in enumerate(lines.groupby("policy", sort=False)):
         group = group.sort_values("temperature")
         values = list(group["value"])
-        style = {"marker": "o", "capsize": 3, "color": LINES[index % len(LINES)], "label": shorten(policy, 30)}
+        style = {
+            "marker": "o",
+            "capsize": 3,
+            "color": LINES[index % len(LINES)],
+            "label": shorten(policy.removeprefix("dpo/"), 23),
+        }
         axis.errorbar(group["temperature"], [v["value"] for v in values], yerr=error_bars(values), **style)
     axis.set(xlabel="temperature", ylim=(0, 1), xticks=sorted(lines["temperature"].unique()))

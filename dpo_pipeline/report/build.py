@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import pandas as pd
 from omegaconf import OmegaConf
 
 from dpo_pipeline.formatting import one_line
@@ -14,6 +15,7 @@ from dpo_pipeline.report.render import to_html, to_markdown, to_terminal
 from dpo_pipeline.report.runs import Runs, load_runs
 from dpo_pipeline.report.section import Section
 from dpo_pipeline.report.verdict import verdict
+from dpo_pipeline.schema import Run
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +41,9 @@ def write_report(
     """
     runs = load_runs(home, kl_budget, subject, frontier.read_overlays(overlay), failed or {})
     sections = [section for make_sections in SECTIONS for section in make_sections(runs)]
-    title, lead = home.name, describe(runs)
-    write_page(home / "report", "index.html", "report.md", title, lead, sections)
+    write_page(home / "report", "index.html", "report.md", home.name, describe(runs), sections)
+    if len(runs.variants) > 1:
+        write_csv(home / "report" / "sweep.csv", runs)
     final = home / runs.subject / "final"
     places = [f"Report:  {home}/report/index.html, and report.md"]
     places += [f"Policy:  {final}"] if final.is_dir() and runs.subject else []
@@ -58,6 +61,13 @@ def write_page(folder: Path, page: str, markdown: str, title: str, lead: str, se
         os.replace(partial_file, folder / name)
 
 
+def write_csv(file: Path, runs: Runs) -> None:
+    """A line for each variant, its estimates on test and validation in columns such as test.kl.value."""
+    table = pd.json_normalize(runs.variants.to_dict("records"))
+    table = table.drop(columns=[name for name in table if "accuracy_by" in name])
+    table.convert_dtypes().to_csv(file, index=False)
+
+
 def describe(runs: Runs) -> str:
     """The model, the data set and the number of policies."""
     files = sorted([*runs.home.glob("dpo/*/config.yaml"), *runs.home.glob("sft/*/config.yaml")])
@@ -68,12 +78,12 @@ def describe(runs: Runs) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def report_or_warn(home: Path, kl_budget: float, overlay: list[str], subject: str | None = None) -> None:
-    """Print and write the report at the end of another command: its failure costs a warning, not the command."""
+def report_or_warn(
+    run: Run, home: Path | None = None, subject: str | None = None, failed: dict[str, str] | None = None
+) -> None:
+    """Print and write the report at the end of another command, in which its failure is a warning and no error."""
     try:
-        log.info("\n%s", write_report(home, kl_budget, overlay, subject))
+        log.info("\n%s", write_report(home or run.home, run.evaluation.kl_budget, run.overlay, subject, failed))
     except Exception as error:
         reason = f"{type(error).__name__}: {one_line(str(error))}"
-        log.warning(
-            "the report of %s could not be written (%s); all results are: type the command report", home, reason
-        )
+        log.warning("there is no new report, all else is written (%s): correct it and type the command report", reason)

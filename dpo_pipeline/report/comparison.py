@@ -1,9 +1,11 @@
 """Tables that compare policies: on test pairs and samples, by kind of pair, by judges, on other prompts."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from omegaconf import OmegaConf
 
 from dpo_pipeline.formatting import markdown_table
 from dpo_pipeline.report.runs import Runs
@@ -19,7 +21,7 @@ def comparison(runs: Runs) -> list[Section]:
     if not runs.policies:
         return []
     cells = every_cell(runs)
-    text, subject = caption(runs), cells[runs.subject]
+    text, subject = caption(runs.policies[runs.subject], runs.against), cells[runs.subject]
     judged = dict.fromkeys(key for cell in cells.values() for key in cell if PLAIN_JUDGE_KEYS.match(key))
     table = policy_table(cells, [*SHORT_KEYS[:2], "margin", *SHORT_KEYS[2:], *judged])
     names = ("base", runs.policies[runs.subject]["sft"], runs.subject)
@@ -27,6 +29,8 @@ def comparison(runs: Runs) -> list[Section]:
     judge_keys = [key for key in subject if PLAIN_JUDGE_KEYS.match(key)]
     judge_keys = sorted(judge_keys, key=lambda key: not key.endswith((".sft", ".reference")))[:1]
     short = f"{text}\n\n{as_markdown(policy_table(listed, [*SHORT_KEYS, *judge_keys]))}"
+    if names := preferred_ft(runs.home):
+        text += f" Preferred-FT, SFT on the chosen completions: {', '.join(names)}."
     return [Section("Comparison", text, table, short=short)]
 
 
@@ -34,7 +38,7 @@ def all_estimates(runs: Runs) -> list[Section]:
     """All that is measured of all policies."""
     if not runs.policies:
         return []
-    return [Section("All estimates", caption(runs), policy_table(every_cell(runs)))]
+    return [Section("All estimates", table=policy_table(every_cell(runs)))]
 
 
 def every_cell(runs: Runs) -> dict[str, dict[str, Any]]:
@@ -65,16 +69,22 @@ def as_markdown(table: pd.DataFrame) -> str:
     return markdown_table([[*table.columns], *([format_cell(cell) for cell in row] for row in table_rows(table))])
 
 
-def caption(runs: Runs) -> str:
-    """What the comparison is measured on, and against what."""
-    policy = runs.policies[runs.subject]
-    settings, against = policy["settings"], "the base model" if runs.against == "base" else policy["reference"]
+def preferred_ft(home: Path) -> list[str]:
+    """The SFT policies that learned the chosen completions: Preferred-FT of the DPO paper (arXiv:2305.18290)."""
+    configs = {file.parent.name: OmegaConf.load(file) for file in sorted(home.glob("sft/*/config.yaml"))}
+    return [f"sft/{name}" for name, each in configs.items() if each.sft_target == "chosen" and not each.sft_dataset]
+
+
+def caption(policy: dict[str, Any], against: str) -> str:
+    """What a comparison is measured on, as this policy is, and against what."""
+    settings = policy["settings"]
+    name = {"base": "the base model", "reference": policy["reference"]}.get(against, against)
     sampling = f"temperature 1, at most {settings['max_new_tokens']} tokens"
     if settings["quantization"]:
         sampling += f", weights in {settings['quantization']['_target_'].split('.')[-1]}"
-    beta = "" if runs.against == "base" else f"beta {settings['beta']:g}, "
+    beta = f"beta {settings['beta']:g}, " if against == "reference" else ""
     return (
-        f"All against {against}: {settings['pairs']:,} test pairs and {settings['prompts']} sampled completions of "
+        f"All against {name}: {settings['pairs']:,} test pairs and {settings['prompts']} sampled completions of "
         f"{settings['prompts_file'] or policy['dataset']} ({sampling}), {beta}95% intervals."
     )
 

@@ -107,7 +107,6 @@ def draw_pair(
             dots = {"color": colour if name else BLUE, "markersize": 4, "linewidth": 1}
             axis.plot(metrics[f"eval_{key}"].dropna(), "o--", label=f"{name}validation", **dots)
     axis.set_xlabel("step")
-    axis.ticklabel_format(scilimits=(-3, 4))
     if top is not None:  # of a share: at step 1 ties count as wrong, which says nothing
         low = min([0.5, *(metrics[column][2:].min() - 0.05 for column in metrics if column.endswith(keys[0]))])
         axis.set_ylim(low, top)

@@ -21,6 +21,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.edgecolor": "#94a3b8",
     "axes.grid": True,
+    "axes.axisbelow": True,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
@@ -41,14 +42,19 @@ def draw_png(draw: Callable[[Any], None], title: str, size: tuple[float, float] 
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        figure, buffer = Figure(figsize=size, layout="constrained"), io.BytesIO()
-        axis = figure.subplots()
+        figure, buffer = Figure(figsize=size), io.BytesIO()  # without a layout engine, which draws all twice
+        axis, rows = figure.subplots(), 0
         draw(axis)
         axis.set_title(escape_controls(title))
+        axis.yaxis.set_major_formatter("{x:g}")
         handles, labels = axis.get_legend_handles_labels()
         if labels:
-            columns = next(n for n, width in ((4, 14), (2, 27), (1, 999)) if max(map(len, labels)) <= width)
-            figure.legend(handles, map(escape_controls, labels), loc="outside lower center", ncols=columns)
+            columns = next(n for n, width in ((4, 12), (2, 24), (1, 999)) if max(map(len, labels)) <= width)
+            rows = math.ceil(len(labels) / columns)
+            figure.legend(handles, map(escape_controls, labels), loc="lower center", ncols=columns)
+        left = 0.7 if axis.get_ylabel() else 0.6  # inches
+        edges = {"left": left / size[0], "bottom": (0.5 + 0.19 * rows) / size[1]}
+        figure.subplots_adjust(**edges, right=1 - 0.15 / size[0], top=1 - 0.27 / size[1])
         figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
 
@@ -63,7 +69,7 @@ def join_pngs(pngs: list[bytes]) -> bytes:
     tiles += [np.ones_like(tiles[0])] * (len(tiles) % 2)
     buffer = io.BytesIO()
     grid = np.vstack([np.hstack(tiles[i : i + 2]) for i in range(0, len(tiles), 2)])
-    imsave(buffer, grid, format="png")
+    imsave(buffer, grid, format="png", pil_kwargs={"compress_level": 3})
     return buffer.getvalue()
 
 

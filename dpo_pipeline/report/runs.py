@@ -18,7 +18,7 @@ from dpo_pipeline.run_folder import run_state
 
 DATA_KEYS = ("data", "pairs", "prompts", "prompts_file", "max_new_tokens")  # of the settings in an eval.json
 BETA_SEED = re.compile(r"-(beta[0-9.]+(e-?\d+)?|seed\d+)(?=-|$)")
-COLUMNS = "name setting beta seed problem test validation".split()
+COLUMNS = "name setting beta seed reference problem test validation".split()
 POST_TRAINING = ("implicit_reward", "human")  # judges that the tracker of a run leaves out
 
 
@@ -27,8 +27,8 @@ class Runs:
     """What there is to report of a name.
 
     `policies` are the eval.json by policy, `results` is the rest of results.json. `variants` has a line for each DPO:
-    `test` and `validation` hold its estimates against one reference, or `problem` says why it has none. `target` is
-    the key by which betas are chosen, `subject` the policy that the report is about.
+    `test` and `validation` hold its estimates, on test against one `reference` for all, or `problem` says why it has
+    none. `target` is the key by which betas are chosen, `subject` the policy that the report is about.
     """
 
     home: Path
@@ -104,7 +104,8 @@ def load_variants(home: Path, policies: dict[str, Any], failed: dict[str, str]) 
         label = labels.setdefault(setting, BETA_SEED.sub("", name))
         sources = ((test, against), (read_json(folder / "validation.json"), "reference"))
         estimates = [{**r["against"][key], **r["own"]} if r and not problem else {} for r, key in sources]
-        lines.append([name, label, identity["beta"], identity["seed"], problem, *estimates])
+        reference = test["reference"] if test and against == "reference" else "base"
+        lines.append([name, label, identity["beta"], identity["seed"], reference or "base", problem, *estimates])
     return pd.DataFrame(lines, columns=COLUMNS).sort_values(COLUMNS[1:4], ignore_index=True)
 
 

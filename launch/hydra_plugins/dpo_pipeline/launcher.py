@@ -131,12 +131,14 @@ class ProcessLauncher(Launcher):
 
     def report(self) -> None:
         """Print and write the report of each name that DPO was swept over."""
-        from dpo_pipeline.report.build import write_report
+        from dpo_pipeline.record import run_logging
+        from dpo_pipeline.report.build import report_or_warn
 
         failed = [job for job in self.jobs if job.state != "done"]
         for home, run in {job.run.home: job.run for job in self.jobs if self.stage == "dpo"}.items():
             reasons = {job.folder.name: f"{job.state}: {job.reason}" for job in failed if job.run.home == home}
-            print(f"\n{write_report(home, run.evaluation.kl_budget, run.overlay, failed=reasons)}")
+            with run_logging(None):
+                report_or_warn(run, failed=reasons)
 
     def stop(self) -> None:
         """Stop the running jobs at a checkpoint."""
