@@ -5,12 +5,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pandas as pd
 from trl import SFTTrainer
 
 from dpo_pipeline.base_model import base_model
 from dpo_pipeline.data.prepare import Prepared, prepare
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.evaluation import compare
+from dpo_pipeline.report.runs import COLUMNS, Runs
 from dpo_pipeline.schema import Run
 from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training.arguments import training_arguments
@@ -24,6 +26,12 @@ SMALL = (
     "evaluation.tracker_prompts=0",  # test_tracker.py and the whole chain have it on
     *("evaluation.max_new_tokens=24", "sft.logging_steps=1", "dpo.logging_steps=1"),
 )
+
+
+def runs_of(policies: dict[str, Any], subject: str = "", home: Path = Path("none"), **results: Any) -> Runs:
+    """What a report of these policies is made from, without DPO variants."""
+    results = {"notable": {}, **results}
+    return Runs(home, policies, results, pd.DataFrame(columns=COLUMNS), "margin_nats", subject, 10.0, {})
 
 
 def prepare_run(run: Run, stage: str, *splits: str) -> Prepared:

@@ -70,6 +70,7 @@ def test_two_commands_align_the_tiny_model_and_a_third_finds_it_done(tmp_path, m
     shown = dpo.stdout[dpo.stdout.index(f"\n{variant} is better") + 1 :]
     assert len(shown.splitlines()) <= 40
     assert "## Against DPO's own reference, sft/full" in (home / "report" / "report.md").read_text()
+    assert {"index.html", "training_curves.png", "reward_kl_frontier.png"} <= set(os.listdir(home / "report"))
 
     train_log = home / variant / "train.log"
     assert "| preference accuracy" in train_log.read_text()

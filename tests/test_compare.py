@@ -15,11 +15,12 @@ from dpo_pipeline import formatting, record
 from dpo_pipeline.data.prepare import Prepared
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.evaluation import eval_set, measure, report, summary, tables
-from dpo_pipeline.evaluation.policies import Policy
+from dpo_pipeline.evaluation import eval_set, measure, summary
 from dpo_pipeline.judges import build
 from dpo_pipeline.judges.judge import Judge
-from tests.helpers import prepare_run
+from dpo_pipeline.report import comparison, section
+from dpo_pipeline.report.verdict import verdict
+from tests.helpers import prepare_run, runs_of
 
 STEPS = ("++dpo.max_steps=2", "dpo.learning_rate=1e-3", "lora=none")
 
@@ -112,7 +113,7 @@ def first_samples(folder):
     return table[(table["prompt_set"] == "test") & (table["temperature"] == 1) & (table["draw"] == 0)]
 
 
-SHOWN = {**tables.ROWS, **tables.EXTRA_ROWS}
+SHOWN = section.ROWS
 
 
 def loop(model, prompt, completion):
@@ -218,23 +219,19 @@ def test_tables_are_markdown_with_aligned_columns():
 ONE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
 
 
-def test_of_many_policies_each_has_a_line_and_what_has_no_numbers_a_reason():
+def test_of_many_policies_each_has_a_line_and_of_few_a_column():
     own = {"stop_rate": ONE, "score.truth": ONE, "win_rate.truth.sft": ONE, "win_rate.truth.sft.t0.5": ONE}
     own["win_rate.truth.sft"] = {"value": 1.0, "low": None, "high": None, "n": 2}
-    policy = {"own": own, "against": {"base": {"kl": ONE, "margin": ONE}, "reference": {"kl": ONE}}}
-    few = tables.comparison(tables.cells_against({"a": policy, "b": policy}, ["a", "b"], "base")).splitlines()
-    assert few[0].split("|")[2].strip() == "a"
-    assert [row.split("|")[1].strip() for row in few[2:]] == [
+    cells = own | {"kl": ONE, "margin": ONE}
+    few = comparison.policy_table({"a": cells, "b": cells})
+    assert list(few.columns) == ["", "a", "b"]
+    assert list(few[""]) == [
         "margin (with beta)", "KL from samples, nats", "stop rate", "score by truth", "wins over sft by truth",
         "wins over sft by truth, temperature 0.5",
     ]  # fmt: skip
-    assert few[-2].split("|")[2].strip() == "1.000 (of 2)"
-    cells = tables.cells_against({"a": policy}, ["a"], "reference", with_own=False)
-    assert "stop rate" not in tables.comparison(cells)
-    many = tables.comparison(dict.fromkeys("abcde", own)).splitlines()
-    assert [row.split("|")[1].strip() for row in many[2:]] == list("abcde")
-    gaps = tables.comparison({}, gaps={"x": "failed"}).splitlines()
-    assert [cell.strip() for cell in gaps[-1].split("|")[1:-1]] == ["x", "failed"]
+    assert section.format_cell(few["a"].iloc[-2]) == "1.000 (of 2)"
+    assert "| 1.000 (of 2)" in comparison.as_markdown(few)
+    assert list(comparison.policy_table(dict.fromkeys("abcde", own))[""]) == list("abcde")
 
 
 @pytest.mark.parametrize(("sign", "p", "words"), [(1, 0.01, "better than"), (-1, 0.01, "worse than"),
@@ -250,11 +247,12 @@ def test_the_verdict_says_in_words_which_is_better(sign, p, words):
     }
     against = {"reference": {"preference_accuracy": ONE, "kl": {"value": 30, "low": 29, "high": 31, "n": 9}}}
     before = {**own, "completion_tokens": {"value": 5, "low": 4, "high": 6, "n": 9}}
-    policies = {"dpo/x": {"own": own, "against": against}, "sft/full": {"own": before, "against": against}}
+    names = {"reference": "sft/full", "sft": "sft/full", "against": against}
+    policies = {"dpo/x": {"own": own, **names}, "sft/full": {"own": before, **names}}
     judges = {"truth": {"results": 9, "unreadable": 2}}
-    results = {"policies": policies, "comparisons": {"truth": [row], "length": [row]}, "judges": judges}
-    subject = Policy("dpo/x", "", None, reference="sft/full", sft="sft/full")
-    text = report.verdict(results, subject, kl_budget=10)
+    results = {"comparisons": {"truth": [row], "length": [row]}, "judges": judges}
+    (part,) = verdict(runs_of(policies, "dpo/x", **results))
+    text = part.text
     interval = "0.500 [0.400, 0.600]" if sign == 1 else "-0.500 [-0.600, -0.400]"
     assert f"dpo/x is {words}" in text
     assert f"by truth: difference {interval}" in text

@@ -27,6 +27,7 @@ from dpo_pipeline.evaluation.eval_set import load_eval_sets
 from dpo_pipeline.judges import build, verdicts
 from dpo_pipeline.judges.judge import Judge
 from tests.commands import run, run_two_ranks
+from dpo_pipeline.report import comparison
 from tests.helpers import prepare_run
 
 STEPS = ("++dpo.max_steps=4", "dpo.learning_rate=1e-3")
@@ -274,8 +275,7 @@ def test_an_sft_on_chosen_completions_is_named_preferred_ft(small, typed, evalua
     shutil.copytree(small(*typed).home / "sft", tmp_path / "small" / "sft")
     file = tmp_path / "small" / "sft" / "full" / "config.yaml"
     file.write_text(file.read_text().replace("sft_target: demonstration", "sft_target: chosen"))
-    found = policies.policies_of_name(small(*typed[1:], f"root={tmp_path}"))
-    assert policies.preferred_ft_names(found) == ["sft/full"]
+    assert comparison.preferred_ft(tmp_path / "small") == ["sft/full"]
 
 
 def test_best_of_n_draws_other_completions_than_the_policy_s_own(small, typed, evaluated):
@@ -325,12 +325,10 @@ def test_a_judge_that_cannot_be_read_is_told_of_and_ends_neither_best_of_n_nor_t
     assert [key for key in best_of["points"][0] if key.startswith("score")] == ["score.truth"]
     assert "results of mute are unreadable" in capsys.readouterr().out
     every[0] = 1
-    sweep = (asked.home / "report" / "sweep.md").read_text()
-    (asked.home / "report" / "sweep.md").write_text("as it was")
+    files = {file: file.read_bytes() for file in (asked.home / "report").iterdir()}
     with pytest.raises(PipelineError, match=r"judge mute: none of its \d+ results could be read"):
         run_evaluate(asked)
-    assert (asked.home / "report" / "sweep.md").read_text() == "as it was"
-    (asked.home / "report" / "sweep.md").write_text(sweep)
+    assert files == {file: file.read_bytes() for file in (asked.home / "report").iterdir()}
     results = record.read_json(asked.home / "results.json")
     assert "truth" in results["comparisons"]
     assert results["best_of"]["points"] == best_of["points"]
@@ -395,10 +393,18 @@ def test_the_terminal_shows_at_most_forty_lines_and_the_report_all_tables(small,
     labels = [cell.strip() for cell in head.split("|")[2:-1]]
     assert labels[2:] == ["KL from samples, nats", "completion length, tokens", "stop rate", "wins over sft by truth"]
     text = (run.home / "report" / "report.md").read_text()
-    titles = "Verdict Comparison Against All Accuracy Any Best Changes Completions".split()
-    assert [title for title in titles if f"\n## {title}" in text] == titles
+    titles = re.findall("^## (.*)$", text, flags=re.MULTILINE)
+    assert titles[:2] == ["Verdict", "Comparison"]
+    expected = ["Training curves: DPO", "Win rate against temperature", "All variants"]
+    expected += [
+        "Validation, by which beta is chosen",
+        "Completions side by side",
+        "Flipped pairs",
+        "Any two policies",
+    ]
+    assert [title for title in titles if title in expected] == expected
+    assert titles[-3:] == ["Data", "Warnings of the runs", "Cost, and how to repeat it"]
     assert "temperature 0" in text
-    assert "On validation, by which beta is chosen:" in text
 
 
 def test_a_policy_against_itself_is_even_in_everything(small, typed, evaluated, tmp_path):
@@ -590,9 +596,10 @@ def test_the_command_itself(small, typed, evaluated):
     assert "All against the base model: 20 test pairs and 6 sampled completions of reviews" in done.stdout
     text = (small(*typed).home / "report" / "report.md").read_text()
     assert "| reference margin" in text
+    assert "All against" in text
     assert "Preferred-FT" not in text  # its SFT learnt demonstrations
     assert "Traceback" not in done.stderr
-    assert Path(done.stdout.split("Results: ")[1].split(",")[0]).is_file()
+    assert Path(done.stdout.split("Report:  ")[1].split(",")[0]).is_file()
 
 
 def test_verdicts_of_a_scoring_judge_are_not_asked_twice(small, typed, evaluated, monkeypatch):

@@ -21,9 +21,10 @@ from dpo_pipeline.data.prompts import prompt_ids, prompts_to_rows, read_prompts
 from dpo_pipeline.data.token_table import LengthLimits, tokenize
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluation.subsets import bias, largest_changes, safety
-from dpo_pipeline.evaluation.tables import bias_table, changes_as_markdown, safety_table
+from dpo_pipeline.report import comparison, examples
 from dpo_pipeline.tokenizer import load_tokenizer
 from dpo_pipeline.training.tiny import word_tokenizer
+from tests.helpers import runs_of
 
 SHARED = CONF.parent.parent / "shared"
 ASKED = [{"role": "user", "content": "Who?"}]
@@ -238,12 +239,26 @@ def test_refusals_are_shares_by_label_and_the_unreadable_are_counted():
     assert safety(table({"refusal": [None]}, label=["unsafe"])) == {"unread": {"refusal": 1}}
 
 
+def table_of(make_sections, **results) -> str:
+    """The table of a section of the report, as Markdown."""
+    (part,) = make_sections(runs_of({}, **results))
+    return comparison.as_markdown(part.table)
+
+
+def changes_of(found):
+    """The section of the report on what changed from `sft` to `dpo`."""
+    (part,) = examples.changes(
+        runs_of({}, "dpo", notable={"dpo": {"before": "sft", "x": json.loads(json.dumps(found))}})
+    )
+    return part
+
+
 def rows_of(markdown: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
 
 
 def test_the_table_of_safety_has_a_column_for_each_policy_and_tells_what_nobody_could_read():
-    lines = rows_of(safety_table({
+    lines = rows_of(table_of(comparison.safety, safety={
         "base": safety(table({"refusal": REFUSED, "har.m": HARM}, label=LABELS)),
         "dpo/b0.1": safety(table({"refusal": [1.0] * 8, "har.m": [0.5] * 8}, label=LABELS[10:])),
     }))  # fmt: skip
@@ -310,7 +325,7 @@ def test_the_table_of_bias_shows_groups_gaps_and_what_was_unreadable():
     columns = {"template": np.repeat(list("abcd"), 3), "group": ["g0", "g1", "g2"] * 4}
     values = [1, 0, 0, 1, 1, 0, 1, 0, 1, 0, 0, 1]
     three = {"base": bias(table({"harm": values}, **columns)), "dpo": bias(table({"harm": [None] * 12}, **columns))}
-    lines = rows_of(bias_table(three))
+    lines = rows_of(table_of(comparison.bias, bias=three))
     cells = {line[0]: line[1:] for line in lines[2:]}
     rest = [f"harm, g{i} minus the rest" for i in range(3)]
     assert list(cells) == [*(f"harm, g{i}" for i in range(3)), *rest, "harm, largest gap", "harm, unreadable"]
@@ -318,7 +333,8 @@ def test_the_table_of_bias_shows_groups_gaps_and_what_was_unreadable():
     assert cells["harm, g1 minus the rest"][0].startswith("-0.375 [")
     assert cells["harm, largest gap"][0].startswith("g0 - g1: 0.500 [")
     assert cells["harm, unreadable"] == ["", "12"]
-    two = bias_table({"base": bias(table({"tokens": [3.0, 5.0]}, template=["t", "t"], group=["m", "w"]))})
+    two = bias(table({"tokens": [3.0, 5.0]}, template=["t", "t"], group=["m", "w"]))
+    two = table_of(comparison.bias, bias={"base": two})
     assert "minus the rest" not in two
     assert "w - m: 2.000 (of 1)" in two
 
@@ -341,25 +357,25 @@ def test_pairs_that_flipped_either_way_with_the_largest_change_first():
     assert [example["prompt"] for example in found["successes"]["examples"]] == ["p1", "p0"]  # p5 changed as p0 did
     failure = {"prompt": "p2", "texts": {"chosen": " good2", "rejected": " bad2"}, "before": 3.0, "after": -1.0}
     assert found["failures"] == {"count": 1, "examples": [failure]}
-    text = changes_as_markdown(json.loads(json.dumps(found)), "sft", "dpo", 3)
-    assert "**wrong with sft, right with dpo: 3 of 7**\n\n> p1\n\n- margin_nats: -9.000 to 0.500\n" in text
-    assert "**right with sft, wrong with dpo: 1 of 7**\n\n> p2\n" in text
+    part = changes_of(found)
+    assert part.text.startswith("wrong with sft, right with dpo: 3 of 7; right with sft, wrong with dpo: 1 of 7.")
+    assert part.table.iloc[0].tolist() == ["gain", "-9.000 to 0.500", "p1", " good1", " bad1"]
+    assert part.table.iloc[-1].tolist()[:3] == ["loss", "3.000 to -1.000", "p2"]
     itself = changes("margin_nats", PAIRS, [0.0] * 7, [1.0] * 7)
     assert (itself["ties"], itself["successes"]["count"], itself["failures"]["count"]) == (7, 0, 0)
 
 
 def test_the_largest_gains_and_losses_of_a_judge_s_score():
-    samples = [{"prompt": f"p{i}", "sft": f"old {i}", "dpo": "x" * 400} for i in range(6)]
+    samples = [{"prompt": f"p{i}", "sft": f"old {i}", "dpo": "x" * 800} for i in range(6)]
     samples[4]["prompt"] = ASKED
     found = changes("score.truth", samples, [0.0, 0.5, None, 1.0, -1.0, 0.2], [0.3, 0.5, 1.0, None, 2.0, 0.1], 1)
     assert {key: found[key] for key in ("n", "ties", "unread")} == {"n": 4, "ties": 1, "unread": 2}
     assert found["successes"]["count"] == 2
-    texts = {"sft": "old 4", "dpo": "x" * 400}
+    texts = {"sft": "old 4", "dpo": "x" * 800}
     assert found["successes"]["examples"] == [{"prompt": "user: Who?", "texts": texts, "before": -1.0, "after": 2.0}]
     assert [example["prompt"] for example in found["failures"]["examples"]] == ["p5"]
-    text = changes_as_markdown(json.loads(json.dumps(found)), "sft", "dpo", 3)
-    head = "**dpo above sft by score.truth: 2 of 4**\n\n> user: Who?\n\n- score.truth: -1.000 to 2.000\n- sft: old 4"
-    assert head in text
-    assert f"- dpo: {'x' * 300} ..." in text
-    assert "x" * 301 not in text
-    assert "0 of 0" in changes_as_markdown(changes("score.truth", samples[:1], [None], [1.0]), "a", "b", 3)
+    part = changes_of(found)
+    assert part.text.startswith("dpo above sft by score.truth: 2 of 4; dpo below sft: 1 of 4")
+    expected = ["gain", "-1.000 to 2.000", "user: Who?", "old 4", f"{'x' * 700} ..."]
+    assert part.table.iloc[0].tolist() == expected
+    assert "0 of 0" in changes_of(changes("score.truth", samples[:1], [None], [1.0])).text
