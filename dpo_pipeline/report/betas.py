@@ -36,7 +36,7 @@ def all_variants(runs: Runs) -> list[Section]:
     blocks += [text, *(["They differ, beside beta and seed, in:\n" + "\n".join(differences)] if differences else [])]
     panels = beta_panels(measured, runs.target) if len(measured) else ()
     sections = [Section("All variants", "\n\n".join(blocks), table, panels, "betas.png", short=short)]
-    chosen_from = measured[measured["validation"].map(bool)]
+    chosen_from = measured[measured["validation"].map(bool).astype(bool)]
     if len(chosen_from):
         table = policy_lines(chosen_from, "validation", [*dict.fromkeys(["kl", "margin_nats", runs.target])])
         sections.append(Section("Validation, by which beta is chosen", table=table))

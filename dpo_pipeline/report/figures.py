@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -41,10 +42,12 @@ def draw_png(draw: Callable[[Any], None], title: str, size: tuple[float, float] 
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
+    with rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a name in letters that the font lacks
         figure, buffer = Figure(figsize=size), io.BytesIO()  # without a layout engine, which draws all twice
         axis, rows = figure.subplots(), 0
         draw(axis)
+        axis.set(xlabel=escape_controls(axis.get_xlabel()), ylabel=escape_controls(axis.get_ylabel()))
         axis.set_title(escape_controls(title))
         axis.yaxis.set_major_formatter("{x:g}")
         handles, labels = axis.get_legend_handles_labels()

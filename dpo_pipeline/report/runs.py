@@ -186,4 +186,4 @@ def recommend(variants: pd.DataFrame, target: str, kl_budget: float) -> tuple[st
 
 def grouped(variants: pd.DataFrame, split: str) -> Any:
     """The seeds of each setting and beta that are measured on a split."""
-    return variants[variants[split].map(bool)].groupby(["setting", "beta"])
+    return variants[variants[split].map(bool).astype(bool)].groupby(["setting", "beta"])
