@@ -12,8 +12,8 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 
 .NOTPARALLEL:
-.PHONY: help install check inspect sft dpo sweep evaluate pairs export chat deepspeed test test-real test-slurm test-chaos test-gpu bench-data bench-eval \
-	bench-sweep config-reference lint clean
+.PHONY: help install check inspect sft dpo sweep evaluate report pairs export chat deepspeed test test-real test-slurm test-chaos test-gpu \
+	bench-data bench-eval bench-sweep config-reference lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -39,10 +39,10 @@ sft: install deepspeed  ## fine-tune the base model on the answers to imitate; o
 dpo: install deepspeed  ## align the SFT policy with the pairs; ends with the table; on 4 GPUs with GPUS=4
 	@$(RUN) -m dpo_pipeline.dpo $(ARGS)
 
-sweep: sft  ## sft, then dpo for each of BETAS=0.05,0.1,0.3, a GPU each; ends with table, plots and a recommended beta
+sweep: sft  ## sft, then dpo for each of BETAS=0.05,0.1,0.3, a GPU each; ends with a report and a recommended beta
 	@$(PY) -m dpo_pipeline.dpo -m $(ARGS) beta=$(BETAS)
 
-evaluate: install deepspeed  ## measure whether it is better: all policies of a name, KL, win rates, safety; prints the tables
+evaluate: install deepspeed  ## measure whether it is better: all policies of a name, KL, win rates, safety; prints the table, writes the report
 	@$(RUN) -m dpo_pipeline.evaluate $(ARGS)
 
 pairs: install  ## sample completions of the SFT, score them with a judge, and write preference pairs
@@ -53,6 +53,9 @@ export: install  ## merge the DPO policy into one 16-bit model with a model card
 
 chat: install  ## talk to the DPO policy; ARGS="compare=true" shows its reference beside it
 	@$(PY) -m dpo_pipeline.chat $(ARGS)
+
+report: install  ## show how all policies of a name compare: prints, and writes report/index.html
+	@$(PY) -m dpo_pipeline.report $(ARGS)
 
 deepspeed: install
 	@case $(LAUNCH) in zero*) $(PY) -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("deepspeed"))' || \
