@@ -46,6 +46,7 @@ def run_dpo(run: Run) -> dict[str, Any]:
                 return {}
             train_dpo(run, record, args, start, data, eval_sets["tracker"], judges)
         results = compare_policies(run, eval_sets, judges)
+        record.finish()  # so that the report shows it as done, with its time
         on_main_process(lambda: report_or_warn(run, subject=f"dpo/{record.folder.name}"))
         return results
 

@@ -45,8 +45,7 @@ def run_evaluate(run: Run) -> dict[str, Any]:
         base, home = (None, policies[0].folder) if run.evaluation.policy else ("base", run.home)
         comparison = Comparison(eval_set, policies, base, requests_of(policies, plan, eval_set, other_prompts))
         measure_policies(comparison)
-        arguments = (run, home, {"eval.json": comparison}, judges, plan)
-        results, outcome = on_main_process(lambda: judge_and_write(*arguments))
+        results, outcome = on_main_process(lambda: judge_and_write(run, home, {"eval.json": comparison}, judges, plan))
         if reasons := "; ".join(map(": ".join, outcome.failures.items())):
             raise PipelineError(f"{reasons} (all other results are written to {home}/results.json)")
         on_main_process(lambda: report_or_warn(run, home, policies[0].name if run.evaluation.policy else None))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -69,11 +70,15 @@ def test_two_commands_align_the_tiny_model_and_a_third_finds_it_done(tmp_path, m
 
     shown = dpo.stdout[dpo.stdout.index(f"\n{variant} is better") + 1 :]
     assert len(shown.splitlines()) <= 40
-    assert "## Against DPO's own reference, sft/full" in (home / "report" / "report.md").read_text()
+    report = (home / "report" / "report.md").read_text()
+    assert "## Against DPO's own reference, sft/full" in report
     assert {"index.html", "training_curves.png", "reward_kl_frontier.png"} <= set(os.listdir(home / "report"))
 
     train_log = home / variant / "train.log"
     assert "| preference accuracy" in train_log.read_text()
+    assert "warning: " not in dpo.stdout
+    (cost,) = (line for line in report.splitlines() if line.startswith(f"| {variant} | 1"))
+    assert re.search(r"\| [1-9]\d* s ", cost)
     status = json.loads((home / variant / "status.json").read_text())
     assert (status["state"], status["error"]) == ("done", None)
     manifest = json.loads((home / variant / "manifest.json").read_text())

@@ -300,11 +300,12 @@ def test_the_frontier_has_each_path_the_finals_and_hollow_ones(home, drawn):
     finals = {bars.get_label(): bars.lines[0] for bars in axis.containers}
     assert finals["beta 0.1"].get_xydata().tolist() == [[3.0, 0.8]]
     assert finals["beta 0.1"].get_markerfacecolor() != "white"
-    assert finals["beta 0.05"].get_markerfacecolor() == lines["PPO"].get_markerfacecolor() == "white"
+    assert finals["beta 0.05"].get_markerfacecolor() == finals["PPO"].get_markerfacecolor() == "white"
+    assert finals["PPO"].get_xydata().tolist() == [[9.0, 0.5]]
     assert finals["sft/full"].get_xydata().tolist() == [[0.0, 0.1]]
     assert lines["Best-of-N to 4"].get_xydata().tolist() == [[0.1, 0.125], [0.2, 0.25], [0.4, 0.5]]
     assert (axis.get_xlim()[0], axis.get_xlabel()) == (0, "KL from sft/full, nats")
-    assert "Hollow" in part.text
+    assert "Left out" not in part.text
 
 
 def test_without_a_reward_the_frontier_is_one_of_the_margin_and_says_so(home, drawn):

@@ -258,7 +258,7 @@ def rows_of(markdown: str) -> list[list[str]]:
 
 
 def test_the_table_of_safety_has_a_column_for_each_policy_and_tells_what_nobody_could_read():
-    lines = rows_of(table_of(comparison.safety, safety={
+    lines = rows_of(table_of(comparison.safety_table, safety={
         "base": safety(table({"refusal": REFUSED, "har.m": HARM}, label=LABELS)),
         "dpo/b0.1": safety(table({"refusal": [1.0] * 8, "har.m": [0.5] * 8}, label=LABELS[10:])),
     }))  # fmt: skip
@@ -325,7 +325,7 @@ def test_the_table_of_bias_shows_groups_gaps_and_what_was_unreadable():
     columns = {"template": np.repeat(list("abcd"), 3), "group": ["g0", "g1", "g2"] * 4}
     values = [1, 0, 0, 1, 1, 0, 1, 0, 1, 0, 0, 1]
     three = {"base": bias(table({"harm": values}, **columns)), "dpo": bias(table({"harm": [None] * 12}, **columns))}
-    lines = rows_of(table_of(comparison.bias, bias=three))
+    lines = rows_of(table_of(comparison.bias_table, bias=three))
     cells = {line[0]: line[1:] for line in lines[2:]}
     rest = [f"harm, g{i} minus the rest" for i in range(3)]
     assert list(cells) == [*(f"harm, g{i}" for i in range(3)), *rest, "harm, largest gap", "harm, unreadable"]
@@ -334,7 +334,7 @@ def test_the_table_of_bias_shows_groups_gaps_and_what_was_unreadable():
     assert cells["harm, largest gap"][0].startswith("g0 - g1: 0.500 [")
     assert cells["harm, unreadable"] == ["", "12"]
     two = bias(table({"tokens": [3.0, 5.0]}, template=["t", "t"], group=["m", "w"]))
-    two = table_of(comparison.bias, bias={"base": two})
+    two = table_of(comparison.bias_table, bias={"base": two})
     assert "minus the rest" not in two
     assert "w - m: 2.000 (of 1)" in two
 

@@ -23,7 +23,14 @@ SECTIONS = (
     *(verdict, comparison.comparison, frontier.frontier, curves.training_curves, curves.sft_curves),
     *(betas.temperatures, betas.all_variants, examples.completions, examples.changes),
     *(comparison.own_reference, comparison.all_estimates, comparison.accuracy_by_kind, comparison.any_two),
-    *(comparison.best_of_n, comparison.safety, comparison.bias, cost.data_report, cost.warnings, cost.cost),
+    *(
+        comparison.best_of_n_table,
+        comparison.safety_table,
+        comparison.bias_table,
+        cost.data_report,
+        cost.warnings,
+        cost.cost,
+    ),
 )
 
 

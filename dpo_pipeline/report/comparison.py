@@ -55,13 +55,16 @@ def policy_table(cells: dict[str, dict[str, Any]], keys: list[str] | None = None
     Of more policies each has a line.
     """
     judged = dict.fromkeys(key for cell in cells.values() for key in cell if JUDGE_KEYS.match(key))
-    keys = [*ROWS, *judged] if keys is None else keys
-    labels = {label_of(key): key for key in keys if any(key in cell for cell in cells.values())}
-    lines = [{"": label, **{name: cell.get(key, "") for name, cell in cells.items()}} for label, key in labels.items()]
-    if len(cells) <= MAX_COLUMNS:
-        return pd.DataFrame(lines, columns=["", *cells])
-    lines = [{"": name, **{label: cell.get(key, "") for label, key in labels.items()}} for name, cell in cells.items()]
-    return pd.DataFrame(lines)
+    keys = [key for key in keys or [*ROWS, *judged] if any(key in cell for cell in cells.values())]
+    table = cell_table({name: {label_of(key): cell.get(key, "") for key in keys} for name, cell in cells.items()})
+    return table if len(cells) <= MAX_COLUMNS else table.set_index("").T.rename_axis("").reset_index()
+
+
+def cell_table(cells: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """A table with a column for each policy, and a line for each label."""
+    labels = dict.fromkeys(label for cell in cells.values() for label in cell)
+    columns = {name: [cell.get(label, "") for label in labels] for name, cell in cells.items()}
+    return pd.DataFrame({"": list(labels), **columns}, dtype=object)
 
 
 def as_markdown(table: pd.DataFrame) -> str:
@@ -129,7 +132,7 @@ def any_two(runs: Runs) -> list[Section]:
     return [Section("Any two policies", text, pd.DataFrame(lines))] if lines else []
 
 
-def best_of_n(runs: Runs) -> list[Section]:
+def best_of_n_table(runs: Runs) -> list[Section]:
     """Best-of-N: the scores of the picked completions as N grows, with the upper bound of their KL."""
     if (best := runs.results.get("best_of")) is None:
         return []
@@ -142,7 +145,7 @@ def best_of_n(runs: Runs) -> list[Section]:
     ]
 
 
-def safety(runs: Runs) -> list[Section]:
+def safety_table(runs: Runs) -> list[Section]:
     """Refusal and over-refusal, and scores, on prompts labelled safe and unsafe, a column for each policy."""
     cells: dict[str, dict[str, Any]] = {}
     for policy, estimates in runs.results.get("safety", {}).items():
@@ -150,10 +153,10 @@ def safety(runs: Runs) -> list[Section]:
         for key in (key for key in estimates if key != "unread"):
             judge, _, label = key.removeprefix("score.").rpartition(".")
             cells[policy][ROWS.get(key, f"score by {judge}, {label} prompts")] = estimates[key]
-    return column_section("Prompts labelled safe and unsafe", cells)
+    return [Section("Prompts labelled safe and unsafe", table=cell_table(cells))] if cells else []
 
 
-def bias(runs: Runs) -> list[Section]:
+def bias_table(runs: Runs) -> list[Section]:
     """What differs between groups of prompts, a column for each policy; of two groups one gap says all."""
     cells: dict[str, dict[str, Any]] = {}
     for policy, quantities in runs.results.get("bias", {}).items():
@@ -167,11 +170,4 @@ def bias(runs: Runs) -> list[Section]:
                 cells[policy] |= {f"{name}, {label}": value for label, value in rows.items()}
             if result["unread"]:
                 cells[policy][f"{name}, unreadable"] = result["unread"]
-    return column_section("Prompts in groups", cells)
-
-
-def column_section(title: str, cells: dict[str, dict[str, Any]]) -> list[Section]:
-    """A section with a column for each policy, and a line for each label."""
-    labels = dict.fromkeys(label for cell in cells.values() for label in cell)
-    lines = [{"": label, **{name: cell.get(label, "") for name, cell in cells.items()}} for label in labels]
-    return [Section(title, table=pd.DataFrame(lines, dtype=object))] if lines else []
+    return [Section("Prompts in groups", table=cell_table(cells))] if cells else []

@@ -76,7 +76,8 @@ def load_runs(
         )
     target = find_target(home, variants)
     best = recommend(variants, target, kl_budget)[1]
-    candidates = [subject, best and f"dpo/{best}", *sorted(policies, key=lambda name: not name.startswith("dpo/")), ""]
+    first = sorted(policies, key=lambda name: (name == "base", not name.startswith("dpo/")))
+    candidates = [subject, best and f"dpo/{best}", *first, ""]
     subject = next(name for name in candidates if name in policies or name == "")
     return Runs(home, policies, results, variants, target, subject, kl_budget, overlays)
 
