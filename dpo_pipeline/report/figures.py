@@ -52,10 +52,11 @@ def draw_png(draw: Callable[[Any], None], title: str, size: tuple[float, float] 
         axis.yaxis.set_major_formatter("{x:g}")
         handles, labels = axis.get_legend_handles_labels()
         if labels:
-            columns = next(n for n, width in ((4, 12), (2, 24), (1, 999)) if max(map(len, labels)) <= width)
+            columns = max(1, int(size[0] / (0.35 + 0.065 * max(map(len, labels)))))
             rows = math.ceil(len(labels) / columns)
             figure.legend(handles, map(escape_controls, labels), loc="lower center", ncols=columns)
-        left = 0.7 if axis.get_ylabel() else 0.6  # inches
+        ticks = axis.yaxis.get_major_formatter().format_ticks(axis.get_yticks())
+        left = 0.16 + 0.07 * max(map(len, ticks)) + (0.2 if axis.get_ylabel() else 0)  # inches
         edges = {"left": left / size[0], "bottom": (0.5 + 0.19 * rows) / size[1]}
         figure.subplots_adjust(**edges, right=1 - 0.15 / size[0], top=1 - 0.27 / size[1])
         figure.savefig(buffer, format="png", dpi=DPI)
