@@ -7,49 +7,40 @@ from typing import Any
 import pandas as pd
 
 from dpo_pipeline.record import read_json
-from dpo_pipeline.report.comparison import caption
+from dpo_pipeline.report.comparison import caption, policy_table
 from dpo_pipeline.report.figures import GREY, LINES, SIZE, WIDE, beta_axis, draw_png, error_bars
 from dpo_pipeline.report.runs import Runs, grouped, over_seeds, recommend
 from dpo_pipeline.report.section import SHORT_KEYS, Panel, Section, label_of, shorten
 
 PLOTTED = ("preference_accuracy", "margin_nats", "kl")  # and the target
 MAX_JUDGES = 4  # panels of win rates
+MAX_GAPS = 4  # variants without numbers that a terminal names
 
 
 def all_variants(runs: Runs) -> list[Section]:
     """The variants on test, those on validation by which a beta is chosen, and each quantity against beta."""
     if len(runs.variants) < 2:
         return []
-    measured, keys = runs.measured, [*SHORT_KEYS, runs.target]
-    wins = dict.fromkeys(
-        k for cells in measured["test"] for k in cells if re.match(r"win_rate\.[^.]+\.(sft|reference)$", k)
-    )
-    table = policy_lines(measured, "test", [*dict.fromkeys([*keys, *wins])])
-    gaps = runs.variants[runs.variants["problem"] != ""]
-    gap_lines = [{"": name, "without numbers": why} for name, why in zip(gaps["name"], gaps["problem"], strict=True)]
-    table = pd.concat([table, pd.DataFrame(gap_lines)], ignore_index=True) if gap_lines else table
-    text, _ = recommend(measured, runs.target, runs.kl_budget)
-    unfinished = [f"{line['']}: {line['without numbers']}" for line in gap_lines]
-    differences = list_differences(runs)
-    short = "\n".join([text, *(f"Without numbers: {line}" for line in unfinished), *differences])
+    measured, target = runs.measured, runs.target
+    gaps = runs.variants.loc[runs.variants["problem"] != "", ["name", "problem"]]
+    test, validation = (dict(zip(measured["name"], measured[split], strict=True)) for split in ("test", "validation"))
+    wins = [key for cells in test.values() for key in cells if re.match(r"win_rate\.[^.]+\.(sft|reference)$", key)]
+    tables = [policy_table(test, [*dict.fromkeys([*SHORT_KEYS, target, *wins])], max_columns=0)] if test else []
+    table = pd.concat([*tables, gaps.set_axis(["", "without numbers"], axis="columns")], ignore_index=True)
+    text, _ = recommend(measured, target, runs.kl_budget)
+    short = [text, *(f"Without numbers: {name}: {problem}" for name, problem in gaps.head(MAX_GAPS).to_numpy())]
     blocks = [caption(runs.policies[f"dpo/{first.name}"], first.reference) for first in measured[:1].itertuples()]
-    blocks += [text, *(["They differ, beside beta and seed, in:\n" + "\n".join(differences)] if differences else [])]
-    panels = beta_panels(measured, runs.target) if len(measured) else ()
-    sections = [Section("All variants", "\n\n".join(blocks), table, panels, "betas.png", short=short)]
-    chosen_from = measured[measured["validation"].map(bool).astype(bool)]
-    if len(chosen_from):
-        table = policy_lines(chosen_from, "validation", [*dict.fromkeys(["kl", "margin_nats", runs.target])])
+    if differences := list_differences(runs):
+        text += "\n\nThey differ, beside beta and seed, in:\n" + "\n".join(differences)
+    panels = beta_panels(measured, target) if test else ()
+    text = "\n\n".join([*blocks, text])
+    sections = [
+        Section("All variants", text, table.dropna(axis=1, how="all"), panels, "betas.png", short="\n".join(short))
+    ]
+    if chosen_from := {name: cells for name, cells in validation.items() if cells}:
+        table = policy_table(chosen_from, [*dict.fromkeys(["kl", "margin_nats", target])], max_columns=0)
         sections.append(Section("Validation, by which beta is chosen", table=table))
     return sections
-
-
-def policy_lines(variants: pd.DataFrame, split: str, keys: list[str]) -> pd.DataFrame:
-    """A table with a line for each variant, of the estimates of these keys on a split."""
-    lines = []
-    for line in variants.itertuples(index=False):
-        cells = getattr(line, split)
-        lines.append({"": line.name, **{label_of(key): cells[key] for key in keys if key in cells}})
-    return pd.DataFrame(lines, dtype=object)
 
 
 def list_differences(runs: Runs) -> list[str]:

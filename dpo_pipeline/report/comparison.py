@@ -13,7 +13,7 @@ from dpo_pipeline.report.section import JUDGE_KEYS, ROWS, SHORT_KEYS, Section, f
 
 MAX_COLUMNS = 4  # policies beside each other; more stand below each other
 PLAIN_JUDGE_KEYS = re.compile(r"(win_rate|score)\.[^.]+(\.[a-z]+)?$")  # at temperature 1
-MAX_LINES = 12  # policies in the table on the terminal
+MAX_LINES = 8  # policies in the table on the terminal
 
 
 def comparison(runs: Runs) -> list[Section]:
@@ -49,15 +49,14 @@ def every_cell(runs: Runs) -> dict[str, dict[str, Any]]:
     return cells
 
 
-def policy_table(cells: dict[str, dict[str, Any]], keys: list[str] | None = None) -> pd.DataFrame:
-    """Estimates by policy and key, by default of all keys that it knows: a column for each of at most four policies.
-
-    Of more policies each has a line.
-    """
+def policy_table(
+    cells: dict[str, dict[str, Any]], keys: list[str] | None = None, max_columns: int = MAX_COLUMNS
+) -> pd.DataFrame:
+    """Estimates by policy and key, by default of all keys that it knows; of more policies each has a line."""
     judged = dict.fromkeys(key for cell in cells.values() for key in cell if JUDGE_KEYS.match(key))
     keys = [key for key in keys or [*ROWS, *judged] if any(key in cell for cell in cells.values())]
     table = cell_table({name: {label_of(key): cell.get(key, "") for key in keys} for name, cell in cells.items()})
-    return table if len(cells) <= MAX_COLUMNS else table.set_index("").T.rename_axis("").reset_index()
+    return table if len(cells) <= max_columns else table.set_index("").T.rename_axis("").reset_index()
 
 
 def cell_table(cells: dict[str, dict[str, Any]]) -> pd.DataFrame:

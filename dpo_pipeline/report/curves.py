@@ -1,6 +1,7 @@
 """The curves of a training, each with how to read it and what is unusual in this one."""
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from dpo_pipeline.report.section import Panel, Section
 
 MAX_GAP = 0.05  # of accuracy between train and validation
 MAX_ACCURACY = 0.95  # as the tracker warns
+TRACKED_COLUMNS = "step kl kl_low kl_high reward reward_low reward_high".split()
 HOW = {
     "loss": "Falls from ln 2 = 0.693, where policy and reference agree. Validation that rises again is over-fitting.",
     "margin (with beta)": "Reward of chosen minus rejected, as TRL logs it. It grows as long as DPO learns.",
@@ -37,10 +39,9 @@ def training_curves(runs: Runs) -> list[Section]:
     if not runs.subject.startswith("dpo/") or (metrics := load_metrics(folder)) is None:
         return []
     config = OmegaConf.load(folder / "config.yaml")
-    for side in ("chosen", "rejected"):
-        for prefix in ("", "eval_"):
-            metrics[f"{prefix}{side} change"] = metrics[f"{prefix}rewards/{side}"] / config.beta
-    points = pd.DataFrame(read_json(folder / TRACKER_FILE) or [], columns=[*TRACKED_COLUMNS])
+    for column in [column for column in metrics if re.fullmatch("(eval_)?rewards/(chosen|rejected)", column)]:
+        metrics[f"{column.replace('rewards/', '')} change"] = metrics[column] / config.beta
+    points = pd.DataFrame(read_json(folder / TRACKER_FILE) or [], columns=TRACKED_COLUMNS)
     remarks = find_remarks(metrics, points, config, runs.kl_budget)
     draws: dict[str, Callable[[Any], None]] = {
         "loss": partial(draw_pair, metrics, ["loss"], line=math.log(2) if config.dpo.loss_type == "sigmoid" else None),
@@ -71,13 +72,9 @@ def sft_curves(runs: Runs) -> list[Section]:
     return [curve_section("Training curves: SFT", f"Of {name}.", "sft_curves.png", draws, {})]
 
 
-TRACKED_COLUMNS = [f"{name}{suffix}" for name in ("kl", "reward", "stop_rate") for suffix in ("", "_low", "_high")]
-TRACKED_COLUMNS = ["step", "beta", *TRACKED_COLUMNS, "completion_tokens", "n"]
-
-
 def load_metrics(folder: Path) -> pd.DataFrame | None:
     """metrics.jsonl with a line for each step, or None where no step is logged."""
-    metrics = pd.DataFrame(read_metrics(folder), columns=None)
+    metrics = pd.DataFrame(read_metrics(folder))
     return metrics.groupby("step").first() if "loss" in metrics else None
 
 
@@ -150,10 +147,13 @@ def find_remarks(metrics: pd.DataFrame, points: pd.DataFrame, config: Any, kl_bu
         if len(points) > 1 and reward.iloc[-1] < points["reward_low"].astype(float)[reward.idxmax()]:
             step = points["step"][reward.idxmax()]
             remarks["reward by the judge"] = f"Unusual: it falls from {reward.max():.2f} at step {step}."
-    norms, limit = metrics["grad_norm"].dropna(), config.dpo.max_grad_norm
-    clipped = f"Above dpo.max_grad_norm={limit:g}, so clipped, in {(norms > limit).mean():.0%} of the logged steps."
-    is_jumping = norms.max() > 10 * norms.median()
-    remarks["gradient norm"] = f"{'Unusual: it jumps. ' if is_jumping else ''}{clipped}"
+    if "grad_norm" in metrics:
+        norms, limit = metrics["grad_norm"].dropna(), config.dpo.max_grad_norm
+        clipped = (
+            f"Above dpo.max_grad_norm={limit:g}, so clipped, in {(norms > limit).mean():.0%} of the logged steps."
+        )
+        is_jumping = norms.max() > 10 * norms.median()
+        remarks["gradient norm"] = f"{'Unusual: it jumps. ' if is_jumping else ''}{clipped}"
     rates = metrics["learning_rate"].dropna()
     remarks["learning rate"] = f"Largest {rates.max():.2g}, at step {rates.idxmax()}."
     return remarks
