@@ -494,6 +494,8 @@ def test_panels_are_joined_two_beside_each_other():
     tile = imread(io.BytesIO(png)).shape
     grid = imread(io.BytesIO(figures.join_pngs([png] * 3))).shape
     assert grid[:2] == (2 * tile[0], 2 * tile[1])
+    tall = figures.draw_png(lambda axis: [axis.plot([0, 1], label=f"{i} {'x' * 40}") for i in range(20)], "title")
+    assert len(imread(io.BytesIO(figures.join_pngs([png, tall])))) == len(imread(io.BytesIO(tall))) > 2 * tile[0]
     assert figures.join_pngs([png]) == png
     assert shorten("a" * 30 + "b" * 30) == "a" * 23 + "…" + "b" * 12
     assert Panel("t", png).caption == ""

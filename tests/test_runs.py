@@ -97,7 +97,7 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path):
 def test_what_cannot_change_the_weights_is_not_identity():
     typed = ["root=x", "name=x", "sft_variant=x", "overwrite=true", "report_to=wandb", "batch.micro_size=8",
              "sft.logging_steps=1", "sft.save_total_limit=5", "evaluation.pairs=7", "dpo.learning_rate=1",
-             "beta=0.5"]  # fmt: skip
+             "beta=0.5", "overlay=[PPO:x]"]  # fmt: skip
     assert run_folder.identity(compose(typed), "sft") == run_folder.identity(compose([]), "sft")
 
 

@@ -57,19 +57,23 @@ def draw_png(draw: Callable[[Any], None], title: str, size: tuple[float, float] 
             figure.legend(handles, map(escape_controls, labels), loc="lower center", ncols=columns)
         ticks = axis.yaxis.get_major_formatter().format_ticks(axis.get_yticks())
         left = 0.16 + 0.07 * max(map(len, ticks)) + (0.2 if axis.get_ylabel() else 0)  # inches
-        edges = {"left": left / size[0], "bottom": (0.5 + 0.19 * rows) / size[1]}
-        figure.subplots_adjust(**edges, right=1 - 0.15 / size[0], top=1 - 0.27 / size[1])
+        height = size[1] + 0.19 * max(0, rows - 2)
+        figure.set_figheight(height)
+        edges = {"left": left / size[0], "bottom": (0.5 + 0.19 * rows) / height}
+        figure.subplots_adjust(**edges, right=1 - 0.15 / size[0], top=1 - 0.27 / height)
         figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()
 
 
 def join_pngs(pngs: list[bytes]) -> bytes:
-    """One PNG of several of equal size, two beside each other."""
+    """One PNG of several of equal width, two beside each other; the shorter ones end in white."""
     from matplotlib.image import imread, imsave
 
     if len(pngs) == 1:
         return pngs[0]
     tiles = [imread(io.BytesIO(png)) for png in pngs]
+    height = max(map(len, tiles))
+    tiles = [np.pad(tile, ((0, height - len(tile)), (0, 0), (0, 0)), constant_values=1) for tile in tiles]
     tiles += [np.ones_like(tiles[0])] * (len(tiles) % 2)
     buffer = io.BytesIO()
     grid = np.vstack([np.hstack(tiles[i : i + 2]) for i in range(0, len(tiles), 2)])

@@ -118,5 +118,5 @@ def draw_frontier(axis: Any, runs: Runs, tracks: list[dict[str, Any]]) -> None:
     if points := best_of_n_points(runs):
         bounds, values = [point["kl_bound"] for point in points], [point[target]["value"] for point in points]
         axis.plot(bounds, values, "k-.", linewidth=1.2, label=f"Best-of-N to {points[-1]['n']}")
-    axis.set(xlabel=f"KL from {shorten(reference)}, nats", ylabel=label_of(target))
+    axis.set(xlabel=f"KL from {shorten(reference)}, nats", ylabel=shorten(label_of(target)))
     axis.set_xlim(left=0)
