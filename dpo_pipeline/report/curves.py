@@ -20,7 +20,7 @@ MAX_GAP = 0.05  # of accuracy between train and validation
 MAX_ACCURACY = 0.95  # as the tracker warns
 TRACKED_COLUMNS = "step kl kl_low kl_high reward reward_low reward_high".split()
 HOW = {
-    "loss": "Falls from ln 2 = 0.693, where policy and reference agree. Validation that rises again is over-fitting.",
+    "loss": "Falls; a sigmoid loss starts at ln 2 = 0.693. Validation that rises again is over-fitting.",
     "margin (with beta)": "Reward of chosen minus rejected, as TRL logs it. It grows as long as DPO learns.",
     "preference accuracy": "Share of pairs with a positive margin. Label noise bounds it below 1.",
     "log-prob change, nats": "Against the reference. Both may fall, but the rejected has to fall faster.",
