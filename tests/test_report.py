@@ -56,8 +56,8 @@ def lay_run(home: Path, name: str, beta: float, metrics: list[dict]) -> Path:
     identity = {"beta": beta, "seed": 0, "x": 1}
     manifest = {"identity": identity, "seconds": 61.4, "world_size": 1, "device": "cpu", "precision": "fp32"}
     manifest |= {"command": ["python", "-m", "dpo_pipeline.dpo", f"name={NASTY}"], "peak_memory_bytes": 2e9}
-    sources = {NASTY: {"read": 9, "kept": {"train": 5, "validation": 1, "test": 1}, "dropped": {NASTY: 2}, "cut": {}}}
-    manifest["sources"] = {NASTY: sources[NASTY] | {"unused_columns": []}}
+    counts = {"read": 9, "rows": 9, "kept": {"train": 5, "validation": 1, "test": 1}, "dropped": {NASTY: 2}}
+    manifest["sources"] = {NASTY: counts | {"cut": {}, "unused_columns": []}}
     write_json(folder / "manifest.json", manifest)
     write_json(folder / "status.json", {"state": "done", "step": 100, "error": None})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
