@@ -32,6 +32,7 @@ def run_evaluate(run: Run) -> dict[str, Any]:
 
     with run_logging(None):
         check_device("dpo_pipeline.evaluate")
+        run, policies = on_main_process(lambda: policies_to_measure(run))
         plan = judging_plan(run, policies, judges := build_judges(run, load_options(run)))
         gated = gated_policies(run, policies, judges, plan)
         data = prepare(run, "dpo", ("test",), strict=False)

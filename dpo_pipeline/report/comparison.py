@@ -12,7 +12,7 @@ from dpo_pipeline.report.runs import Runs
 from dpo_pipeline.report.section import JUDGE_KEYS, ROWS, SHORT_KEYS, Section, format_cell, label_of, table_rows
 
 MAX_COLUMNS = 4  # policies beside each other; more stand below each other
-PLAIN_JUDGE_KEYS = re.compile(r"(win_rate|score)\.[^.]+(\.[a-z]+)?$")  # at temperature 1
+PLAIN_JUDGE_KEYS = re.compile(r"(win_rate|noise_floor|score)\.[^.]+(\.[a-z]+)?$")  # at temperature 1
 MAX_LINES = 8  # policies in the table on the terminal
 
 

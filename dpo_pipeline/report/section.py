@@ -29,7 +29,7 @@ ROWS = {
     "over_refusal_safe": "over-refusal, safe prompts",
 }
 SHORT_KEYS = ("preference_accuracy", "margin_nats", "kl", "completion_tokens", "stop_rate")  # and what a judge says
-JUDGE_KEYS = re.compile(r"(score|win_rate|length_controlled_win_rate|elo)\.")
+JUDGE_KEYS = re.compile(r"(score|noise_floor|win_rate|length_controlled_win_rate|elo)\.")
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def label_of(key: str) -> str:
     if not JUDGE_KEYS.match(key):
         return ROWS[key]
     kind, judge, *rest = key.split(".", 3)
-    if kind in ("score", "elo"):
-        return f"{'score' if kind == 'score' else 'Elo'} by {judge}"
+    if kind in (words := {"score": "score", "elo": "Elo", "noise_floor": "wins over itself (noise floor)"}):
+        return f"{words[kind]} by {judge}"
     temperature = f", temperature {rest[1].removeprefix('t')}" if len(rest) > 1 else ""
     control = " at equal length (logistic fit)" if kind.startswith("length") else ""
     return f"wins over {rest[0]} by {judge}{control}{temperature}"
