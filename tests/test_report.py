@@ -41,6 +41,7 @@ def lay_policy(home: Path, name: str, kl: float, reward: float, judge: str, refe
     own = {"completion_tokens": estimate(20), "stop_rate": estimate(0.9), f"score.{judge}": estimate(reward)}
     for suffix, wins in (("", 0.8), (".t0", 0.6)):
         own[f"win_rate.{judge}.chosen{suffix}"] = estimate(wins)
+    own[f"noise_floor.{judge}"] = estimate(0.5)
     settings = {"pairs": 100, "prompts": 50, "max_new_tokens": 8, "quantization": None, "prompts_file": None}
     settings |= {"data": "d", "beta": 0.1, "weights": {name: "x", "base": "b", "sft/full": "s"}}
     against = {"base": block, **({"reference": block} if reference else {})}
@@ -212,6 +213,7 @@ def test_a_terminal_obeys_nothing_and_has_at_most_forty_lines(nasty):
     assert len(text.splitlines()) <= 40
     assert text.startswith("dpo/sigmoid-beta0.1-seed0 is better than sft/full by <script>")
     assert f"Report:  {nasty[0]}/report/index.html" in text
+    assert (nasty[0] / "report" / "report.md").read_text().count("wins over itself (noise floor) by &lt;script") == 2
     assert text.count("\n> ") == 2
 
 
