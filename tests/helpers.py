@@ -4,14 +4,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import pandas as pd
+import pytest
 from trl import SFTTrainer
 
 from dpo_pipeline.base_model import base_model
 from dpo_pipeline.data.prepare import Prepared, prepare
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.evaluation import compare
+from dpo_pipeline.report import build as report
 from dpo_pipeline.report.runs import COLUMNS, Runs
 from dpo_pipeline.schema import Run
 from dpo_pipeline.sft import run_sft
@@ -41,9 +42,10 @@ def prepare_run(run: Run, stage: str, *splits: str) -> Prepared:
 
 
 def train(run: Run, stage: str) -> Path:
-    """Run a stage without the comparison that follows a DPO; its folder."""
+    """Run a stage without the comparison and the report that follow a DPO; its folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "compare_policies", lambda *args: {})
+        patch.setattr(report, "report_or_warn", lambda *args, **options: None)
         {"sft": run_sft, "dpo": run_dpo}[stage](run)
     return run.sft_folder if stage == "sft" else run.dpo_folder
 

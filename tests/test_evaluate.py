@@ -26,8 +26,8 @@ from dpo_pipeline.evaluation import gate, measure, plan, policies, statistics
 from dpo_pipeline.evaluation.eval_set import load_eval_sets
 from dpo_pipeline.judges import build, verdicts
 from dpo_pipeline.judges.judge import Judge
-from tests.commands import run, run_two_ranks
 from dpo_pipeline.report import comparison
+from tests.commands import run, run_two_ranks
 from tests.helpers import prepare_run
 
 STEPS = ("++dpo.max_steps=4", "dpo.learning_rate=1e-3")
