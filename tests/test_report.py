@@ -58,7 +58,7 @@ def lay_run(home: Path, name: str, beta: float, metrics: list[dict]) -> Path:
     manifest = {"identity": identity, "seconds": 61.4, "world_size": 1, "device": "cpu", "precision": "fp32"}
     manifest |= {"command": ["python", "-m", "dpo_pipeline.dpo", f"name={NASTY}"], "peak_memory_bytes": 2e9}
     counts = {"read": 9, "rows": 9, "kept": {"train": 5, "validation": 1, "test": 1}, "dropped": {NASTY: 2}}
-    manifest["sources"] = {NASTY: counts | {"cut": {}, "unused_columns": []}}
+    manifest["sources"] = {NASTY: counts | {"cut": {}, "unused_columns": [], "retokenized": 0}}
     write_json(folder / "manifest.json", manifest)
     write_json(folder / "status.json", {"state": "done", "step": 100, "error": None})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
