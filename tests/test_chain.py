@@ -77,7 +77,7 @@ def test_two_commands_align_the_tiny_model_and_a_third_finds_it_done(tmp_path, m
     train_log = home / variant / "train.log"
     assert "| preference accuracy" in train_log.read_text()
     assert "warning: " not in dpo.stdout
-    assert re.search(rf"^\| {variant} \| 78 +\| [1-9]\d* s ", report, flags=re.MULTILINE)  # in the table of costs
+    assert re.search(rf"^\| {variant} \| \d+ +\| [1-9]\d* s ", report, flags=re.MULTILINE)  # in the table of costs
     status = json.loads((home / variant / "status.json").read_text())
     assert (status["state"], status["error"]) == ("done", None)
     manifest = json.loads((home / variant / "manifest.json").read_text())
