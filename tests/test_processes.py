@@ -133,7 +133,7 @@ def test_two_ranks_of_dpo_are_one_and_rank_0_alone_prepares_writes_and_prints(ty
 
     files = (file for file in folder.parents[2].rglob("*") if file.is_file())
     assert {file.name for file in files if file.stat().st_mode & 0o002} == {"rng_state_1.pth"}  # rank 1's
-    for text in ("fp32 on cpu", "DPO of", "preflight: reference", "All against the base", "Results:", "DPO done"):
+    for text in ("fp32 on cpu", "DPO of", "preflight: reference", "All against the base", "Report:", "DPO done"):
         assert done.stdout.count(text) == 1
     assert "measuring dpo/two-ranks" in done.stderr
 
