@@ -33,41 +33,46 @@ def run_pairs(run: Run) -> Path | None:
     from dpo_pipeline.distributed import on_main_process
     from dpo_pipeline.hardware import check_device
     from dpo_pipeline.judges.build import build_judges
-    from dpo_pipeline.judges.verdicts import scores
 
-    settings = run.pairs
     with run_logging(None), base_model(run) as run:
         check_device("dpo_pipeline.pairs")
         if run.policy == "sft":
             finished_sft(run)
-        path = {"sft": run.sft_folder / "final", "base": run.model.path}.get(run.policy, run.policy)
         label = run.policy if run.policy in ("sft", "base") else policy_name(run.policy)
         # The prompts of any set will do: of pairs, of demonstrations, of plain text.
         changes = {"sft_dataset": None, "sft_target": run.dataset["sft_target"]}
         data = prepare(run.model_copy(update=changes), "sft", ("train",), strict=False)
         judges = build_judges(run, data.load_options)
-        judge = find_scoring_judge(settings.judge, [name for name in judges if judges[name].score])
+        judge = find_scoring_judge(run.pairs.judge, [name for name in judges if judges[name].score])
         eval_set = on_main_process(lambda: train_prompts(run, data))
         if run.check:
             return None
-        table = sample_completions(label, path, run, eval_set)
+        table = sample_completions(label, sampled_policy(run), run, eval_set)
+        return on_main_process(lambda: write_pairs(run, table, eval_set.prompt_set.rows, judge, judges[judge], label))
 
-        def score_and_write() -> Path:
-            table["score"] = scores(judges[judge], list(table["completion"]), run.verdicts, f"scores by {judge}")
-            pairs = choose_pairs(table, settings.keep, settings.min_gap, settings.only_ended)
-            if not pairs:
-                raise PipelineError(
-                    f"no prompt has two completions whose scores by {judge} differ by more than {settings.min_gap:g}: "
-                    "type a lower pairs.min_gap, more pairs.completions, or pairs.only_ended=false"
-                )
-            source = {"judge": judge, "policy": str(path), "temperature": settings.temperature}
-            rows = [format_pair(eval_set.prompt_set.rows, *pair) | source for pair in pairs]
-            file = run.home / "pairs" / f"{clean_name(f'{label}-{judge}-{settings.keep}')}.jsonl"
-            write_rows(file, rows)
-            log.info("train on them: python -m dpo_pipeline.dpo dataset=json dataset.path=%s name=%s", file, run.name)
-            return file
 
-        return on_main_process(score_and_write)
+def write_pairs(run: Run, table: Any, prompt_rows: list[Any], name: str, judge: Any, label: str) -> Path:
+    """Score the completions of a table by the judge of this name, and write their pairs; raises PipelineError."""
+    from dpo_pipeline.judges.verdicts import scores
+
+    settings = run.pairs
+    table["score"] = scores(judge, list(table["completion"]), run.verdicts, f"scores by {name}")
+    pairs = choose_pairs(table, settings.keep, settings.min_gap, settings.only_ended)
+    if not pairs:
+        raise PipelineError(
+            f"no prompt has two completions whose scores by {name} differ by more than {settings.min_gap:g}: type a "
+            "lower pairs.min_gap, more pairs.completions, or pairs.only_ended=false"
+        )
+    source = {"judge": name, "policy": str(sampled_policy(run)), "temperature": settings.temperature}
+    file = run.home / "pairs" / f"{clean_name(f'{label}-{name}-{settings.keep}')}.jsonl"
+    write_rows(file, [format_pair(prompt_rows, *pair) | source for pair in pairs])
+    log.info("train on them: python -m dpo_pipeline.dpo dataset=json dataset.path=%s name=%s", file, run.name)
+    return file
+
+
+def sampled_policy(run: Run) -> str | Path:
+    """The folder or hub id of the policy that completes the prompts."""
+    return {"sft": run.sft_folder / "final", "base": str(run.model.path)}.get(run.policy, run.policy)
 
 
 def find_scoring_judge(name: str | None, scoring: list[str]) -> str:
