@@ -61,11 +61,18 @@ def converse(run: Run, models: dict[str, Any], tokenizer: Any, eos_ids: list[int
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if line.strip() in ("", "/new"):
+        if not line.strip():
+            continue
+        if line.strip() == "/new":
             messages = []
             continue
         messages.append({"role": "user", "content": line})
-        ids = prompt_ids([messages if is_chat else line], is_chat, tokenizer)[0]
+        try:
+            ids = prompt_ids([messages if is_chat else line], is_chat, tokenizer)[0]
+        except PipelineError as error:  # such as a special token in the line
+            print(escape_controls(str(error)))
+            messages.pop()
+            continue
         room = min(run.chat.max_new_tokens, context - len(ids))
         if room < 1:
             print(f"that is {len(ids)} tokens, and the model reads {context}: type less, or /new")

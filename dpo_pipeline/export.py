@@ -5,12 +5,12 @@ It merges an adapter into its base, compares export and run on real rows, and wr
 
 import dataclasses
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from dpo_pipeline.cli import main
+from dpo_pipeline.distributed import processes
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.record import read_json, run_logging, write_json
 from dpo_pipeline.schema import Run
@@ -36,6 +36,8 @@ def run_export(run: Run) -> Path | None:
     from dpo_pipeline.evaluation.policies import target_policies
     from dpo_pipeline.models import with_base_of
 
+    if processes() > 1:
+        raise PipelineError("one process is enough to export: type the command without the launcher")
     with run_logging(None), base_model(run) as run:
         policy = target_policies(run)[0]
         if run.target not in ("dpo", "sft", "base"):
@@ -69,9 +71,10 @@ def write_export(run: Run, policy: Any, folder: Path, facts: dict[str, Any]) -> 
     manifest = read_json(policy.folder / "manifest.json") or {}
     rows = probe_rows(manifest, tokenizer)
     merged, logprobs = merge_policy(run, policy.path, manifest, rows)
-    merged.to(export_dtype(run, merged))
+    merged.to(export_dtype(run))
     check_room(folder, merged)
-    partial = folder.with_name(f"export.{os.getpid()}.partial")
+    partial = folder.with_name("export.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a kill
     try:
         merged.save_pretrained(partial)
         parameters, dtype = merged.num_parameters(), str(merged.dtype).removeprefix("torch.")
@@ -144,7 +147,7 @@ def compare_export(run: Run, folder: Path, rows: list[list[int]], logprobs: list
     return divergence
 
 
-def export_dtype(run: Run, model: Any) -> Any:
+def export_dtype(run: Run) -> Any:
     """The torch dtype of the export: of 16 bits where the run leaves it open."""
     import torch
 

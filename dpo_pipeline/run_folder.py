@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 RUN_FILES = (
     *("config.yaml", "manifest.json", "status.json", "metrics.jsonl", "train.log", TRACKER_FILE, "*.partial"),
     *("eval.json", "validation.json", "pairs.json", "samples.json", "pairs.parquet", "completions.parquet", "records"),
-    *("checkpoints", "final", "merged", "starting_policy", "reference", "tensorboard", "wandb", ".*.lock"),
+    *("checkpoints", "final", "export", "merged", "starting_policy", "reference", "tensorboard", "wandb", ".*.lock"),
 )
 DATA_PATHS = r"(sft_)?dataset\.(sets\.[^.]+\.)?(test_)?path"  # in a mixture each set has its own
 

@@ -222,6 +222,22 @@ def test_a_prompt_longer_than_the_context_is_one_sentence_and_the_chat_goes_on(s
     assert text.count("\n> ") == 4
 
 
+def test_a_line_that_cannot_be_a_prompt_is_one_sentence_and_the_chat_goes_on(small, sft, monkeypatch, capsys):
+    run = small("lora=none", "target=sft", "chat.max_new_tokens=4")
+    text = talk(run, f"<s> <s> {PROMPT}\n{PROMPT}\n", monkeypatch, capsys)
+    assert "cannot be answered" in text
+    assert text.count("\n> ") == 3
+
+
+def test_an_export_goes_with_the_run_that_is_replaced(tmp_path):
+    from dpo_pipeline.run_folder import remove_run
+
+    for name in ("old/export", "new"):
+        (tmp_path / name).mkdir(parents=True)
+    remove_run(tmp_path / "old", tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
+
+
 def test_ctrl_c_ends_an_answer_and_then_the_chat(small, sft, monkeypatch, capsys):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
@@ -250,7 +266,7 @@ def test_a_chat_model_remembers_the_dialogue(tmp_path, small, sft, monkeypatch, 
         return tokenizer("loved it", add_special_tokens=False).input_ids
 
     monkeypatch.setattr(chat, "stream_completion", remember)
-    talk(small(f"target={tmp_path}/chat-model"), "the acting\nthe plot\n/new\nthe cast\n", monkeypatch, capsys)
+    talk(small(f"target={tmp_path}/chat-model"), "the acting\n\nthe plot\n/new\nthe cast\n", monkeypatch, capsys)
     assert prompts == [
         "the acting . review :", "the acting . loved it . the plot . review :", "the cast . review :"
     ]  # fmt: skip
