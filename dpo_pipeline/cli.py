@@ -29,10 +29,9 @@ from dpo_pipeline.schema import Run
 
 
 def main(stage_function: Callable[[Run], Any]) -> None:
-    """Run a command: compose its config from the command line, check it, and call `stage_function` with it.
+    """Run a command: compose its config, check it, and call `stage_function` with it.
 
-    Ends the process with 1 and one sentence for an error that a person can help, with 2 and the place of the traceback
-    for any other, and with 75 where it was interrupted.
+    Ends with 1 for an error that a person can help, with 2 for any other, and with 75 where it was interrupted.
     """
     quiet()
     for stream in (sys.stdout, sys.stderr):
@@ -66,8 +65,8 @@ def main(stage_function: Callable[[Run], Any]) -> None:
         eval("0")  # else Python ends by SIGINT where the exception left the `exec` of a string, say of a dataclass
         sys.exit(75)
     except Exception as error:
-        is_sweep = any(item.startswith("-") for item in sys.argv[1:])  # its values are several
-        end_with_error(error, root, [] if is_sweep else sys.argv[1:])
+        # The values of a sweep are several.
+        end_with_error(error, root, [] if any(item.startswith("-") for item in sys.argv[1:]) else sys.argv[1:])
     finally:
         exit_on_signals()
 
