@@ -431,6 +431,15 @@ def test_win_rates_are_drawn_over_temperature_for_every_policy(home, drawn):
     assert axis.get_ylim() == (0, 1)
 
 
+def test_a_terminal_names_the_jobs_of_its_command_before_other_gaps():
+    problems = {"a": "failed at step 3: too high", "b": "not measured", "c": "failed: killed"}
+    lines = [[name, "one", 0.1, 1, "base", problem, {}, {}] for name, problem in problems.items()]
+    variants = pd.DataFrame(lines, columns=runs.COLUMNS)
+    (part,) = betas.all_variants(runs.Runs(Path("none"), {}, {}, variants, "margin_nats", "", 10.0, {}))
+    named = [line.split(": ", 1)[1] for line in part.short.splitlines() if line.startswith("Without numbers")]
+    assert named == [f"{name}: {problems[name]}" for name in ("c", "a", "b")]
+
+
 def test_each_quantity_is_drawn_over_beta(home, drawn):
     (part, validation), axes = drawn(betas, lambda: betas.all_variants(load(home)))
     (bars,) = axes["score by truth"].containers

@@ -23,7 +23,8 @@ def all_variants(runs: Runs) -> list[Section]:
         return []
     measured, target = runs.measured, runs.target
     gaps = runs.variants.loc[runs.variants["problem"] != "", ["name", "problem"]]
-    gaps = gaps.sort_values("problem", key=lambda text: ~text.str.startswith("failed"), kind="stable")
+    of_this_command = gaps["problem"].str.startswith("failed: ")
+    gaps = pd.concat([gaps[of_this_command], gaps[~of_this_command]])
     test, validation = (dict(zip(measured["name"], measured[split], strict=True)) for split in ("test", "validation"))
     wins = [key for cells in test.values() for key in cells if re.match(r"win_rate\.[^.]+\.(sft|reference)$", key)]
     tables = [policy_table(test, [*dict.fromkeys([*SHORT_KEYS, target, *wins])], max_columns=0)] if test else []
