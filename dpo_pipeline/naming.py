@@ -14,7 +14,7 @@ NOT_IDENTITY = (
     *("root", "name", "variant", "sft_variant", "check", "overwrite", "overlay", "report_to", "wandb.*", "hydra*"),
     *("evaluation.*", "best_of.*", "gate.*", "guard.*", "judge*", "pairs.*", "export.*", "chat.*"),
     *("target", "push", "compare"),
-    *("batch.micro_size", "model.micro_size", "model.use_safetensors", "model.trust_remote_code"),
+    *("batch.micro_size", "model.micro_size", "model.use_safetensors", "model.trust_remote_code", "training.*"),
     *("*.activation_checkpointing", "*.dataloader_num_workers", "*.run_name", "*.logging_*"),
     *("*.on_bad_row", "*.on_contradiction"),
     *("*.eval_steps", "*.eval_strategy", "*.eval_on_start", "*.save_steps", "*.save_strategy", "*.save_total_limit"),

@@ -42,7 +42,7 @@ class Model(Part):
     chat_template: Text | None
     chat_template_kwargs: dict[str, Any] | None
     trust_remote_code: bool
-    activation_checkpointing: bool
+    activation_checkpointing: bool | Literal["auto"]
     micro_size: PositiveInt
     learning_rate: LearningRate
 
@@ -55,6 +55,10 @@ class Reference(Part):
 class Batch(Part):
     global_size: PositiveInt
     micro_size: PositiveInt | None
+
+
+class Training(Part):
+    shared_prefix: Literal["auto", "on", "off"]
 
 
 class Length(Part):
@@ -175,6 +179,7 @@ class Run(Part):
     overwrite: bool
     overlay: list[Text]
     batch: Batch
+    training: Training
     length: Length
     evaluation: Evaluation
     best_of: BestOf

@@ -67,7 +67,7 @@ def train_sft(run: Run, record: RunRecord, args: Any, start: Any, data: Any) -> 
         )
         log.info("SFT of %s on %d completions -> %s", run.model.path, len(tables["train"]), record.folder)
         record.save_manifest(**trainer.manifest_facts(sft, data, start))
-        fingerprint = check_sft(sft, data)
+        fingerprint = check_sft(sft, run, data)
         with track(run, record, sft):
             trainer.train(sft, record.folder, [ValidationPerplexity(sft), Metrics(record), NumericalGuard(sft)])
         record.save_manifest(peak_memory_bytes=peak_memory())

@@ -29,6 +29,7 @@ from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training import arguments, memory, preflight, trainer
 from dpo_pipeline.training.arguments import training_arguments
 from dpo_pipeline.training.before_loading import check_learning_rate, plan_steps
+from dpo_pipeline.training.similar_lengths import row_lengths
 from tests.helpers import SMALL, build
 from tests.test_models import save_base
 
@@ -279,9 +280,9 @@ def test_a_row_pads_a_batch_by_its_prompt_and_longest_completion():
         "chosen_ids": [[1], [1] * 4, [1] * 2],
         "rejected_ids": [[1], [1], [1] * 6],
     }
-    assert memory.row_lengths(Dataset.from_dict(pairs)).tolist() == [6, 6, 9]
+    assert row_lengths(Dataset.from_dict(pairs)).tolist() == [6, 6, 9]
     sft = Dataset.from_dict({"prompt_ids": [[1], [1] * 7], "completion_ids": [[1], [1] * 2], "row": [0, 1]})
-    assert memory.row_lengths(sft).tolist() == [2, 9]
+    assert row_lengths(sft).tolist() == [2, 9]
 
 
 def test_the_state_of_the_optimizer_is_what_it_takes_after_a_step(built):

@@ -10,8 +10,8 @@ from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.record import read_metrics
-from dpo_pipeline.training.pair_weights import UNWEIGHTED
 from dpo_pipeline.training.reference import add_reference_logps
+from dpo_pipeline.training.similar_lengths import BATCH_LOSSES
 from dpo_pipeline.training.tiny import word_tokenizer
 from dpo_pipeline.training.trainer import PairTrainer, make_trainer
 from tests.helpers import prepare_run, train
@@ -132,7 +132,7 @@ def test_validation_weighs_within_each_batch(tmp_path):
 
 def test_a_loss_without_a_part_of_each_pair_is_refused(small, sft, tmp_path):
     path = write(tmp_path / "a.jsonl", [{**row, "weight": 1 + i % 2} for i, row in enumerate(pairs_of_words(60))])
-    for loss in UNWEIGHTED:
+    for loss in BATCH_LOSSES:
         typed = ["dataset=json", f"dataset.path={path}", f"++dpo.loss_type={loss}", "check=true", "policy=base"]
         with pytest.raises(PipelineError, match=rf"weights, and {loss} has no loss of each pair.*loss=sigmoid"):
             run_dpo(small(*typed))

@@ -65,6 +65,8 @@ def training_arguments(run: Run, stage: str, folder: Path) -> Any:
         **(sft_arguments(run) if stage == "sft" else dpo_arguments(run)),
     }
     fields = dict(getattr(run, stage))
+    if fields["activation_checkpointing"] == "auto":
+        fields["activation_checkpointing"] = "true" in launcher_flags  # else memory.py decides
     if stage == "dpo" and loss_names(run) == ["cdpo"]:
         fields |= conservative_loss(fields["label_smoothing"])
     check_fields(stage, fields, pipeline_fields, config_class)
@@ -179,6 +181,11 @@ def check_fields(stage: str, fields: dict[str, Any], pipeline_fields: dict[str, 
             )
         if type(config_fields[name].default) in (int, float) and not isinstance(value, int | float):
             raise PipelineError(f"{stage}.{name}={value} is no number")
+    if fields.get("train_sampling_strategy") == "batch_rebalance":
+        raise PipelineError(
+            f"{stage}.train_sampling_strategy=batch_rebalance makes micro batches of several sizes, which a step "
+            "averages equally: take it out, each step puts rows of similar length together anyway"
+        )
     if stage == "dpo":
         losses = re.findall(r"`'(\w+)'`", config_fields["loss_type"].metadata["help"])
         for loss in fields["loss_type"] if isinstance(fields["loss_type"], list) else [fields["loss_type"]]:

@@ -14,6 +14,7 @@ from dpo_pipeline.distributed import processes
 from dpo_pipeline.errors import OneRankError
 from dpo_pipeline.hardware import device, device_memory, gigabytes, peak_memory
 from dpo_pipeline.schema import Run
+from dpo_pipeline.training.similar_lengths import row_lengths, token_counts
 from dpo_pipeline.training.trainer import sharding
 
 log = logging.getLogger(__name__)
@@ -46,15 +47,32 @@ def trial_step(trainer: Any) -> Iterator[None]:
         trainer._total_train_tokens = 0
 
 
-def check_memory(trainer: Any, data: Any) -> None:
+def check_memory(trainer: Any, data: Any, may_checkpoint: bool = False) -> None:
     """Run forward and backward of the longest batch, and count the optimizer's state, which comes with step 1.
 
-    Raises MemoryError, or torch's, where the device does not hold them. A sharded policy is left out.
+    Where a device does not hold them, switch activation checkpointing on if that is left to us. Raises MemoryError, or
+    torch's, where they do not fit. A sharded policy is left out.
     """
     if sharding(trainer):
         log.info("preflight: the memory of a sharded policy is not rehearsed: watch the first two steps")
         return
-    lengths = row_lengths(data.tables["train"])
+    table, is_full = data.tables["train"], False
+    shares_prompts = "chosen_ids" in table.column_names and trainer.shares_prompts
+    lengths = sum(token_counts(table).values()) if shares_prompts else row_lengths(table)
+    try:
+        rehearse(trainer, lengths)
+    except (MemoryError, RuntimeError) as error:
+        if not may_checkpoint or not is_out_of_memory(error):
+            raise
+        is_full = True
+    if may_checkpoint and trainer.accelerator.gather(torch.tensor([is_full], device=trainer.args.device)).any():
+        log.info("preflight: the longest batch fits with activation checkpointing alone (same result, a fifth slower)")
+        trainer.args.activation_checkpointing = True
+        rehearse(trainer, lengths)
+
+
+def rehearse(trainer: Any, lengths: np.ndarray) -> None:
+    """Run the longest batch; log its peak, or raise MemoryError where no room is left for the optimizer's state."""
     name, size = device_memory()
     if device() == "cuda":
         torch.cuda.empty_cache()
@@ -97,13 +115,6 @@ def run_longest_batch(trainer: Any, row: dict[str, Any]) -> None:
         model.disable_input_require_grads()
 
 
-def row_lengths(table: Any) -> np.ndarray:
-    """Tokens that each row pads a batch to: the prompt with its longest completion."""
-    completions = [name for name in table.column_names if name.endswith("_ids") and name != "prompt_ids"]
-    longest = np.max([[len(ids) for ids in table[name]] for name in completions], axis=0)
-    return np.array([len(ids) for ids in table["prompt_ids"]]) + longest
-
-
 def state_bytes(trainer: Any) -> int:
     """Bytes that the optimizer adds: AdamW's two numbers for each trainable one, and DDP's copy of the gradients."""
     name, total = trainer.args.optim.value, 0
@@ -115,13 +126,17 @@ def state_bytes(trainer: Any) -> int:
     return total
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)) is not None
+
+
 @contextlib.contextmanager
 def explain_oom(run: Run, stage: str, data: Any) -> Iterator[None]:
     """Raise OneRankError with cheaper settings to type where the device's memory does not suffice."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
+        if not is_out_of_memory(error):
             raise
         name, size = device_memory()
         settings = cheaper_settings(run, stage, int(row_lengths(data.tables["train"]).max()))
@@ -138,7 +153,7 @@ def cheaper_settings(run: Run, stage: str, longest: int) -> list[str]:
         settings.append("reference=cached (no second model; no slower)")
     smaller = (n for n in range(micro // 2, 0, -1) if run.batch.global_size % (n * processes()) == 0)
     settings += [f"batch.micro_size={n} (a little slower)" for n in smaller][:1]
-    if not fields["activation_checkpointing"]:
+    if fields["activation_checkpointing"] is False:  # auto has been tried
         settings.append(f"{stage}.activation_checkpointing=true (same result, a fifth slower)")
     same_sft = f" sft_variant={run.sft_variant}" if stage == "dpo" and run.policy == "sft" else ""
     if run.lora is None:

@@ -13,13 +13,12 @@ import torch
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.naming import loss_names
 from dpo_pipeline.schema import Run
-
-UNWEIGHTED = {"sft", "aot", "aot_unpaired"}  # losses of tokens, or of the sorted pairs of a batch
+from dpo_pipeline.training.similar_lengths import BATCH_LOSSES
 
 
 def check_weights(run: Run, table: Any) -> None:
     """Raise PipelineError where rows have weights, and a loss of the run has none of each pair to weigh."""
-    if "weight" in table.column_names and (losses := UNWEIGHTED & set(loss_names(run))):
+    if "weight" in table.column_names and (losses := BATCH_LOSSES & set(loss_names(run))):
         raise PipelineError(
             f"the rows have weights, and {'+'.join(sorted(losses))} has no loss of each pair to weigh: type "
             "loss=sigmoid, or leave weight out, as by 'dataset.columns={prompt: A, chosen: B, rejected: C}'"

@@ -19,19 +19,21 @@ from dpo_pipeline.record import RunRecord
 from dpo_pipeline.run_folder import finished_sft
 from dpo_pipeline.schema import Run
 from dpo_pipeline.training.memory import check_memory, random_state_kept, trial_step
+from dpo_pipeline.training.pair_logps import policy_logps, reference_logps, tolerance
+from dpo_pipeline.training.shared_prefix import check_shared_prefix
 from dpo_pipeline.training.starting_policy import StartingPolicy
 
 log = logging.getLogger(__name__)
 
 
-def check_sft(trainer: Any, data: Prepared) -> dict[str, Any]:
+def check_sft(trainer: Any, run: Run, data: Prepared) -> dict[str, Any]:
     """The fingerprint of an SFT's policy, once all holds that must hold before step 1; raises PipelineError."""
     check_rows(data)
     batch = check_first_batch(trainer, data)
     check_trainable(trainer)
     check_forward(trainer, batch, data.load_options)
     fingerprint = policy_fingerprint(trainer, data)
-    check_memory(trainer, data)
+    check_memory(trainer, data, run.sft["activation_checkpointing"] == "auto")
     return fingerprint
 
 
@@ -52,8 +54,9 @@ def check_dpo(trainer: Any, run: Run, data: Prepared, start: StartingPolicy, rec
         is_exact = sft["loading"] == record.manifest["loading"] and not is_rounded
         check_start(trainer, sft["final"]["probe"], is_exact, start.source)
     check_reference(trainer, batch, start.source, run.reference.path)
+    trainer.shares_prompts = check_shared_prefix(trainer, run.training.shared_prefix)
     fingerprint = policy_fingerprint(trainer, data)
-    check_memory(trainer, data)
+    check_memory(trainer, data, run.dpo["activation_checkpointing"] == "auto")
     return fingerprint
 
 
@@ -184,30 +187,6 @@ def check_start(trainer: Any, fingerprint: dict[str, Any], is_exact: bool, sourc
         "preflight: the starting policy is %s, %.3g nats from its base, %.2g from what SFT ended with",
         *(source, from_base, from_sft),
     )
-
-
-def reference_logps(trainer: Any, batch: dict[str, Any]) -> Any:
-    """Summed log-probs [chosen..., rejected...] of a batch under the reference, in nats, by the trainer's forward."""
-    return torch.cat(trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)).double()
-
-
-def policy_logps(trainer: Any, batch: dict[str, Any]) -> Any:
-    """`reference_logps` of the policy."""
-    reference = trainer.ref_model
-    trainer.ref_model = trainer.model  # so that TRL switches no adapter off
-    try:
-        return reference_logps(trainer, batch)
-    finally:
-        trainer.ref_model = reference
-
-
-def tolerance(trainer: Any, batch: dict[str, Any], roundings: int) -> Any:
-    """How far log-probs [chosen..., rejected...] of one policy may differ: 0.001 nats, or so many roundings of the
-    dtype for the square root of the completion's tokens.
-    """
-    mixed = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else trainer.model.dtype
-    tokens = batch["completion_mask"].sum(-1).double()
-    return (roundings * torch.finfo(mixed).eps * tokens.sqrt()).clamp(min=1e-3)
 
 
 def check_reference(trainer: Any, batch: dict[str, Any], source: Any, reference_path: str | None) -> None:

@@ -21,8 +21,9 @@ from dpo_pipeline.distributed import on_main_process, processes
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.locks import file_lock
 from dpo_pipeline.models import LoadOptions
-from dpo_pipeline.training.memory import random_state_kept, row_lengths
-from dpo_pipeline.training.preflight import reference_logps, tolerance
+from dpo_pipeline.training.memory import random_state_kept
+from dpo_pipeline.training.pair_logps import reference_logps, tolerance
+from dpo_pipeline.training.similar_lengths import longest_first, row_lengths
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def rows_to_read(trainer: Any, rows: int) -> np.ndarray:
 
 def with_reference_logps(trainer: Any, table: Any, name: str, rows: np.ndarray) -> Any:
     """The table with the log-probs of these rows by TRL's pass, which takes the longest first; NaN for the others."""
-    order = rows[np.argsort(-row_lengths(table)[rows], kind="stable")]
+    order = rows[longest_first(row_lengths(table)[rows])]
     with trainer.args.main_process_first(local=False):  # one process writes the sorted table
         by_length = table.select(order).flatten_indices()
     with random_state_kept(), patch_environment(TQDM_DISABLE=""):  # a long pass shows its bar

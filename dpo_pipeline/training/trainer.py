@@ -13,6 +13,7 @@ from accelerate.utils import is_peft_model
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer
+from trl.trainer import utils as trl_utils
 
 from dpo_pipeline.checkpoints import newest_checkpoint
 from dpo_pipeline.data.prepare import Prepared
@@ -23,20 +24,27 @@ from dpo_pipeline.hardware import STOPS
 from dpo_pipeline.training.callbacks import CheckpointOnInterrupt, KeepRandomState
 from dpo_pipeline.training.pair_metrics import PAIR_METRICS, pair_metrics
 from dpo_pipeline.training.pair_weights import collate_weights, weigh_outputs
+from dpo_pipeline.training.shared_prefix import prompts_shared
+from dpo_pipeline.training.similar_lengths import BATCH_LOSSES, SimilarLengths, longest_first, row_lengths
 from dpo_pipeline.training.starting_policy import StartingPolicy
 
 log = logging.getLogger(__name__)
 
 # TRL hashes every weight on every rank for the key of its reference log-probs, which reference.py replaces.
 dpo_trainer.hash_module = lambda module: None
+# Off GPUs TRL puts every position through the LM head, prompts too, so that shapes stay equal for compilers.
+trl_utils._use_triton = lambda device: True
 
 
 class PairTrainer(DPOTrainer):
     """DPOTrainer on rows of `prompt_ids`, `chosen_ids` and `rejected_ids`; reference.py adds the reference log-probs.
 
     TRL would tokenize and cut the rows again, and compute the log-probs inside `__init__`, before any check. Rows may
-    have a `weight`, which pair_weights.py explains.
+    have a `weight`, which pair_weights.py explains; with `shares_prompts` a prompt is read once for its pair, see
+    shared_prefix.py.
     """
+
+    shares_prompts = False
 
     def __init__(self, model: Any, **arguments: Any):
         # TRL switches nn.Dropout off. OPT and others keep a rate and drop by function, which a reference never does.
@@ -58,9 +66,19 @@ class PairTrainer(DPOTrainer):
 
     def compute_ref_log_probs(self, model, inputs):
         inputs = {name: value for name, value in inputs.items() if not name.startswith("weight")}
-        return super().compute_ref_log_probs(model, inputs)
+        with self.prompts_shared(inputs):
+            return super().compute_ref_log_probs(model, inputs)
+
+    def prompts_shared(self, inputs):
+        models = [self.accelerator.unwrap_model(model) for model in {self.model, self.ref_model} - {None}]
+        return prompts_shared(models, inputs) if self.shares_prompts else contextlib.nullcontext()
 
     def _compute_loss(self, model, inputs, return_outputs):
+        with self.prompts_shared(inputs):
+            return self.compute_weighted_loss(model, inputs, return_outputs)
+
+    def compute_weighted_loss(self, model, inputs, return_outputs):
+        """TRL's loss, weighted where rows have a weight."""
         inputs = dict(inputs)
         if (weights := inputs.pop("weight", None)) is None:
             return super()._compute_loss(model, inputs, return_outputs)
@@ -71,8 +89,9 @@ class PairTrainer(DPOTrainer):
             weighted_model = partial(weigh_outputs, model, weights * len(weights) / total, stack)
             return super()._compute_loss(weighted_model, inputs, return_outputs)
 
-    def _prepare_dataset(self, dataset, *args):
-        return dataset
+    def _prepare_dataset(self, dataset, processing_class, args, name):
+        is_grouped = args.train_sampling_strategy == "group_by_length"
+        return dataset.add_column("length", row_lengths(dataset)) if is_grouped else dataset
 
     def _precompute_ref_logps(self, dataset, *args):
         return dataset
@@ -104,6 +123,22 @@ class PairTrainer(DPOTrainer):
         if "eval_rewards/margins" in logs:
             logs["eval_margins_nats"] = logs["eval_rewards/margins"] / self.beta
         super().log(logs, start_time)
+
+
+def use_similar_lengths(trainer: Any) -> None:
+    """Order rows as similar_lengths.py explains, in training and in the validation of pairs, where no loss changes by
+    the rows beside a pair.
+    """
+    args = trainer.args
+    is_of_pairs = isinstance(trainer, DPOTrainer)
+    if is_of_pairs and BATCH_LOSSES & {*trainer.loss_types}:
+        return
+    if args.train_sampling_strategy == "random":
+        step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes()
+        lengths = row_lengths(trainer.train_dataset)
+        trainer._get_train_sampler = lambda table: SimilarLengths(lengths, step_rows, args.data_seed)
+    if is_of_pairs and "weight" not in trainer.eval_dataset.column_names:
+        trainer._get_eval_sampler = lambda table: longest_first(row_lengths(table)).tolist()
 
 
 def label_completions(table: Any, all_turns: bool) -> Any:
@@ -139,6 +174,7 @@ def make_trainer(trainer_class: Any, **arguments: Any) -> Any:
             "FSDP needs GPUs: on a CPU Accelerate leaves it out, and each process would hold all weights: start it "
             "with launch/accelerate/ddp.yaml"
         )
+    use_similar_lengths(trainer)
     if sharding(trainer):
         trainer.model.to(trainer.args.device)  # whole until it trains: preflight and the reference pass read it
     if is_peft_model(trainer.model):
