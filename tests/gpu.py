@@ -167,6 +167,19 @@ def measure_speed(bench: Bench, stage: str, shape: str, *overrides: str, tokens:
     return f"{facts['precision']}, {sizes}: {speed}, peak {peak:.2f} GiB"
 
 
+def check_shared_prompts(bench: Bench) -> str:
+    """Prompts read once a pair against twice: equal losses, and how much faster."""
+    tokens = 512 if bench.on_gpu else 64
+    shared, plain = (
+        bench.train_shape(
+            "dpo", "135M", tokens, "batch.micro_size=8", f"training.shared_prefix={choice}", f"variant={choice}"
+        )
+        for choice in ("on", "off")
+    )
+    gap = compare_losses(shared["losses"], plain["losses"], shared["precision"])
+    return f"losses differ by {gap}, {shared['speed'] / plain['speed']:.2f} times as fast"
+
+
 def check_qlora(bench: Bench) -> str:
     """QLoRA DPO of 7B at 1,024 tokens within 14.5 GiB; fewer layers where the disk or the host is short."""
     layers = 2
@@ -194,6 +207,7 @@ CHECKS = {
     "nf4 + fp16": check_nf4,
     "references": check_references,
     "out of memory": check_out_of_memory,
+    "shared prompts": check_shared_prompts,
     "SFT 135M": lambda bench: measure_speed(bench, "sft", "135M", "batch.micro_size=8"),
     "DPO 135M": lambda bench: measure_speed(bench, "dpo", "135M", "batch.micro_size=8"),
     "SFT 1.4B": lambda bench: measure_speed(bench, "sft", "1.4B", "batch.micro_size=2", "lora=r16"),

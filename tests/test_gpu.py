@@ -13,12 +13,12 @@ def log(tmp_path, monkeypatch):
 
 
 def test_checks_run_on_a_cpu(capsys):
-    checks = ["out of memory", "DPO 135M", "QLoRA DPO 7B", "preflight"]
+    checks = ["out of memory", "shared prompts", "DPO 135M", "QLoRA DPO 7B", "preflight"]
     assert gpu.main(["--device", "cpu", "--steps", "2", "--only", *checks]) == 0
     lines = capsys.readouterr().out.splitlines()[-len(checks) :]
     assert [line.split("|")[1].strip() for line in lines] == checks
-    assert [line.split("|")[2].strip() for line in lines] == ["skipped", "ok", "ok", "ok"]
-    assert "tokens/s" in lines[1]
+    assert [line.split("|")[2].strip() for line in lines] == ["skipped", "ok", "ok", "ok", "ok"]
+    assert "tokens/s" in lines[2]
 
 
 def test_a_failed_check_has_its_error_in_its_row_and_the_rest_goes_on(capsys, log, monkeypatch):
