@@ -354,7 +354,8 @@ from dpo_pipeline.errors import OneRankError, PipelineError
 from dpo_pipeline.training import memory
 from tests.helpers import build
 typed = {[f"root={run.root}", "name=small", *small.typed]!r}
-run = compose([*typed, "batch.global_size=4096", "batch.micro_size=4096"])
+rows = ["batch.global_size=4096", "batch.micro_size=4096", "dpo.activation_checkpointing=false"]
+run = compose([*typed, *rows])
 built = build(run, "dpo", Path(sys.argv[1]))
 used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000, used + 300_000_000))
