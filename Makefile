@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python; do \
 
 .NOTPARALLEL:
 .PHONY: help install check inspect sft dpo sweep evaluate report pairs export chat deepspeed test test-real test-slurm test-chaos test-gpu \
-	bench-data bench-eval bench-sweep config-reference lint clean
+	bench bench-data bench-eval config-reference lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -82,8 +82,8 @@ bench-data: install  ## time the preparation of 160,000 pairs against DPOTrainer
 bench-eval: install  ## time batched sampling against a `generate` loop of batch 1
 	@$(PY) tests/bench/evaluation.py
 
-bench-sweep: install  ## time a five-beta sweep against five runs of `trl dpo`
-	@$(PY) tests/bench/sweep.py
+bench: install  ## time DPO against `trl dpo`, with each saving switched off; ARGS="--sweep", ARGS="--device cuda"
+	@$(PY) -m tests.bench.training $(ARGS)
 
 config-reference: install  ## write conf/README.md from the comments of the config
 	@$(PY) -m tests.config_reference

@@ -1,6 +1,7 @@
 """Models of random weights and pairs of random words, of given sizes: what tests/gpu.py trains."""
 
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -48,10 +49,16 @@ def make_model(folder: Path, shape: tuple[int, ...], layers: int = 0) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def write_pairs(file: Path, count: int, tokens: int) -> None:
-    """Write pairs of random words: half of the tokens for the prompt, half for each completion."""
+def write_pairs(file: Path, count: int, tokens: int, lengths: tuple[tuple[int, float], ...] = ()) -> None:
+    """Write pairs of random words: half of the tokens for the prompt, half for each completion.
+
+    `lengths` draws the words of prompt and completions instead, log-normal with these medians and sigmas, each of
+    them at most that half.
+    """
     rng = random.Random(0)
     with file.open("w") as output:
         for _ in range(count):
-            prompt, chosen, rejected = (" ".join(rng.choices(VOCABULARY, k=tokens // 2 - 1)) for _ in range(3))
-            output.write(json.dumps({"prompt": f"{prompt}\n", "chosen": chosen, "rejected": rejected}) + "\n")
+            words = [1 + int(rng.lognormvariate(math.log(median), sigma)) for median, sigma in lengths] or [tokens] * 3
+            texts = [" ".join(rng.choices(VOCABULARY, k=min(size, tokens // 2 - 1))) for size in words]
+            pair = dict(zip(("prompt", "chosen", "rejected"), texts, strict=True))
+            output.write(json.dumps(pair | {"prompt": f"{pair['prompt']}\n"}) + "\n")
