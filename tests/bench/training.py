@@ -39,12 +39,11 @@ OURS = {
     "- shared prompt": ["training.shared_prefix=off"],
     "- cached reference": ["reference=frozen"],
 }
-ADAPTER = "--use_peft --lora_dropout 0 --lora_target_modules all-linear".split()
-METHODS = {  # flags of TRL, keys of this project
-    "full": ([], []),
-    "lora": (ADAPTER, ["lora=r16"]),
-    "qlora": ([*ADAPTER, "--load_in_4bit", "--use_bnb_nested_quant"], ["lora=r16", "quantization=nf4"]),
+METHODS = {  # keys of this project; flags of TRL
+    "full": ("", ""),
+    "lora": ("lora=r16", "--use_peft --lora_dropout 0 --lora_target_modules all-linear"),
 }
+METHODS["qlora"] = ("lora=r16 quantization=nf4", f"{METHODS['lora'][1]} --load_in_4bit --use_bnb_nested_quant")
 ROWS_AT_ONCE = {"tiny": 4, "1.4B": 4, "7B": 2}  # of the models of random weights
 LENGTHS = ((90, 1.0), (250, 0.7), (250, 0.7))  # tokens of prompt and completions, log-normal, as in UltraFeedback
 SECONDS = ["command", "command CPU", "training", "training CPU"]
@@ -108,10 +107,10 @@ def time_variant(name: str, work: dict[str, Any], folder: Path, betas: tuple[str
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         os.environ["HF_HOME"] = f"{scratch}/hf"
         if name in OURS:
-            calls = [["dpo_pipeline.dpo", *work["ours"], *OURS[name], f"root={scratch}", f"beta={','.join(betas)}"]]
+            calls = [["dpo_pipeline.dpo", *work["keys"], *OURS[name], f"root={scratch}", f"beta={','.join(betas)}"]]
             calls[0] += ["-m"] if is_sweep else []
         else:
-            flags = [*work["trl"], *TRL[name], "--output_dir", f"{scratch}/out"]
+            flags = [*work["flags"], *TRL[name], "--output_dir", f"{scratch}/out"]
             calls = [["trl.scripts.dpo", *flags, "--beta", beta] for beta in betas]
         start = time.time()
         prefix = [] if is_sweep else ["tests.bench.training", "--child", str(file)]
@@ -170,31 +169,32 @@ def make_work(workload: str, method: str, options: Any, folder: Path) -> dict[st
     from dpo_pipeline.config import compose
     from dpo_pipeline.data.prepare import prepare
 
-    ours = [
-        *(*make_keys(workload, options, folder), "length.prompt=drop", "dpo.logging_steps=1", "dpo.eval_steps=100000"),
-        *("evaluation.pairs=1", "evaluation.prompts=1", "evaluation.max_new_tokens=8", "evaluation.tracker_prompts=0"),
-        *METHODS[method][1],
-    ]
-    run = compose([*ours, f"root={folder}"])
+    keys, flags = (choice.split() for choice in METHODS[method])
+    keys += [*make_keys(workload, options, folder), "length.prompt=drop", "dpo.logging_steps=1", "dpo.eval_steps=9999"]
+    keys += "evaluation.pairs=1 evaluation.prompts=1 evaluation.max_new_tokens=8 evaluation.tracker_prompts=0".split()
+    run = compose([*keys, f"root={folder}"])
     data = prepare(run, "dpo", ("train",), strict=False)
+    rows = [row for row in data.rows["train"] if not row["reason"]]
     (folder / "trl").mkdir()
     with (folder / "trl" / "train.jsonl").open("w") as file:
-        for row in [row for row in data.rows["train"] if not row["reason"]]:
-            pair = {key: row[key] for key in ("prompt", "chosen", "rejected")}
+        for row in rows:
             longest = row["prompt_tokens"] + max(row["chosen_tokens"], row["rejected_tokens"])
+            pair = {key: row[key] for key in ("prompt", "chosen", "rejected")}
             file.write(json.dumps(pair | {"length": longest}) + "\n")
-    accumulated = run.batch.global_size // run.batch.micro_size
-    on_cpu, is_full = options.device == "cpu", method == "full"
-    trl = [
-        *("--model_name_or_path", run.model.path, "--max_length", str(data.limits.max), "--num_train_epochs", "1"),
-        *("--learning_rate", str(run.dpo["learning_rate"]), "--lr_scheduler_type", "cosine", "--warmup_steps", "0.1"),
-        *("--per_device_train_batch_size", str(run.batch.micro_size), "--gradient_accumulation_steps"),
-        *(str(accumulated), "--seed", "0", "--data_seed", "0", "--logging_steps", "1", "--report_to", "none"),
-        *("--dataset_name", str(folder / "trl"), "--dtype", "float32" if on_cpu or is_full else "bfloat16"),
-        *(*METHODS[method][0], *(["--use_cpu", "--bf16", "False"] if on_cpu else [])),
-    ]
-    work = {"model": run.model.path, "pairs": len(data.tables["train"]), "on_gpu": not on_cpu}
-    return work | {"ours": ours, "trl": trl}
+    on_cpu = options.device == "cpu"
+    settings = {
+        "model_name_or_path": run.model.path,
+        "dataset_name": folder / "trl",
+        "dtype": "float32" if on_cpu or method == "full" else "bfloat16",
+        "max_length": data.limits.max,
+        "per_device_train_batch_size": run.batch.micro_size,
+        "gradient_accumulation_steps": run.batch.global_size // run.batch.micro_size,
+        "learning_rate": run.dpo["learning_rate"],
+    }
+    flags += [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    flags += "--num_train_epochs 1 --lr_scheduler_type cosine --warmup_steps 0.1 --seed 0 --data_seed 0".split()
+    flags += ["--logging_steps", "1", "--report_to", "none", *(["--use_cpu", "--bf16", "False"] if on_cpu else [])]
+    return {"model": run.model.path, "pairs": len(rows), "on_gpu": not on_cpu, "keys": keys, "flags": flags}
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
@@ -241,9 +241,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workloads", nargs="+", choices=("hh", "embedded", *ROWS_AT_ONCE))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["full"])
-    parser.add_argument(
-        "--pairs", type=int, help="read; those too long are left out. 270 by default, of the embedded task all"
-    )
+    parser.add_argument("--pairs", type=int, help="read, of which not all fit: 270, of the embedded task all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=[""], help="words of the names of the variants to time")
     parser.add_argument("--sweep", action="store_true")
