@@ -33,8 +33,8 @@ GROUPED = "--train_sampling_strategy group_by_length --remove_unused_columns Fal
 TRL = {"trl dpo": [], "trl dpo, best flags": BEST, "trl dpo, best flags, column `length`": [*BEST, *GROUPED]}
 OURS = {
     "this project": [],
-    "- similar lengths": ["training.similar_lengths=false"],
-    "- LM head on completions only": ["head=all"],  # see run_child
+    "- similar lengths": ["switch=lengths"],  # these two have no key: see run_child
+    "- LM head on completions only": ["switch=head"],
     "- no activation checkpointing": ["dpo.activation_checkpointing=true"],
     "- shared prompt": ["training.shared_prefix=off"],
     "- cached reference": ["reference=frozen"],
@@ -80,11 +80,14 @@ def run_child(file: str, module: str, *arguments: str) -> None:
 
     trainer.DEFAULT_CALLBACKS.append(Clock)
     DPOTrainer._precompute_ref_logps = time_reference_pass
-    if "head=all" in arguments:
-        import dpo_pipeline.training.trainer  # noqa: F401, which sets the name below
+    if "switch=lengths" in arguments or "switch=head" in arguments:
+        from dpo_pipeline.training import trainer as our_trainer
 
-        utils._use_triton = chunked_logprob._use_triton
-    sys.argv[1:] = [argument for argument in arguments if argument != "head=all"]
+        if "switch=lengths" in arguments:
+            our_trainer.use_similar_lengths = lambda trainer: None
+        else:
+            utils._use_triton = chunked_logprob._use_triton
+    sys.argv[1:] = [argument for argument in arguments if not argument.startswith("switch=")]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     resident = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     facts["memory"] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident
