@@ -210,8 +210,7 @@ def test_a_run_that_reads_few_rows_computes_no_others(typed, small, sft, forward
 
     monkeypatch.setattr(PairTrainer, "compute_loss", seen)
     train(small("lora=none", f"variant=few{len(typed)}", "dpo.max_steps=3", *typed.split()), "dpo")
-    checked = 16 if "micro" not in typed else 4  # rows of preflight's batch, for policy and reference
-    computed = sum(forwards) - CHECKED - 2 * checked - 2 * 2  # two rows with shared prompts and without
+    computed = sum(forwards) - CHECKED - 4 * 2  # two rows of policy and reference, two with shared prompts and without
     assert computed in (3 * 16 + 13, 3 * 16)  # those of validation may be there
     assert len(read) > 40
     assert not any(map(np.isnan, read))

@@ -22,7 +22,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from dpo_pipeline.config import compose
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.training import memory, shared_prefix, trainer
+from dpo_pipeline.training import lm_head, memory, shared_prefix, trainer
 from dpo_pipeline.training.arguments import training_arguments
 from dpo_pipeline.training.shared_prefix import check_shared_prefix, prompts_shared, share_prompts
 from dpo_pipeline.training.similar_lengths import BATCH_LOSSES
@@ -248,6 +248,7 @@ def test_a_whole_run_has_the_losses_and_weights_of_plain_trl(tmp_path, monkeypat
     ours.train()
     monkeypatch.setattr(trainer, "use_similar_lengths", lambda trainer: None)
     monkeypatch.setattr(trl_utils, "_use_triton", chunked_logprob._use_triton)
+    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", lm_head.trl_head)
     plain = pair_trainer(tmp_path / "plain")
     plain.train()
     assert losses_of(ours) == pytest.approx(losses_of(plain), abs=2e-5)
@@ -282,6 +283,28 @@ def test_the_head_sees_completion_tokens_alone(tmp_path, monkeypatch):
     batch = ours.data_collator(list(ours.train_dataset.select(range(4))))
     ours.compute_ref_log_probs(ours.model, batch)
     assert seen == [int(batch["completion_mask"].sum())]
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_plain_head_is_that_of_trl(softcap, monkeypatch):
+    set_seed(0)
+    hidden, weight, bias = (torch.randn(size, requires_grad=True) for size in ((40, 16), (97, 16), (97,)))
+    names = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    targets = torch.randint(97, (40,))
+    targets[:20] = (hidden @ weight.T + bias)[:20].argmax(-1)
+    results = []
+    for score in (lm_head.trl_head.apply, lm_head.score_tokens):
+        scores = score(hidden, weight, bias, targets, 0.7, 32, softcap, 1.5, names)
+        gradients = torch.autograd.grad((scores[0] * torch.arange(40)).sum(), (hidden, weight, bias))
+        results.append([*scores, *gradients])
+    for trl, ours in zip(*results, strict=True):
+        assert torch.allclose(trl.float(), ours.float(), rtol=1e-4, atol=1e-4)
+    assert 20 <= int(results[0][4].sum()) < 40
+    monkeypatch.setattr(lm_head, "MAX_LOGITS", 40 * 97 - 1)
+    monkeypatch.setattr(lm_head, "linear", None)
+    assert torch.equal(
+        lm_head.score_tokens(hidden, weight, bias, targets, 0.7, 32, softcap, 1.5, names)[0], results[0][0]
+    )
 
 
 def test_grouping_across_steps_is_transformers_own(tmp_path):

@@ -91,8 +91,8 @@ def rehearse(trainer: Any, lengths: np.ndarray) -> None:
 
 
 def run_longest_batch(trainer: Any, row: dict[str, Any]) -> None:
-    """Forward and backward of copies of a row, a micro batch of them; twice where gradients are accumulated, since
-    the second forward finds those of the first.
+    """Forward and backward of copies of a row, a micro batch of them; on a GPU twice where gradients are accumulated,
+    since the second forward finds those of the first.
     """
     args, model = trainer.args, trainer.model
     batch = trainer.data_collator([row] * args.per_device_train_batch_size)
@@ -105,7 +105,7 @@ def run_longest_batch(trainer: Any, row: dict[str, Any]) -> None:
         layers = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
         model.activation_checkpointing_enable(options or None, **layers)
     with trial_step(trainer):
-        for _ in range(min(2, args.gradient_accumulation_steps)):
+        for _ in range(min(2, args.gradient_accumulation_steps) if device() == "cuda" else 1):
             with trainer.maybe_activation_offload_context:
                 with trainer.accelerator.autocast():
                     loss = trainer.compute_loss(model, batch)

@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 def check_sft(trainer: Any, run: Run, data: Prepared) -> dict[str, Any]:
     """The fingerprint of an SFT's policy, once all holds that must hold before step 1; raises PipelineError."""
     check_rows(data)
-    batch = check_first_batch(trainer, data)
+    check_completions(unpack_batch(first_batch(trainer)), data)
+    batch = two_rows(trainer)
     check_trainable(trainer)
     check_forward(trainer, batch, data.load_options)
     fingerprint = policy_fingerprint(trainer, data)
@@ -43,7 +44,8 @@ def check_dpo(trainer: Any, run: Run, data: Prepared, start: StartingPolicy, rec
     `record.manifest["loading"]` says how the weights of the starting policy were loaded.
     """
     check_rows(data)
-    batch = check_first_batch(trainer, data)
+    check_completions(unpack_batch(first_batch(trainer)), data)
+    batch = two_rows(trainer)
     check_trainable(trainer)
     check_forward(trainer, batch, data.load_options)
     if start.is_adapter and not start.merge_to:
@@ -84,14 +86,18 @@ def check_completions(pairs: Iterable[tuple[list[int], list[int]]], data: Prepar
             )
 
 
-def check_first_batch(trainer: Any, data: Prepared) -> dict[str, Any]:
-    """The first micro batch of this process, once it learns from whole completions alone."""
+def first_batch(trainer: Any) -> dict[str, Any]:
+    """The first micro batch that this process trains on."""
     with random_state_kept():
         loader = trainer.get_train_dataloader()
         batch = next(iter(loader))
         loader.end()
-    check_completions(unpack_batch(batch), data)
     return batch
+
+
+def two_rows(trainer: Any) -> dict[str, Any]:
+    """A batch of two training rows: enough to see whether log-probs are right."""
+    return trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[row] for row in (0, 1)]))
 
 
 def unpack_batch(batch: dict[str, Any]) -> list[tuple[list[int], list[int]]]:

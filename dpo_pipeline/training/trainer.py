@@ -13,7 +13,6 @@ from accelerate.utils import is_peft_model
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer
-from trl.trainer import utils as trl_utils
 
 from dpo_pipeline.checkpoints import newest_checkpoint
 from dpo_pipeline.data.prepare import Prepared
@@ -22,6 +21,7 @@ from dpo_pipeline.distributed import processes
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.hardware import STOPS
 from dpo_pipeline.training.callbacks import CheckpointOnInterrupt, KeepRandomState
+from dpo_pipeline.training.lm_head import use_plain_head
 from dpo_pipeline.training.pair_metrics import PAIR_METRICS, pair_metrics
 from dpo_pipeline.training.pair_weights import collate_weights, weigh_outputs
 from dpo_pipeline.training.shared_prefix import prompts_shared
@@ -32,8 +32,7 @@ log = logging.getLogger(__name__)
 
 # TRL hashes every weight on every rank for the key of its reference log-probs, which reference.py replaces.
 dpo_trainer.hash_module = lambda module: None
-# Off GPUs TRL puts every position through the LM head, prompts too, so that shapes stay equal for compilers.
-trl_utils._use_triton = lambda device: True
+use_plain_head()
 
 
 class PairTrainer(DPOTrainer):

@@ -81,12 +81,13 @@ def run_child(file: str, module: str, *arguments: str) -> None:
     trainer.DEFAULT_CALLBACKS.append(Clock)
     DPOTrainer._precompute_ref_logps = time_reference_pass
     if "switch=lengths" in arguments or "switch=head" in arguments:
+        from dpo_pipeline.training import lm_head
         from dpo_pipeline.training import trainer as our_trainer
 
         if "switch=lengths" in arguments:
             our_trainer.use_similar_lengths = lambda trainer: None
         else:
-            utils._use_triton = chunked_logprob._use_triton
+            utils._use_triton, utils._ChunkedLogProbFunction = chunked_logprob._use_triton, lm_head.trl_head
     sys.argv[1:] = [argument for argument in arguments if not argument.startswith("switch=")]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     resident = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
