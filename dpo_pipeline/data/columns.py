@@ -4,13 +4,15 @@ A part is a column, a path (`summaries.0.text`, or `summaries[policy=ref].text`,
 a text with such in it (`r/{info.subreddit}`). `completions.*.text` is a list: the text of each completion.
 """
 
+import math
 import re
 from functools import lru_cache
 from typing import Any
 
-from dpo_pipeline.data.files import Row, list_names, show_value
+from dpo_pipeline.data.files import Row, check_text, list_names, show_value, to_number
 from dpo_pipeline.data.messages import decode
 from dpo_pipeline.data.normalize import COMPLETIONS, REPLY
+from dpo_pipeline.data.report import mark
 from dpo_pipeline.errors import PipelineError, nearest
 
 PAIR = {"chosen": "chosen", "rejected": "rejected"}
@@ -42,8 +44,7 @@ FORMS: tuple[dict[str, str], ...] = (  # a row has the first form all of whose c
 OPTIONAL = {"input": "instruction", "history": "instruction"}  # columns that some rows have beside another
 CLAIMS = ("prompt", "question", "instruction", "input")  # columns that can only be the prompt
 PROMPTS = ("prompt", "question", "instruction", "text", "dialogue")
-LISTS = ("completions", "scores", "ranks")
-PARTS = (*PROMPTS, "system", "input", "history", "tools", "chosen", "rejected", "demonstration", "weight", *LISTS)
+PARTS = (*PROMPTS, *COMPLETIONS, *"system input history tools weight completions scores ranks".split())
 # Instead of chosen and rejected: two completions, a label, and its values where the first and the second is better.
 LABELLED = ("answers", "choice", "choices")
 STEP = re.compile(r"([^.\[\]]+)(?:\[([^=\]]+)=([^\]]*)\])?")  # name, or name[field=value]
@@ -53,10 +54,9 @@ FIELD = re.compile(r"\{([^{}]+)\}")
 def check_columns(columns: Row) -> Row:
     """The columns that are not null; raises PipelineError if they name no parts of a row."""
     columns = {part: path for part, path in columns.items() if path is not None}
-    for part in columns:
-        if part not in (*PARTS, *LABELLED):
-            hint = nearest(part, PARTS) or f": there are {', '.join((*PARTS, *LABELLED))}"
-            raise PipelineError(f"dataset.columns.{part} is no part of a row{hint}")
+    if unknown := [part for part in columns if part not in (*PARTS, *LABELLED)]:
+        hint = nearest(unknown[0], PARTS) or f": there are {', '.join((*PARTS, *LABELLED))}"
+        raise PipelineError(f"dataset.columns.{unknown[0]} is no part of a row{hint}")
     sizes = [len(columns[part]) if isinstance(columns[part], list) else 1 for part in LABELLED if part in columns]
     if sizes and sizes != [2, 1, 2]:
         needed = "answers: [A, B], choice: LABEL_COLUMN, choices: [LABEL_IF_A_IS_BETTER, LABEL_IF_B_IS]"
@@ -64,15 +64,6 @@ def check_columns(columns: Row) -> Row:
     if len({"scores", "ranks"} & set(columns)) != int("completions" in columns):
         raise PipelineError("dataset.columns needs completions and their scores (or ranks: 1 is the best)")
     return {part: path if part in LABELLED else str(path) for part, path in columns.items()}
-
-
-def get_list(raw: Row, path: str, label: str) -> list[Any]:
-    """The list at a path of a row, or what the path behind `.*` gives of each of its items."""
-    head, _, tail = path.partition(".*")
-    values = get_path(raw, head, label)
-    if not isinstance(values, list):
-        raise PipelineError(f"{label} is {show_value(values)}, not a list: correct it or take it out")
-    return [get_path(value, tail.removeprefix("."), label) if tail else value for value in values]
 
 
 def get_path(raw: Any, path: str, label: str) -> Any:
@@ -85,6 +76,12 @@ def get_path(raw: Any, path: str, label: str) -> Any:
         return None if None in fields.values() else FIELD.sub(lambda field: str(fields[field[1]]), path)
     if isinstance(raw, dict) and path in raw:
         return raw[path]  # a column, perhaps with dots in its name
+    head, star, tail = path.partition(".*")
+    if star:
+        values = get_path(raw, head, label)
+        if not isinstance(values, list):
+            raise PipelineError(f"{label} is {show_value(values)}, not a list: correct it or take it out")
+        return [get_path(value, tail.removeprefix("."), label) for value in values]
     value = raw
     for name, field, field_value in STEP.findall(path):
         if value is None:
@@ -99,6 +96,36 @@ def get_path(raw: Any, path: str, label: str) -> Any:
             items = value if isinstance(value, list) else [value]
             value = next((item for item in items if str(get_path(item, field, label)) == field_value), None)
     return value
+
+
+def read_parts(origin: str, raw: Row, columns: Row) -> tuple[Row, Row]:
+    """The parts that the columns name, and the `problem` or `reason` of the row, if any."""
+    parts, fault = dict.fromkeys(PARTS), {}
+    if "choice" in columns:
+        label = str(get_path(raw, columns["choice"], f"{origin}: columns.choice={columns['choice']}"))
+        labels = [str(value) for value in columns["choices"]]
+        if label not in labels:
+            fault = mark(f"a tie ({columns['choice']} is neither {labels[0]} nor {labels[1]})")
+        chosen, rejected = columns["answers"] if label == labels[0] else reversed(columns["answers"])
+        columns = {**columns, "chosen": str(chosen), "rejected": str(rejected)}
+    for name, path in columns.items():
+        if name in LABELLED:
+            continue
+        value = get_path(raw, path, f"{origin}: columns.{name}={path}")
+        if value is None and FIELD.search(path):
+            # A template fits rows of one kind: that of TL;DR has no place for a news article.
+            fault, value = mark(f"no {name}"), ""
+        elif value is None and name in (*PROMPTS, "chosen", "rejected"):
+            raise PipelineError(f"{origin}: {name} is null, not text or messages: correct it or take it out")
+        elif name in PROMPTS and isinstance(value, str) and not value.strip():
+            fault = {"problem": "empty prompt"}  # seen here, because a frame is put around it
+        elif name in ("system", "instruction", "input", "text") and value is not None:
+            check_text(value, f"{origin}: {name}")
+        elif name == "weight":
+            weight, problem = to_number(value), {"problem": "weight that is no positive number"}
+            fault |= {"weight": weight} if 0 < weight < math.inf else problem
+        parts[name] = value
+    return parts, fault
 
 
 def unused_columns(names: tuple[str, ...], columns: Row) -> tuple[str, ...]:

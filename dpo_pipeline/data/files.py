@@ -3,6 +3,7 @@
 Text stays text: the readers of `datasets` and pandas take dates and words such as None for values of other types.
 """
 
+import ast
 import csv
 import gzip
 import json
@@ -22,7 +23,6 @@ Rows = Iterator[tuple[str, Row]]  # each with its origin, such as `pairs.jsonl, 
 
 OTHER_ENDINGS = (".tsv", ".xlsx", ".xls", ".ods", ".zst", ".xz", ".bz2", ".zip", ".txt", ".arrow", ".parquet.gz")
 FORM = "give one JSON object for each row: one on each line, or all in one list"
-ROWS_AT_A_TIME = 1000
 
 
 def read_file(file: Path, path: str) -> Rows:
@@ -31,9 +31,9 @@ def read_file(file: Path, path: str) -> Rows:
     if file.name.endswith(OTHER_ENDINGS):
         raise unreadable(path, f"{file.suffix} files are not supported", "save it as .jsonl, .csv or .parquet")
     if name.endswith(".parquet"):
-        rows = read_parquet_rows(file, path)
+        rows = read_parquet(file, path)
     else:
-        rows = (read_csv_rows if name.endswith(".csv") else read_json_rows)(read_lines(file, path), path)
+        rows = (read_csv if name.endswith(".csv") else read_json)(read_lines(file, path), path)
     for origin, row in rows:
         if is_dialogue(row):
             row = {"messages": row}
@@ -58,28 +58,32 @@ def read_lines(file: Path, path: str) -> Iterator[str]:
         raise unreadable(path, error, "it is cut short or no gzip file: fetch it again, or take .gz off") from error
 
 
-def read_json_rows(lines: Iterator[str], path: str) -> Rows:
-    """The values of JSON text: one on each line, or all in one list, which may begin with a dialogue on its line."""
+def read_json(lines: Iterator[str], path: str) -> Rows:
+    """The values of JSON text: one on each line, or all in one list; a dialogue on a line is a list too."""
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        value = None
-        with suppress(ValueError, RecursionError):
-            value = json.loads(line) if line.lstrip().startswith("[") else None
-        if is_dialogue(value) or not line.lstrip().startswith("["):
-            yield f"{path}, line {number}", value or parse_json(line.rstrip("\r\n"), path, number)
-        else:
-            yield from number_rows(parse_json(line + "".join(lines), path, number), f"{path}, row")
+        if line.lstrip().startswith("[") and not is_dialogue(decode(line)):
+            values = enumerate(parse_json(line + "".join(lines), path, number), 1)
+            yield from ((f"{path}, row {place}", value) for place, value in values)
+        elif line.strip():
+            yield f"{path}, line {number}", parse_json(line.rstrip("\r\n"), path, number)
 
 
 def is_dialogue(value: Any) -> bool:
-    """Whether a value is a list of messages, each with a role."""
-    return isinstance(value, list) and bool(value) and all(is_message(message) for message in value)
+    """Whether a value is a list of messages, each with a role, or ShareGPT's with `from` and `value`."""
+    messages = value if isinstance(value, list) else []
+    return bool(messages) and all(
+        isinstance(m, dict) and ("role" in m or {"from", "value"} <= m.keys()) for m in messages
+    )
 
 
-def is_message(value: Any) -> bool:
-    """Whether a value is an object with a role, or ShareGPT's with `from` and `value`."""
-    return isinstance(value, dict) and ("role" in value or {"from", "value"} <= value.keys())
+def decode(value: Any) -> Any:
+    """The messages that a text holds as JSON or as Python writes them; any other value as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        for parse in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                parsed = parse(value.strip())
+                return parsed if is_dialogue(parsed if isinstance(parsed, list) else [parsed]) else value
+    return value
 
 
 def parse_json(text: str, path: str, first_line: int) -> Any:
@@ -96,7 +100,7 @@ def parse_json(text: str, path: str, first_line: int) -> Any:
     raise unreadable(path, f"line {line} is no JSON ({reason})", FORM)
 
 
-def read_csv_rows(lines: Iterator[str], path: str) -> Rows:
+def read_csv(lines: Iterator[str], path: str) -> Rows:
     """The rows of comma-separated values below a line of column names."""
     csv.field_size_limit(2**31 - 1)  # in characters; the default is 131,072
     # Strict: a quote that is never closed would take all lines behind it into one field.
@@ -114,19 +118,19 @@ def read_csv_rows(lines: Iterator[str], path: str) -> Rows:
         raise unreadable(path, f"line {reader.line_num} is no CSV: {error}", remedy) from error
 
 
-def read_parquet_rows(file: Path, path: str) -> Rows:
+def read_parquet(file: Path, path: str) -> Rows:
     """The rows of a Parquet file."""
     from pyarrow import ArrowInvalid, parquet
 
     try:
-        batches = parquet.ParquetFile(file).iter_batches(ROWS_AT_A_TIME)
-        yield from number_rows(chain.from_iterable(batch.to_pylist() for batch in batches), f"{path}, row")
+        yield from number_rows(parquet.ParquetFile(file).iter_batches(1000), f"{path}, row")
     except (ArrowInvalid, OSError) as error:
         raise unreadable(path, error, "fetch it again") from error
 
 
-def number_rows(rows: Iterable[Row], label: str) -> Rows:
-    """Rows with their number, from 1, as origin."""
+def number_rows(batches: Iterable[Any], label: str) -> Rows:
+    """The rows of Arrow batches with their number, from 1, as origin."""
+    rows = chain.from_iterable(batch.to_pylist() for batch in batches)
     return ((f"{label} {number}", row) for number, row in enumerate(rows, 1))
 
 

@@ -3,29 +3,17 @@
 import math
 import re
 from collections import Counter, defaultdict
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, validate_call
 
-from dpo_pipeline.data.columns import (
-    FIELD,
-    LABELLED,
-    LISTS,
-    PARTS,
-    PROMPTS,
-    check_columns,
-    detect_form,
-    get_list,
-    get_path,
-    unused_columns,
-)
-from dpo_pipeline.data.files import Row, check_text, show_value, to_number
+from dpo_pipeline.data.columns import check_columns, detect_form, get_path, read_parts, unused_columns
+from dpo_pipeline.data.files import Row, show_value, to_number
 from dpo_pipeline.data.messages import decode, parse_messages
 from dpo_pipeline.data.normalize import COMPLETIONS, normalize_row
-from dpo_pipeline.data.ranked import pair_completions
-from dpo_pipeline.data.report import filtered
+from dpo_pipeline.data.report import mark
 from dpo_pipeline.data.sources import read_source
 from dpo_pipeline.errors import PipelineError
 
@@ -58,25 +46,25 @@ def load(
     columns, local = check_columns(columns or {}), Path(path).expanduser()
     if subsets and local.exists() and not any((local / subset).is_dir() for subset in subsets):
         subsets = None  # a copy without the folders of the published set
-    loaded: dict[str, list[Row]] = defaultdict(list)
-    options = (at_least or {}, (pairs, min_score_gap), prompt_words, chat)
     sources = [(name, read_source(path, name or data_dir, revision, splits, config)) for name in subsets or [None]]
     if test_path:
         test = read_source(test_path)
         sources = [(subset, {"train": parts["train"]}) for subset, parts in sources]
         sources.append((None, {"test": test["test" if "test" in test else "train"]}))
+    loaded: dict[str, list[Row]] = defaultdict(list)
+    options = {"at_least": at_least or {}, "pairing": (pairs, min_score_gap), "prompt_words": prompt_words}
     for subset, parts in sources:
+        name = f"{source}/{subset}" if subset else source
         for split, raw_rows in parts.items():
             for origin, raw in islice(raw_rows, rows or None):
-                loaded[split] += build_rows(origin, raw, columns, *options, f"{source}/{subset}" if subset else source)
+                loaded[split] += build_rows(origin, raw, columns, chat, name, **options)
     for split_rows in loaded.values():
-        limit_pairs(split_rows, per_prompt or len(split_rows))
-        share_demonstrations(split_rows)
+        compare_prompts(split_rows, per_prompt)
     return dict(loaded)
 
 
 def build_rows(
-    origin: str, raw: Row, columns: Row, at_least: Row, pairing: tuple, prompt_words: int, chat: bool, source: str
+    origin: str, raw: Row, columns: Row, chat: bool, source: str, at_least: Row, pairing: Any, prompt_words: int
 ) -> list[Row]:
     """The row that the columns make of a raw one, or one for each pair of its scored completions."""
     names = tuple(name for name, value in raw.items() if value is not None)
@@ -84,13 +72,19 @@ def build_rows(
         raise PipelineError(f"{origin} has {', '.join(media)}: no text model learns from a vision set, take another")
     columns = columns or detect_form(origin, raw, names)
     parts, fault = read_parts(origin, raw, columns)
-    rows, pairs = [], [("", {}, {})] if parts["completions"] is None else pair_completions(parts, *pairing)
-    for place, completions, marks in pairs:
-        row = build_row(origin + place, {**parts, **completions}, prompt_words, chat, source)
-        row |= {**fault, **marks, "unused": unused_columns(names, {**columns, "at_least": [*at_least]})}
-        row |= {"is_further_pair": True} if rows else {}  # the raw row is counted once
-        exclude_low_values(row, raw, at_least)
-        rows.append(row)
+    for path, minimum in at_least.items():
+        value = get_path(raw, path, f"{origin}: at_least.{path}")
+        if math.isnan(number := to_number(value)):
+            raise PipelineError(f"{origin}: {path} is {show_value(value)}, not a number")
+        if number < minimum:
+            fault |= mark(f"{path} below {minimum:g}")
+    fault["unused"] = unused_columns(names, {**columns, "at_least": [*at_least]})
+    if parts["completions"] is None:
+        return [build_row(origin, parts, prompt_words, chat, source) | fault]
+    rows = []
+    for place, completions, marks in pair_completions(origin, parts, *pairing):
+        rows.append(build_row(origin + place, {**parts, **completions}, prompt_words, chat, source) | fault | marks)
+        rows[-1] |= {"is_further_pair": True} if len(rows) > 1 else {}  # the raw row is counted once
     return rows
 
 
@@ -117,62 +111,44 @@ def build_row(origin: str, parts: Row, prompt_words: int, chat: bool, source: st
     return normalize_row(origin, source, chat, prompt, completions, system, parts["tools"])
 
 
-def read_parts(origin: str, raw: Row, columns: Row) -> tuple[Row, Row]:
-    """The parts that the columns name, and the `problem` or `reason` of the row, if any."""
-    parts, fault = dict.fromkeys(PARTS), {}
-    if "choice" in columns:
-        label = str(get_path(raw, columns["choice"], f"{origin}: columns.choice={columns['choice']}"))
-        labels = [str(value) for value in columns["choices"]]
-        if label not in labels:
-            fault = filtered(f"a tie ({columns['choice']} is neither {labels[0]} nor {labels[1]})")
-        chosen, rejected = columns["answers"] if label == labels[0] else reversed(columns["answers"])
-        columns = {**columns, "chosen": str(chosen), "rejected": str(rejected)}
-    for name, path in columns.items():
-        if name in LABELLED:
-            continue
-        value = (get_list if name in LISTS else get_path)(raw, path, f"{origin}: columns.{name}={path}")
-        if value is None and FIELD.search(path):
-            # A template fits rows of one kind: that of TL;DR has no place for a news article.
-            fault, value = filtered(f"no {name}"), ""
-        elif value is None and name in (*PROMPTS, "chosen", "rejected"):
-            raise PipelineError(f"{origin}: {name} is null, not text or messages: correct it or take it out")
-        elif name in PROMPTS and isinstance(value, str) and not value.strip():
-            fault = {"problem": "empty prompt"}  # seen here, because a frame is put around it
-        elif name in ("system", "instruction", "input", "text") and value is not None:
-            check_text(value, f"{origin}: {name}")
-        elif name == "weight":
-            weight, problem = to_number(value), {"problem": "weight that is no positive number"}
-            fault |= {"weight": weight} if 0 < weight < math.inf else problem
-        parts[name] = value
-    return parts, fault
+def pair_completions(origin: str, parts: Row, choice: str, min_gap: float) -> list[tuple[str, Row, Row]]:
+    """The pairs of a row's `completions` by `scores` (more is better) or `ranks` (less is better).
+
+    `choice`: best_worst, one pair, or all. Of each pair its place in the row, its two completions, and the marks of
+    one that is left out: equal scores, or closer ones than `min_gap`. The first pair is best and worst; the best
+    completion is chosen in the last one too, whose completion SFT learns.
+    """
+    completions, lists = parts["completions"], (parts["completions"], parts["scores"] or [], parts["ranks"] or [])
+    if wrong := [values for values in lists if not isinstance(values, list)]:
+        raise PipelineError(f"{origin}: {show_value(wrong[0])} is not a list: correct it or take it out")
+    scores = [to_number(value) for value in lists[1]] or [-to_number(rank) for rank in lists[2]]
+    if len(scores) != len(completions) or not all(map(math.isfinite, scores)):
+        return [("", {"chosen": "", "rejected": ""}, {"problem": "not one number for each completion"})]
+    if len(completions) < 2:
+        return [("", {"chosen": "", "rejected": ""}, mark("fewer than two completions"))]
+    order = sorted(range(len(completions)), key=lambda i: -scores[i])
+    worst, pairs = len(order) - 1, []
+    places = [(0, worst), *combinations(range(1, worst + 1), 2), *((0, i) for i in range(1, worst))]
+    for chosen, rejected in ([order[i] for i in place] for place in places[: 1 if choice == "best_worst" else None]):
+        gap = round(scores[chosen] - scores[rejected], 9)  # of decimal scores: 0.3 - 0.1 is 0.2
+        marks = mark(f"scores closer than {min_gap:g}") if gap < min_gap else {}
+        marks = marks if gap else mark("a tie (equal scores)")
+        texts = {"chosen": completions[chosen], "rejected": completions[rejected]}
+        pairs.append((f", completions {chosen + 1} and {rejected + 1}", texts, marks))
+    return pairs
 
 
-def exclude_low_values(row: Row, raw: Row, minimums: dict[str, float]) -> None:
-    """Leave the row out if one of these columns is below its minimum."""
-    for path, minimum in minimums.items():
-        value = get_path(raw, path, f"{row['origin']}: at_least.{path}")
-        if math.isnan(number := to_number(value)):
-            raise PipelineError(f"{row['origin']}: {path} is {show_value(value)}, not a number")
-        if number < minimum:
-            row |= filtered(f"{path} below {minimum:g}")
-
-
-def limit_pairs(rows: list[Row], per_prompt: int) -> None:
-    """Leave out the rows beyond the first `per_prompt` of a prompt."""
+def compare_prompts(rows: list[Row], per_prompt: int) -> None:
+    """Leave out the rows beyond the first `per_prompt` of a prompt (0: none); those left share its demonstration."""
     counts: Counter[str] = Counter()
+    demonstrations = {row["key"]: row["demonstration"] for row in rows if "demonstration" in row}
     for row in rows:
-        if "problem" not in row and not row["reason"]:
+        if row["key"] in demonstrations:
+            row.setdefault("demonstration", demonstrations[row["key"]])
+        if per_prompt and "problem" not in row and not row["reason"]:
             counts[row["key"]] += 1
             if counts[row["key"]] > per_prompt:
-                row |= filtered(f"beyond {per_prompt} pairs of its prompt")
-
-
-def share_demonstrations(rows: list[Row]) -> None:
-    """Give a prompt's demonstration to those of its pairs that lack it."""
-    demonstrations = {row["key"]: row["demonstration"] for row in rows if "demonstration" in row}
-    for row in rows if demonstrations else ():
-        if "demonstration" not in row and row["key"] in demonstrations:
-            row["demonstration"] = demonstrations[row["key"]]
+                row |= mark(f"beyond {per_prompt} pairs of its prompt")
 
 
 def render_alpaca(instruction: str, input_text: str, chat: bool) -> str:

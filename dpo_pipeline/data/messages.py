@@ -1,16 +1,12 @@
 """Messages, read from the forms that data sets have, and compared."""
 
-import ast
-import hashlib
 import json
 import re
-from contextlib import suppress
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.data.files import Row, check_text, is_dialogue, is_message, show_value
+from dpo_pipeline.data.files import Row, check_text, decode, show_value
 from dpo_pipeline.distributed import on_main_process
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.record import read_json, write_json
@@ -21,8 +17,7 @@ Prompt = str | list[Message]
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "developer": "system", "human": "user"}
 ROLES |= dict.fromkeys(("gpt", "bot", "chatbot", "model"), "assistant")
 ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
-DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
-MEANING = ("role", "content", "tool_calls", "reasoning_content")  # the fields that tell messages apart
+CALLS = ("tools", "tool_calls", "reasoning_content")  # what no base model reads, and not every chat template
 
 
 def parse_messages(value: Any, label: str) -> Prompt:
@@ -34,21 +29,9 @@ def parse_messages(value: Any, label: str) -> Prompt:
         return value
     messages = [value] if isinstance(value, dict) else value  # ShareGPT has a single message as completion
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise PipelineError(
-            f"{label} is {show_value(value)}, not text or messages with role and content: correct it or take it out"
-        )
+        form = "text or messages with role and content"
+        raise PipelineError(f"{label} is {show_value(value)}, not {form}: correct it or take it out")
     return [parse_message(message, f"{label}, message {number}") for number, message in enumerate(messages, 1)]
-
-
-def decode(value: Any) -> Any:
-    """The messages that a text holds as JSON or as Python writes them; any other value as it is."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        for parse in (json.loads, ast.literal_eval):
-            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                messages = parse(value.strip())
-                if is_dialogue(messages) or is_message(messages):
-                    return messages
-    return value
 
 
 def parse_message(message: Row, label: str) -> Message:
@@ -71,7 +54,9 @@ def meanings(prompt: Prompt | None) -> Any:
     """What a prompt says, without the ids or times that its messages may have."""
     if not isinstance(prompt, list):
         return prompt
-    return [{field: message[field] for field in MEANING if message.get(field)} for message in prompt]
+    return [
+        {field: message[field] for field in ("role", "content", *CALLS) if message.get(field)} for message in prompt
+    ]
 
 
 def is_trained(message: Message) -> bool:
@@ -79,14 +64,9 @@ def is_trained(message: Message) -> bool:
     return message.get("weight", 1) != 0 and message.get("train", True) is not False
 
 
-def prompt_key(prompt: Prompt) -> str:
-    """What tells prompts apart: text itself, a hash of messages."""
-    return prompt if isinstance(prompt, str) else hashlib.sha256(json.dumps(meanings(prompt)).encode()).hexdigest()
-
-
-def prompt_texts(prompt: Prompt) -> list[str]:
-    """The text, or that of each message."""
-    return [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+def prompt_to_text(prompt: Prompt) -> str:
+    """A prompt as a person reads it."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
 def fix_date(tokenizer: Any, home: Path, check: bool) -> str:
@@ -96,18 +76,19 @@ def fix_date(tokenizer: Any, home: Path, check: bool) -> str:
     """
     if "strftime_now" not in str(tokenizer.chat_template):
         return ""
-    file, today = home / "chat_date.json", datetime.now().date().isoformat()
+    file, today = home / "chat_date.json", {"date": datetime.now().date().isoformat()}
 
     def read_or_write() -> str:
         if not (check or file.is_file()):
-            write_json(file, {"date": today})
-        return (read_json(file, "date") or {"date": today})["date"]
+            write_json(file, today)
+        return (read_json(file, "date") or today)["date"]
 
-    date = on_main_process(read_or_write)
-    tokenizer.get_chat_template = partial(dated_template, tokenizer.get_chat_template, datetime.fromisoformat(date))
+    date, get_chat_template = on_main_process(read_or_write), tokenizer.get_chat_template
+
+    def dated_template(*args: Any, **options: Any) -> str:  # the library takes no function for today's date
+        call = r"""strftime_now\(\s*(['"])(.*?)\1\s*\)"""
+        day = datetime.fromisoformat(date)
+        return re.sub(call, lambda match: json.dumps(day.strftime(match[2])), get_chat_template(*args, **options))
+
+    tokenizer.get_chat_template = dated_template
     return date
-
-
-def dated_template(get_chat_template: Any, date: datetime, *args: Any, **options: Any) -> str:
-    """What `get_chat_template` gives, with this date where it writes today's; the library takes no function for it."""
-    return DATE_CALL.sub(lambda call: json.dumps(date.strftime(call[2])), get_chat_template(*args, **options))

@@ -6,18 +6,17 @@ A row has `prompt` (text, or a list of messages), the text of its completions (`
 further fields of its message, such as `tool_calls`), `unused` (columns that nothing reads).
 """
 
+import hashlib
 import json
 import re
 from typing import Any
 
 from dpo_pipeline.data.files import Row
-from dpo_pipeline.data.messages import Message, Prompt, is_trained, meanings, parse_messages, prompt_key, prompt_texts
+from dpo_pipeline.data.messages import CALLS, Message, Prompt, is_trained, meanings, parse_messages, prompt_to_text
 from dpo_pipeline.errors import PipelineError
 
 COMPLETIONS = ("chosen", "rejected", "demonstration")
-CALLS = ("tools", "tool_calls", "reasoning_content")  # what no base model reads, and not every chat template
 ASK, REPLY = "\n\nHuman:", "\n\nAssistant:"
-TURN = re.compile(f"({ASK}|{REPLY})")
 RENDERED = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]")  # by chat templates
 
 
@@ -33,11 +32,10 @@ def normalize_row(
     prompt = None if prompt is None else parse_messages(prompt, f"{origin}: prompt")
     prompts: list[Any] = []  # of each completion; None: text without a reply
     for name, value in completions.items():
-        if value is None:
-            continue
-        opening, reply = split_reply(prompt, parse_messages(value, f"{origin}: {name}"), f"{origin}: {name}")
-        prompts.append(opening)
-        row |= {name: reply} if isinstance(reply, str) else read_reply(row, name, reply)
+        if value is not None:
+            opening, reply = split_reply(prompt, parse_messages(value, f"{origin}: {name}"), f"{origin}: {name}")
+            prompts.append(opening)
+            add_completion(row, name, reply)
     if any(isinstance(opening, list) for opening in prompts):
         prompts = [to_messages(opening) if isinstance(opening, str) else opening for opening in prompts]
     if None in prompts:
@@ -52,20 +50,12 @@ def normalize_row(
     if tools := json.loads(tools) if isinstance(tools, str) and tools.strip() else tools:
         row["tools"] = tools
     row = as_messages(row) if chat else as_text(row)
-    texts = [*prompt_texts(row["prompt"]), *(row[name] for name in COMPLETIONS if name in row)] if chat else ()
+    texts = [prompt_to_text(row["prompt"]), *(row[name] for name in COMPLETIONS if name in row)] if chat else ()
     if any(RENDERED.search(text) for text in texts):
         row["problem"] = "text that a chat template has written (give messages)"
-    row["key"] = prompt_key(row["prompt"])
+    is_text = isinstance(row["prompt"], str)
+    row["key"] = row["prompt"] if is_text else hashlib.sha256(json.dumps(meanings(row["prompt"])).encode()).hexdigest()
     return row
-
-
-def read_reply(row: Row, name: str, reply: Message) -> Row:
-    """The fields of a row that the message of a completion gives."""
-    extra = {key: value for key, value in reply.items() if key not in ("role", "content", "weight", "train")}
-    fields = {name: reply["content"]} | ({"extra": {**row.get("extra", {}), name: extra}} if extra else {})
-    if not is_trained(reply):
-        fields["problem"] = "a completion that is marked as not trained on"
-    return fields
 
 
 def split_reply(prompt: Prompt | None, value: Prompt, label: str) -> tuple[Prompt | None, str | Message]:
@@ -82,23 +72,28 @@ def split_reply(prompt: Prompt | None, value: Prompt, label: str) -> tuple[Promp
     if not value or value[-1]["role"] != "assistant":
         raise PipelineError(f"{label} does not end with a reply of the assistant: correct it or take it out")
     opening, reply = value[:-1], value[-1]
-    if prompt is None:
+    asked = prompt.strip() if isinstance(prompt, str) else None
+    if prompt is None or any(m["role"] == "user" and m["content"].strip() == asked for m in opening):
         return opening, reply
-    if isinstance(prompt, str):
-        asked = prompt.strip()
-        if any(message["role"] == "user" and message["content"].strip() == asked for message in opening):
-            return opening, reply
-        prompt = to_messages(prompt)
-    if not opening:
-        return prompt, reply
-    if meanings(prompt) in (meanings(value), meanings(opening[: len(prompt)])):
+    prompt = to_messages(prompt) if isinstance(prompt, str) else prompt
+    if meanings(prompt) in (meanings(value), meanings(opening[: len(prompt)])) and opening:
         return opening, reply
-    if opening[0]["role"] in ("assistant", "tool") or all(message["role"] == "system" for message in prompt):
+    if not opening or opening[0]["role"] in ("assistant", "tool") or all(m["role"] == "system" for m in prompt):
         return prompt + opening, reply
     raise PipelineError(
         f"{label} is a whole dialogue that does not begin with the row's prompt: say which of the two is the "
         "prompt, such as 'dataset.columns={chosen: chosen, rejected: rejected}'"
     )
+
+
+def add_completion(row: Row, name: str, reply: str | Message) -> None:
+    """Give a row the completion, with the further fields of its message."""
+    message = reply if isinstance(reply, dict) else {"content": reply}
+    row[name] = message["content"]
+    if extra := {key: value for key, value in message.items() if key not in ("role", "content", "weight", "train")}:
+        row["extra"] = {**row.get("extra", {}), name: extra}
+    if not is_trained(message):
+        row["problem"] = "a completion that is marked as not trained on"
 
 
 def add_system(prompt: Prompt, system: str, origin: str) -> list[Message]:
@@ -133,23 +128,13 @@ def as_text(row: Row) -> Row:
     return {**row, "prompt": prompt, **{name: f" {row[name]}" for name in COMPLETIONS if name in row}}
 
 
-def completion_message(row: Row, name: str) -> Message:
-    """A completion of a row of messages as the assistant's message, with its further fields."""
-    return {"role": "assistant", "content": row[name], **row.get("extra", {}).get(name, {})}
-
-
-def reply_key(row: Row, name: str) -> str:
-    """What tells completions apart: their text, and their calls and reasoning if any."""
-    return json.dumps(meanings([completion_message(row, name)])) if name in row.get("extra", {}) else row[name]
-
-
 def to_messages(text: str) -> list[Message]:
     """Text as messages: HH-RLHF's form becomes its turns, any other text what the user says."""
     if not text.endswith(REPLY):
         return [{"role": "user", "content": trim(text)}]
     if text.startswith(ASK.lstrip()):
         text = f"\n\n{text}"  # whose first line break was stripped
-    opening, *turns = TURN.split(text.removesuffix(REPLY))
+    opening, *turns = re.split(f"({ASK}|{REPLY})", text.removesuffix(REPLY))
     messages = [{"role": "system", "content": opening.strip()}] if opening.strip() else []
     for mark, turn in zip(turns[::2], turns[1::2], strict=True):
         role = "user" if mark == ASK else "assistant"
@@ -165,9 +150,14 @@ def trim(text: str) -> str:
     return re.sub(r"\A(?:\s*\n)?(?: (?!\s))?", "", text).rstrip()
 
 
-def prompt_to_text(prompt: Prompt) -> str:
-    """A prompt as a person reads it."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+def completion_message(row: Row, name: str) -> Message:
+    """A completion of a row of messages as the assistant's message, with its further fields."""
+    return {"role": "assistant", "content": row[name], **row.get("extra", {}).get(name, {})}
+
+
+def reply_key(row: Row, name: str) -> str:
+    """What tells completions apart: their text, and their calls and reasoning if any."""
+    return json.dumps(meanings([completion_message(row, name)])) if name in row.get("extra", {}) else row[name]
 
 
 def check_template(rows: list[Row], template: str, used: tuple[str, ...] = ()) -> None:
@@ -175,13 +165,11 @@ def check_template(rows: list[Row], template: str, used: tuple[str, ...] = ()) -
 
     Raises PipelineError where the meaning is lost.
     """
-    unwritten: dict[str, bool] = {}
     for row in rows:
         messages = [*row["prompt"], *(completion_message(row, name) for name in row.get("extra", ()))]
-        for name in {name for message in messages for name in message} - {"role", "content", *used} | {"tools"} & set(
-            row
-        ):
-            if unwritten.setdefault(name, name not in template):
+        fields = {"tools"} & row.keys() | {name for message in messages for name in message}
+        for name in sorted(fields - {"role", "content", *used}):
+            if name not in template:
                 if name in CALLS:
                     remedy = f"take a model whose template does, or take {name} out of the rows"
                     raise PipelineError(f"{row['origin']}: the model's chat template does not write {name}: {remedy}")

@@ -6,7 +6,7 @@ from typing import Any
 
 from dpo_pipeline.data.columns import get_path
 from dpo_pipeline.data.files import Row, check_text, read_file
-from dpo_pipeline.data.messages import Prompt, parse_messages, prompt_texts
+from dpo_pipeline.data.messages import Prompt, parse_messages
 from dpo_pipeline.data.normalize import ASK, REPLY, normalize_row
 from dpo_pipeline.data.tokens import encode_rows
 from dpo_pipeline.errors import PipelineError
@@ -28,7 +28,8 @@ def read_prompts(path: str, columns: tuple[str, ...] = ()) -> list[Row]:
     for origin, raw in read_file(file, path):
         row = {name: check_text(get_path(raw, name, origin), f"{origin}: {name}") for name in columns}
         prompt = parse_messages(get_path(raw, "prompt", origin), f"{origin}: prompt")
-        if not "".join(prompt_texts(prompt)).strip():
+        texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+        if not "".join(texts).strip():
             raise PipelineError(f"{origin}: its prompt is empty: write one, or take the row out")
         if row.get("label", "safe") not in LABELS:
             raise PipelineError(f"{origin}: its label is {row['label']!r}, neither safe nor unsafe: correct it")

@@ -5,7 +5,7 @@ A row that is not kept has a `reason`, which is of one `kind`. Of rows that were
 """
 
 import random
-from collections import Counter, defaultdict
+from itertools import chain
 from typing import Any
 
 from dpo_pipeline.data.files import list_names
@@ -15,22 +15,17 @@ SPLITS = ("train", "validation", "test")
 # Kinds of reasons: left out by an option, before anything looks for problems; teaches nothing, so that one may ask
 # whether this is a preference data set at all; a problem of that row alone; not needed; too long.
 FILTERED, INVALID, SINGLE, SURPLUS, TOO_LONG = "filtered", "invalid", "single", "surplus", "too long"
-EXAMPLES_PER_REASON = 3
 MAX_INVALID = 0.05  # share of rows that teach nothing, above which a run stops
 WARN_TOO_LONG, MAX_TOO_LONG = 0.05, 0.5  # shares of rows cut or dropped for length, to warn of and to stop at
 WARN_RETOKENIZED = 0.05  # share of rows whose completion was tokenized alone, to warn of
+FIELDS = "source origin split reason kind cut tokens retokenized is_further_pair unused".split()
 
 Rows = list[dict[str, Any]]
 
 
-def drop(row: dict[str, Any], reason: str, kind: str) -> None:
-    """Mark a row as not kept."""
-    row |= {"reason": reason, "kind": kind}
-
-
-def filtered(reason: str) -> dict[str, str]:
-    """The marks of a row that an option of its data set leaves out."""
-    return {"reason": reason, "kind": FILTERED}
+def mark(reason: str, kind: str = FILTERED) -> dict[str, str]:
+    """What a row that is not kept has; by default one that an option of its data set leaves out."""
+    return {"reason": reason, "kind": kind}
 
 
 def kept_rows(rows: Rows, split: str | None = None) -> Rows:
@@ -44,7 +39,14 @@ def drop_all_but(rows: Rows, count: int, rng: random.Random, reason: str, kind: 
     sample = set(rng.sample(range(len(remaining)), min(count, len(remaining))))
     for number, row in enumerate(remaining):
         if number not in sample:
-            drop(row, reason, kind)
+            row |= mark(reason, kind)
+
+
+def make_table(rows: Rows) -> Any:
+    """The rows as a DataFrame, without their texts."""
+    import pandas as pd
+
+    return pd.DataFrame({name: pd.Series([row.get(name) for row in rows], dtype=object) for name in FIELDS})
 
 
 def count_rows(rows: Rows) -> dict[str, Any]:
@@ -53,25 +55,21 @@ def count_rows(rows: Rows) -> dict[str, Any]:
     `read` counts what a file or the hub holds; `rows`, kept or dropped, are more where a list of scored completions
     makes several pairs.
     """
-    sources: dict[str, Any] = {}
-    examples: dict[str, list[str]] = defaultdict(list)
-    for row in rows:
-        empty = {"read": 0, "rows": 0, "kept": dict.fromkeys(SPLITS, 0), "dropped": Counter(), "cut": Counter()}
-        empty |= {"retokenized": 0, "unused_columns": []}
-        counts = sources.get(row["source"]) or sources.setdefault(row["source"], empty)
-        counts["read"] += not row.get("is_further_pair")
-        counts["rows"] += 1
-        counts["unused_columns"] = list(dict.fromkeys([*counts["unused_columns"], *row.get("unused", ())]))
-        if row["reason"]:
-            counts["dropped"][row["reason"]] += 1
-        else:
-            counts["kept"][row["split"]] += 1
-            counts["cut"].update([row["cut"]] if row.get("cut") else [])
-            counts["retokenized"] += bool(row.get("retokenized"))
-        for reason in filter(None, (row["reason"], row.get("cut"))):
-            if len(examples[reason]) < EXAMPLES_PER_REASON:
-                examples[reason].append(row["origin"])
-    return {"sources": sources, "examples": dict(examples)}
+    table, sources, examples = make_table(rows), {}, {}
+    for source, part in table.groupby("source", sort=False):
+        kept = part[part["reason"].isna()]
+        sources[source] = {
+            "read": int(part["is_further_pair"].isna().sum()),
+            "rows": len(part),
+            "kept": {split: int((kept["split"] == split).sum()) for split in SPLITS},
+            "dropped": part["reason"].value_counts(sort=False).to_dict(),
+            "cut": kept["cut"].value_counts(sort=False).to_dict(),
+            "retokenized": int((kept["retokenized"] == True).sum()),  # noqa: E712 (None where not tokenized)
+            "unused_columns": list(dict.fromkeys(chain.from_iterable(part["unused"].dropna()))),
+        }
+    for column in ("reason", "cut"):
+        examples |= {reason: part.head(3).tolist() for reason, part in table.groupby(column, sort=False)["origin"]}
+    return {"sources": sources, "examples": examples}
 
 
 def source_lines(sources: dict[str, Any]) -> list[list[str]]:
@@ -95,42 +93,34 @@ def print_report(report: dict[str, Any], rows: Rows) -> str:
     return "\n".join([markdown_table(source_lines(report["sources"])), *first_rows])
 
 
-def list_reasons(rows: Rows) -> list[str]:
+def list_reasons(table: Any) -> str:
     """Each reason of rows that are not kept, with its number of rows and where the first one is."""
-    origins = defaultdict(list)
-    for row in rows:
-        if row["reason"]:
-            origins[row["reason"]].append(row["origin"])
-    return [f"{len(each)} {reason} ({each[0]})" for reason, each in origins.items()]
+    groups = table.groupby("reason", sort=False)["origin"]
+    return "; ".join(f"{len(origins)} {reason} ({origins.iloc[0]})" for reason, origins in groups)
 
 
 def invalid_sentences(rows: Rows, on_bad_row: str = "drop") -> list[str]:
     """What ends a run: a sentence for each source of whose rows more than 5% teach nothing, or for the first row."""
-    sentences, checked = [], defaultdict(list)
-    for row in rows:
-        if on_bad_row == "error" and row.get("kind") in (INVALID, SINGLE):
-            remedy = "correct the row or take it out, or drop such rows by dataset.on_bad_row=drop"
-            return [f"{row['origin']}: {row['reason']}: {remedy}"]
-        if row.get("kind") != FILTERED:
-            checked[row["source"]].append(row)
-    for source, source_rows in checked.items():
-        invalid = [row for row in source_rows if row.get("kind") == INVALID]
-        if len(invalid) > MAX_INVALID * len(source_rows):
+    table, sentences = make_table(rows), []
+    bad = table[table["kind"].isin((INVALID, SINGLE))]
+    if on_bad_row == "error" and len(bad):
+        remedy = "correct the row or take it out, or drop such rows by dataset.on_bad_row=drop"
+        return [f"{bad['origin'].iloc[0]}: {bad['reason'].iloc[0]}: {remedy}"]
+    for source, part in table[table["kind"] != FILTERED].groupby("source", sort=False):
+        invalid = part[part["kind"] == INVALID]
+        if len(invalid) > MAX_INVALID * len(part):
             remedy = "check that dataset= fits and that chosen and rejected are the columns meant, or take them out"
-            if any(row["reason"] == "contradiction" for row in invalid):
+            if "contradiction" in invalid["reason"].values:
                 remedy += "; dataset.on_contradiction=drop leaves out pairs labelled both ways"
-            sentences.append(
-                f"{len(invalid)} of {len(source_rows)} rows of {source} teach nothing, more than {MAX_INVALID:.0%}: "
-                f"{'; '.join(list_reasons(invalid))}: {remedy}"
-            )
+            count = f"{len(invalid)} of {len(part)} rows of {source} teach nothing, more than {MAX_INVALID:.0%}"
+            sentences.append(f"{count}: {list_reasons(invalid)}: {remedy}")
     return sentences
 
 
-def length_sentence(rows: Rows, limit: int, context: int) -> tuple[float, str]:
+def length_sentence(table: Any, limit: int, context: int) -> tuple[float, str]:
     """The share of rows that are dropped or cut for their length, and a sentence with the limit that keeps 99%."""
-    lengths = sorted(row["tokens"] for row in rows if row.get("tokens"))
-    dropped = sum(row.get("kind") == TOO_LONG for row in rows)
-    cut = sum(bool(row.get("cut")) for row in kept_rows(rows))
+    lengths = sorted(table["tokens"].dropna())
+    dropped, cut = (table["kind"] == TOO_LONG).sum(), (table["cut"].notna() & table["reason"].isna()).sum()
     if not lengths:
         return 0.0, ""
     share, p99 = (dropped + cut) / len(lengths), lengths[-(-99 * len(lengths) // 100) - 1]
@@ -146,24 +136,14 @@ def length_sentence(rows: Rows, limit: int, context: int) -> tuple[float, str]:
 
 def find_errors(rows: Rows, on_bad_row: str, limit: int, context: int) -> list[str]:
     """What ends a run, a sentence each: too many rows that teach nothing, or that are too long."""
-    share, sentence = length_sentence(rows, limit, context)
+    share, sentence = length_sentence(make_table(rows), limit, context)
     return invalid_sentences(rows, on_bad_row) + ([sentence] if share > MAX_TOO_LONG else [])
 
 
 def find_warnings(rows: Rows, limit: int, context: int) -> list[str]:
     """What a run warns of, a sentence each."""
-    sentences, reasons = [], defaultdict(list)
-    read = Counter(row["source"] for row in rows)
-    for row in rows:
-        if row.get("kind") == FILTERED and row["reason"] != "not drawn":
-            reasons[row["source"], row["reason"]].append(row["origin"])
-    for (source, reason), origins in reasons.items():
-        if len(origins) > read[source] / 2:
-            count = f"{len(origins)} of {read[source]} rows of {source}"
-            sentences.append(f"{count} are left out: {reason} (such as {origins[0]})")
-    share, sentence = length_sentence(rows, limit, context)
-    if WARN_TOO_LONG < share <= MAX_TOO_LONG:
-        sentences.append(sentence)
+    share, sentence = length_sentence(make_table(rows), limit, context)
+    sentences = [sentence] if WARN_TOO_LONG < share <= MAX_TOO_LONG else []
     measured = [row for row in rows if row.get("tokens")]
     if (retokenized := sum(row["retokenized"] for row in kept_rows(measured))) > WARN_RETOKENIZED * len(measured):
         reason = "the prompt's tokens change when a completion follows"

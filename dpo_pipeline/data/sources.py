@@ -3,18 +3,17 @@
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.data.files import FORM, OTHER_ENDINGS, ROWS_AT_A_TIME, Row, Rows, number_rows, read_file, unreadable
+from dpo_pipeline.data.files import FORM, OTHER_ENDINGS, Rows, number_rows, read_file, unreadable
 from dpo_pipeline.errors import PipelineError, explain_disk
 from dpo_pipeline.formatting import one_line
 
 log = logging.getLogger(__name__)
 
-FILE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", *(f"{end}.gz" for end in (".json", ".jsonl", ".csv")))
+FILE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz", ".csv.gz")
 METADATA = ("config.json", "dataset_info.json", "dataset_infos.json")
 SAVED = ("dataset_dict.json", "state.json")  # what Dataset.save_to_disk leaves in a folder
 SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")  # as the hub names files: train_prefs-00000-of-00001.parquet
@@ -38,14 +37,13 @@ def read_source(
     local = Path(path).expanduser()
     if local.is_file():
         return {"train": read_file(local, path)}
+    folder, card = local / (data_dir or ""), local / "README.md"
     looks_local = local.is_absolute() or path.startswith((".", "~")) or path.endswith((*FILE_ENDINGS, ".gz"))
-    folder = local / (data_dir or "")
     if not folder.is_dir() and (local.is_dir() or looks_local or path.count("/") > 1):
         raise PipelineError(f"there is no file or folder {folder} (from {Path.cwd()}): check the path")
     if (local / "config.json").is_file():
         raise PipelineError(f"{path} is a model, not a data set: type model.path={path} and dataset.path=...")
     label = f"{path}, folder {data_dir}" if data_dir else path
-    card = local / "README.md"
     has_configs = data_dir is None and card.is_file() and card.read_text("utf-8", "replace").count("config_name:") > 1
     if local.is_dir() and not config and not has_configs:
         parts = read_folder(folder, label)
@@ -56,10 +54,9 @@ def read_source(
         if unread := ", ".join(parts.keys() - {"train", "test"}):
             log.warning("%s: %s is not read; 'dataset.splits={train: NAME, test: NAME}' chooses splits", label, unread)
     names = {"train": "train", **splits}
-    for name in names.values():
-        if name not in parts:
-            present = ", ".join(parts)
-            raise PipelineError(f"{label} has no split {name}, only {present}: type 'dataset.splits={{train: NAME}}'")
+    if absent := [name for name in names.values() if name not in parts]:
+        present = f"{label} has no split {absent[0]}, only {', '.join(parts)}"
+        raise PipelineError(f"{present}: type 'dataset.splits={{train: NAME}}'")
     return {split: parts[name] for split, name in names.items()}
 
 
@@ -69,7 +66,7 @@ def read_folder(folder: Path, label: str) -> dict[str, Rows]:
         from datasets import DatasetDict, load_from_disk
 
         saved = load_from_disk(str(folder))
-        return read_dataset(saved if isinstance(saved, DatasetDict) else {"train": saved}, label)
+        return read_datasets(saved if isinstance(saved, DatasetDict) else {"train": saved}, label)
     files, unread = defaultdict(list), []
     for file in sorted(folder.rglob("*")):
         parts = file.relative_to(folder).parts
@@ -83,10 +80,7 @@ def read_folder(folder: Path, label: str) -> dict[str, Rows]:
         log.warning("%s: %s cannot be read, save it as .jsonl or .csv", label, one_line(", ".join(unread)))
     if not files:
         raise unreadable(label, "it holds no .json, .jsonl, .csv or .parquet file", FORM)
-    return {
-        split: chain.from_iterable(read_file(file, str(file)) for file in split_files)
-        for split, split_files in files.items()
-    }
+    return {name: chain.from_iterable(read_file(file, str(file)) for file in each) for name, each in files.items()}
 
 
 def split_of(parts: tuple[str, ...]) -> str:
@@ -107,7 +101,9 @@ def load_parts(
     try:
         # Not verified: the card of a set of millions of rows has no sizes of the one folder that is read.
         options = {"verification_mode": "no_checks", "cache_dir": datasets.config.HF_DATASETS_CACHE}
-        parts = datasets.load_dataset(path, config, data_dir=data_dir, revision=revision, **options)
+        return read_datasets(
+            datasets.load_dataset(path, config, data_dir=data_dir, revision=revision, **options), label
+        )
     except (DatasetNotFoundError, ConnectionError) as error:
         raise PipelineError(
             f"the data set {path} is neither a local path nor on the hub ({one_line(str(error))}): check the name and "
@@ -116,19 +112,14 @@ def load_parts(
     except (DatasetsError, ValueError, RuntimeError) as error:
         if sentence := explain_disk(error):
             raise PipelineError(sentence) from error
-        if names := re.search(r"configs?: \[(.*)\]|not found. Available: \[(.*)\]", str(error)):
-            names = (names[1] or names[2]).replace("'", "")
-            raise PipelineError(
-                f"{label} has the configs {names}: type dataset.config=NAME for one of them"
-            ) from error
+        if names := re.search(r"(?:configs?:|not found. Available:) \[(.*)\]", str(error)):
+            configs = f"{label} has the configs {names[1].replace(chr(39), '')}"
+            raise PipelineError(f"{configs}: type dataset.config=NAME for one of them") from error
         raise unreadable(label, error.__cause__ or error, "give a local copy of its files") from error
-    return read_dataset(parts, label)
 
 
-def read_dataset(parts: dict[str, Any], label: str) -> dict[str, Rows]:
+def read_datasets(parts: dict[str, Any], label: str) -> dict[str, Rows]:
     """The rows of each `datasets.Dataset` as Python's own values."""
-
-    def iterate(rows: Any) -> Iterator[Row]:
-        return chain.from_iterable(batch.to_pylist() for batch in rows.with_format("arrow").iter(ROWS_AT_A_TIME))
-
-    return {name: number_rows(iterate(rows), f"{label}, {name} row") for name, rows in parts.items()}
+    return {
+        name: number_rows(rows.with_format("arrow").iter(1000), f"{label}, {name} row") for name, rows in parts.items()
+    }

@@ -7,18 +7,17 @@ from typing import Any
 
 from dpo_pipeline.config import ROW_KEYS, instantiate_node
 from dpo_pipeline.data.files import Row, list_names
-from dpo_pipeline.data.messages import prompt_texts
 from dpo_pipeline.data.normalize import COMPLETIONS, reply_key
 from dpo_pipeline.data.report import (
-    FILTERED,
     INVALID,
     SINGLE,
     SURPLUS,
-    drop,
     drop_all_but,
     invalid_sentences,
     kept_rows,
     list_reasons,
+    make_table,
+    mark,
 )
 from dpo_pipeline.data.sources import SPLIT_OF_WORD, split_of
 from dpo_pipeline.errors import PipelineError
@@ -46,9 +45,8 @@ def load_splits(
     test_count = len(kept_rows(splits["test"]))
     if exclude_prompts_of is not None:
         pairs = make_splits(exclude_prompts_of, (), chat)
-        prompts = {row["key"] for split in ("validation", "test") for row in kept_rows(pairs[split])}
-        for split in ("train", "validation"):
-            drop_prompts(splits[split], prompts, "prompt held out for DPO")
+        held_out = kept_rows(pairs["validation"] + pairs["test"])
+        drop_prompts(splits["train"] + splits["validation"], held_out, "prompt held out for DPO")
     for split, split_rows in splits.items():
         drop_invalid(split_rows, completions, SINGLE if node["on_contradiction"] == "drop" else INVALID)
         for row in split_rows:
@@ -56,10 +54,9 @@ def load_splits(
     rows = [row for split_rows in splits.values() for row in split_rows]
     if strict and (sentences := invalid_sentences(rows, node["on_bad_row"])):
         raise PipelineError(sentences[0])
-    for split in ("train", "validation"):
-        if not kept_rows(splits[split]):
-            reasons = "; ".join([f"{test_count} are held out as test", *list_reasons(rows)])
-            raise PipelineError(f"no rows are left for {split}: {reasons}: lower dataset.test_rows or give more")
+    if empty := [split for split in ("train", "validation") if not kept_rows(splits[split])]:
+        reasons = f"{test_count} are held out as test; {list_reasons(make_table(rows))}"
+        raise PipelineError(f"no rows are left for {empty[0]}: {reasons}: lower dataset.test_rows or give more")
     rng = random.Random(node["split_seed"])
     for split_rows in splits.values() if debug else ():  # drawn: the first rows of several files would be of one
         drop_all_but(split_rows, DEBUG_ROWS, rng, "debug=true", SURPLUS)
@@ -72,13 +69,23 @@ def make_splits(node: dict[str, Any], completions: tuple[str, ...], chat: bool) 
     Test is the set's own, else held out by prompt; validation is 5% of the rest, at most 500 rows, by prompt too;
     both are drawn with `split_seed`. Raises PipelineError if no row has one of the `completions`.
     """
-    train, test = read_splits(node, chat, source_of(node))
-    for split, split_rows in (("train", train), ("test", test)):
-        check_columns_exist(kept_rows(split_rows), completions, split)
+    source = Path(node["path"]).name if "path" in node else node["_target_"].split(".")[-2]
+    train, test = read_splits(node, chat, source)
+    for split, rows in (("train", kept_rows(train)), ("test", kept_rows(test))):
+        for name in completions if rows else ():
+            if not any(name in row for row in rows):
+                remedy = "use this set for SFT alone (dataset@sft_dataset=OPTION)"
+                if len(completions) == 1:
+                    remedy = f"set sft_target={'demonstration' if name == 'chosen' else 'chosen'}"
+                columns = [*(column for column in COMPLETIONS if column in rows[0]), *rows[0].get("unused", ())]
+                raise PipelineError(
+                    f"this data set has no column {name!r} in {split} (found {list_names(columns)}): name it by "
+                    f"dataset.columns, or {remedy}"
+                )
     rng, drawn = random.Random(node["split_seed"]), kept_rows(test)
     rng.shuffle(drawn)  # so that its first rows stand for all, even if the file is sorted
     test = drawn + [row for row in test if row["reason"]]
-    drop_prompts(train, {row["key"] for row in drawn}, "prompt also in test")
+    drop_prompts(train, drawn, "prompt also in test")
     train, validation = hold_out(train, min(500, max(1, len(kept_rows(train)) // 20)), rng)
     return {"train": train, "validation": validation, "test": test}
 
@@ -91,21 +98,6 @@ def read_splits(node: dict[str, Any], chat: bool, source: str) -> tuple[list[Row
         return splits["train"], splits["test"]
     test_rows = min(node["test_rows"], max(1, len(kept_rows(splits["train"])) // 10))
     return hold_out(splits["train"], test_rows, random.Random(node["split_seed"]))
-
-
-def check_columns_exist(rows: list[Row], completions: tuple[str, ...], split: str) -> None:
-    """Raises PipelineError if no row has one of the completions."""
-    for name in completions:
-        if rows and not any(name in row for row in rows):
-            remedy = "use this set for SFT alone (dataset@sft_dataset=OPTION)"
-            if len(completions) == 1:
-                remedy = f"set sft_target={'demonstration' if name == 'chosen' else 'chosen'}"
-            present = [column for column in COMPLETIONS if column in rows[0]]
-            columns = list_names([*present, *rows[0].get("unused", ())])
-            raise PipelineError(
-                f"this data set has no column {name!r} in {split} (found {columns}): name it by dataset.columns, or "
-                f"{remedy}"
-            )
 
 
 def hold_out(rows: list[Row], size: int, rng: random.Random) -> tuple[list[Row], list[Row]]:
@@ -124,18 +116,19 @@ def hold_out(rows: list[Row], size: int, rng: random.Random) -> tuple[list[Row],
     return [row for row in rows if id(row) not in numbers], held_out
 
 
-def drop_prompts(rows: list[Row], prompts: set[str], reason: str) -> None:
-    """Drop the rows that have one of these prompts."""
+def drop_prompts(rows: list[Row], others: list[Row], reason: str) -> None:
+    """Drop the rows that have the prompt of another row."""
+    prompts = {row["key"] for row in others}
     for row in kept_rows(rows):
         if row["key"] in prompts:
-            drop(row, reason, FILTERED)
+            row |= mark(reason)
 
 
 def drop_invalid(rows: list[Row], completions: tuple[str, ...], contradiction: str) -> None:
     """Drop what teaches nothing, all but the first of equal rows, and pairs labelled both ways, of that kind."""
     for row in kept_rows(rows):
         if problem := row_problem(row, completions):
-            drop(row, problem, SURPLUS if problem == "no demonstration" else INVALID)
+            row |= mark(problem, SURPLUS if problem == "no demonstration" else INVALID)
     pairs = [row for row in kept_rows(rows) if "chosen" in row and "rejected" in row]
     labels = {(row["key"], reply_key(row, "chosen"), reply_key(row, "rejected")) for row in pairs}
     last_of_prompt = {row["key"]: row for row in pairs}  # SFT learns the completion of a prompt's last pair
@@ -143,11 +136,11 @@ def drop_invalid(rows: list[Row], completions: tuple[str, ...], contradiction: s
     for row in kept_rows(rows):
         prompt, texts = row["key"], [reply_key(row, name) for name in completions]
         if len(texts) > 1 and (prompt, reply_key(row, "rejected"), reply_key(row, "chosen")) in labels:
-            drop(row, "contradiction", contradiction)
+            row |= mark("contradiction", contradiction)
         elif len(texts) == 1 and last_of_prompt.get(prompt, row) is not row:
-            drop(row, "another completion of its prompt", SURPLUS)
+            row |= mark("another completion of its prompt", SURPLUS)
         elif (prompt, *texts) in seen:
-            drop(row, "exact duplicate", SINGLE)
+            row |= mark("exact duplicate", SINGLE)
         else:
             seen.add((prompt, *texts))
 
@@ -156,7 +149,8 @@ def row_problem(row: Row, completions: tuple[str, ...]) -> str | None:
     """Why a row by itself teaches nothing."""
     if "problem" in row:
         return row["problem"]
-    if not "".join(prompt_texts(row["prompt"])).strip():
+    texts = [row["prompt"]] if isinstance(row["prompt"], str) else [message["content"] for message in row["prompt"]]
+    if not "".join(texts).strip():
         return "empty prompt"
     if missing := [name for name in completions if name not in row]:
         return f"no {missing[0]}"
@@ -167,21 +161,12 @@ def row_problem(row: Row, completions: tuple[str, ...]) -> str | None:
 
 
 def find_test_names(node: dict[str, Any]) -> list[str]:
-    """A sentence for each set that trains on what is named like a published test split."""
+    """A sentence for each file that is trained on and is named like a published test split, as may be its folder."""
     sentences = []
     for part in node["sets"].values() if "sets" in node else (node,):
         file = Path(part.get("path", ""))
-        parts = (file.name,) if file.is_file() else ((part.get("splits") or {}).get("train", ""),)
-        if file.is_file() and file.parent.name in SPLIT_OF_WORD:
-            parts = (file.parent.name, file.name)
-        if split_of(parts).startswith(("test", "valid", "eval", "dev")):
-            sentences.append(
-                f"{'/'.join(parts)} is named like a published test split and is trained on: report no result on that "
-                "split, or name the set's train file by dataset.path="
-            )
+        name = "/".join(file.parts[-2 if file.parent.name in SPLIT_OF_WORD else -1 :])
+        if file.is_file() and split_of(tuple(name.split("/"))).startswith(("test", "valid", "eval", "dev")):
+            remedy = "report no result on that split, or name the set's train file by dataset.path="
+            sentences.append(f"{name} is named like a published test split and is trained on: {remedy}")
     return sentences
-
-
-def source_of(node: dict[str, Any]) -> str:
-    """What the rows of a data set are called: the last part of its path, or its loader."""
-    return Path(node["path"]).name if "path" in node else node["_target_"].split(".")[-2]

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from dpo_pipeline.data.files import Row
-from dpo_pipeline.data.report import INVALID, SINGLE, TOO_LONG, drop
+from dpo_pipeline.data.report import INVALID, SINGLE, TOO_LONG, mark
 from dpo_pipeline.data.tokens import BATCH, EncodedRow, Ids, encode_rows
 from dpo_pipeline.data.turns import cut_dialogue, mark_replies
 from dpo_pipeline.errors import PipelineError
@@ -103,7 +103,7 @@ def tokenize(
         ids = fit_row(rows[number], names, encoded, limits, tokenizer, eos_ids)
         marks = [mark_replies(rows[number], encoded[0], ids[0], tokenizer, eos_ids)] if ids and all_turns else []
         if None in marks:
-            drop(rows[number], "earlier reply without an end token in the rendered dialogue", SINGLE)
+            rows[number] |= mark("earlier reply without an end token in the rendered dialogue", SINGLE)
         elif ids:
             fitted.append((*ids, *marks, number))
         if len(fitted) == BATCH or (fitted and number == len(rows) - 1):
@@ -121,7 +121,7 @@ def fit_row(
     """The ids of prompt and completions within the limits, or none where the row is dropped; marks the row."""
     prompt, completions, retokenized, problem = encoded
     if problem:
-        drop(row, problem, SINGLE)
+        row |= mark(problem, SINGLE)
         return []
     counts = [len(ids) for ids in (prompt, *completions)]
     row |= {f"{name}_tokens": count for name, count in zip(names, counts, strict=True)}
@@ -132,11 +132,11 @@ def fit_row(
         shorten = partial(cut_dialogue, row, tokenizer)
     prompt, completions, cut, problem = limits.fit(prompt, completions, eos_ids[0], shorten)
     if problem:
-        drop(row, problem, TOO_LONG)
+        row |= mark(problem, TOO_LONG)
     elif any(not ids or ids[0] in eos_ids for ids in completions):
-        drop(row, *(("no completion token left", TOO_LONG) if cut else ("empty completion", INVALID)))
+        row |= mark("no completion token left", TOO_LONG) if cut else mark("empty completion", INVALID)
     elif len(completions) > 1 and completions[0] == completions[1]:
-        drop(row, *(("identical after cutting", TOO_LONG) if cut else ("identical completions", INVALID)))
+        row |= mark("identical after cutting", TOO_LONG) if cut else mark("identical completions", INVALID)
     else:
         row["cut"] = cut or None
         return [prompt, *completions]
