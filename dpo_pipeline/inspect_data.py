@@ -4,9 +4,7 @@ import dataclasses
 import json
 import math
 import os
-import re
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +18,6 @@ if TYPE_CHECKING:
     from dpo_pipeline.data.prepare import Prepared
 
 EXAMPLES = {"A short row": 0.1, "A row of median length": 0.5, "The longest row": 1.0}  # at these length quantiles
-ROLE_TEXT = re.compile(r"\n\n(Human|Assistant|User):|### (Instruction|Response)|<\|\w+\|>|\[/?INST\]|<start_of_turn>")
-LIST_TEXT = re.compile(r"\s*\[.*\]\s*$|\s*\{.*\}\s*$", re.DOTALL)
-LEAST_REPEAT = 20  # characters of a prompt from which on a completion that begins with it repeats it
 
 
 def run_inspect(run: Run) -> Path:
@@ -46,6 +41,7 @@ def inspect_stage(run: Run, data: "Prepared", folder: Path) -> Path:
     """Print what the rows of a stage look like and write it into `folder`; the page."""
     import pandas as pd
 
+    from dpo_pipeline.data.statistics import overlap
     from dpo_pipeline.report import data_page, token_view
 
     rows = pd.DataFrame(data.all_rows)
@@ -54,16 +50,14 @@ def inspect_stage(run: Run, data: "Prepared", folder: Path) -> Path:
         raise PipelineError(f"no row is left to look at: {reasons}: correct the rows, or give the model's tokenizer")
     sizes = rows.loc[is_measured, [*(f"{name}_tokens" for name in ("prompt", *data.columns)), "tokens"]].astype(int)
     sizes.columns = ["prompt", *data.columns, "total"]
-    table = data.tables["train"]
-    is_pair = len(data.columns) == 2
-    ids = zip(table["chosen_ids"], table["rejected_ids"], strict=True) if is_pair else ()
+    table, train = data.tables["train"], data.rows["train"]
+    ids = zip(table["chosen_ids"], table["rejected_ids"], strict=True) if len(data.columns) == 2 else ()
     overlaps = pd.Series([overlap(*pair) for pair in ids], dtype=float)
     summary = summarize_rows(run, data, sizes, overlaps)
-    examples, order = [], sorted(range(len(table)), key=lambda i: data.rows["train"][table[i]["row"]]["tokens"])
+    examples, order = [], sorted(range(len(table)), key=lambda i: train[table[i]["row"]]["tokens"])
     for title, quantile in EXAMPLES.items() if order else ():
-        ids_of_row = table[order[int(quantile * (len(order) - 1))]]
-        row = data.rows["train"][ids_of_row["row"]]
-        examples.append(token_view.show_tokens(title, row, ids_of_row, data.columns, data.tokenizer))
+        row = table[order[int(quantile * (len(order) - 1))]]
+        examples.append(token_view.show_tokens(title, train[row["row"]], row, data.columns, data.tokenizer))
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     text = data_page.write_data_page(folder, summary, sizes, overlaps, examples, colour)
     texts = pd.DataFrame(map(text_fields, data.all_rows))
@@ -85,81 +79,32 @@ def text_fields(row: dict[str, Any]) -> dict[str, str]:
 
 def summarize_rows(run: Run, data: "Prepared", sizes: Any, overlaps: Any) -> dict[str, Any]:
     """What the page says of the rows in numbers: counts, lengths, limits, biases, repeats, leakage and warnings."""
-    from dpo_pipeline.data import length_stats
+    from dpo_pipeline.data import statistics
+    from dpo_pipeline.estimates import accuracy
     from dpo_pipeline.report.data_page import data_warnings
 
     limits, context, max_prompt, batch = data.limits, data.context, run.length.max_prompt, run.batch.global_size
     rows = {split: [data.rows[split][i] for i in table["row"]] for split, table in data.tables.items()}
-    candidates = length_stats.candidate_limits(sizes, limits.max, (max_prompt or 0) + 1, context)
+    candidates = statistics.candidate_limits(sizes, limits.max, (max_prompt or 0) + 1, context)
     alternatives = [dataclasses.replace(limits, max=n, max_prompt=max_prompt or n // 2) for n in candidates]
-    leaked = {split: leaked_prompts(rows["train"], rows[split]) for split in ("validation", "test")}
+    epoch = {"tokens": statistics.apply_limits(sizes, limits)["tokens"], "batch": batch}
+    is_pair = len(data.columns) == 2
     summary = {
         "tokenizer": "the embedded model" if run.model.builder else run.model.path,
         **data.report,
         "rows": {split: len(kept_rows) for split, kept_rows in rows.items()},
-        "lengths": {name: length_stats.summarize(values) for name, values in sizes.items()},
-        "longer_chosen": length_stats.longer_chosen(sizes) if len(data.columns) == 2 else None,
-        "leading_block": length_stats.leading_block(rows["train"]) if len(data.columns) == 2 else None,
-        "overlap": length_stats.summarize(overlaps) if len(overlaps) else None,
+        "lengths": {name: statistics.summarize(values) for name, values in sizes.items()},
+        "longer_chosen": accuracy((sizes["chosen"] - sizes["rejected"]).tolist()) if is_pair else None,
+        "leading_block": statistics.leading_block(rows["train"]) if is_pair else None,
+        "overlap": statistics.summarize(overlaps) if len(overlaps) else None,
         "length": {**run.length.model_dump(), "max": limits.max, "context": context},
-        "limits": [length_stats.apply_limits(sizes, each) for each in alternatives],
-        "epoch": {
-            "tokens": length_stats.apply_limits(sizes, limits)["tokens"],
-            "steps": math.ceil(len(rows["train"]) / batch),
-            "batch": batch,
-        },
-        "repeats": count_repeats(rows["train"], data.columns),
-        "leaked": leaked,
-        "odd": odd_completions(rows["train"], data.columns),
+        "limits": [statistics.apply_limits(sizes, each) for each in alternatives],
+        "epoch": {**epoch, "steps": math.ceil(len(rows["train"]) / batch)},
+        **statistics.find_repeats(rows, data.columns),
+        "odd": statistics.odd_completions(rows["train"], data.columns),
     }
     errors = [f"training would stop: {sentence}" for sentence in data.list_errors()]
     return summary | {"warnings": [*errors, *data.list_warnings(), *data_warnings(summary)]}
-
-
-def overlap(first: list[int], second: list[int]) -> float:
-    """The share of their tokens that two completions have in common in any order, without the end token of each.
-
-    Dice's coefficient of two bags of tokens: 0 if they share none, 1 if one is the other in some order.
-    """
-    first, second = first[:-1], second[:-1]
-    return 2 * (Counter(first) & Counter(second)).total() / max(1, len(first) + len(second))
-
-
-def count_repeats(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> dict[str, int]:
-    """How many prompts differ among rows, and how many rows equal another one but for case and spaces."""
-    texts = {tuple(fold_text(row[name]) for name in ("prompt", *columns)) for row in rows}
-    return {"prompts": len({prompt for prompt, *_ in texts}), "alike": len(rows) - len(texts)}
-
-
-def leaked_prompts(train: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> list[str]:
-    """The origins of the held-out rows whose prompt is one of train's but for case and spaces."""
-    prompts = {fold_text(row["prompt"]) for row in train}
-    return [row["origin"] for row in held_out if fold_text(row["prompt"]) in prompts]
-
-
-def fold_text(prompt: Any) -> str:
-    """A text, or messages as text, in lower case and with single spaces."""
-    from dpo_pipeline.data.normalize import prompt_to_text
-
-    return " ".join(prompt_to_text(prompt).casefold().split())
-
-
-def odd_completions(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> dict[str, list[str]]:
-    """The origins of rows with a completion that is probably no text as meant, by what is odd about it."""
-    odd: dict[str, list[str]] = {"hold role or template text": [], "are a list or an object": []}
-    odd |= {"begin with their prompt": [], "follow a prompt without a space": []}
-    for row in rows:
-        prompt, texts = row["prompt"], [row[name] for name in columns]
-        question = (prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt else "").strip()
-        tests = (
-            any(ROLE_TEXT.search(text) for text in texts),
-            any(LIST_TEXT.match(text) for text in texts),
-            len(question) >= LEAST_REPEAT and any(text.strip().startswith(question) for text in texts),
-            isinstance(prompt, str) and prompt[-1:].isalnum() and any(text[:1].isalnum() for text in texts),
-        )
-        for origins, is_odd in zip(odd.values(), tests, strict=True):
-            origins += [row["origin"]] * is_odd
-    return odd
 
 
 if __name__ == "__main__":

@@ -113,6 +113,18 @@ def prepare(run: Run, stage: str, splits: tuple[str, ...] | None = None, strict:
     return data
 
 
+def check_report(data: Prepared) -> None:
+    """Log what became of the rows; raises PipelineError where too many are cut or dropped, or none are left."""
+    log.info("rows by source\n%s", print_report(data.report, data.all_rows))
+    for sentence in data.list_warnings():
+        log.warning("%s", sentence)
+    for sentence in data.list_errors():
+        raise PipelineError(sentence)
+    for split in ("train", "validation"):
+        if split in data.tables and not len(data.tables[split]):
+            raise PipelineError(f"no rows are left for {split}: all were longer than length.max, or empty: raise it")
+
+
 def stage_dataset(run: Run, stage: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The config node of the data set that a stage learns from, and the columns of its completions."""
     if stage == "sft":
@@ -155,23 +167,19 @@ def cached_table(run: Run, data: Prepared, rows: list[Row]) -> Any:
         try:
             table, marks = load_from_disk(folder), parquet.read_table(folder / "rows.parquet").to_pylist()
         except (OSError, ValueError):  # there is none, or a damaged one
-            return save_table(make_table(), rows, names, folder)
+            table, partial = make_table(), folder.with_suffix(".partial")
+            if not len(table):  # which `datasets` cannot read
+                return table
+            for leftover in (partial, folder):
+                shutil.rmtree(leftover, ignore_errors=True)
+            table.save_to_disk(partial)
+            marks = pa.table({name: [row.get(name) for row in rows] for name in names})
+            parquet.write_table(marks, partial / "rows.parquet")
+            partial.rename(folder)
+            return load_from_disk(folder)
     for row, marks_of_row in zip(rows, marks, strict=True):
         row |= marks_of_row
     return table
-
-
-def save_table(table: Any, rows: list[Row], names: list[str], folder: Path) -> Any:
-    """Save a table and these fields of its rows, whole or not at all; `datasets` cannot read one without rows."""
-    if not len(table):
-        return table
-    partial = folder.with_suffix(".partial")
-    for leftover in (partial, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
-    table.save_to_disk(partial)
-    parquet.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), partial / "rows.parquet")
-    partial.rename(folder)
-    return load_from_disk(folder)
 
 
 def table_key(data: Prepared, rows: list[Row]) -> str:
@@ -186,15 +194,3 @@ def table_key(data: Prepared, rows: list[Row]) -> str:
         marks = [is_trained(message) for message in row["prompt"]] if data.all_turns else row.get("weight", "")
         digest.update("\0".join((row["key"], str(marks), *texts, tools, row["source"], row["origin"], "")).encode())
     return digest.hexdigest()
-
-
-def check_report(data: Prepared) -> None:
-    """Log what became of the rows; raises PipelineError where too many are cut or dropped, or none are left."""
-    log.info("rows by source\n%s", print_report(data.report, data.all_rows))
-    for sentence in data.list_warnings():
-        log.warning("%s", sentence)
-    for sentence in data.list_errors():
-        raise PipelineError(sentence)
-    for split in ("train", "validation"):
-        if split in data.tables and not len(data.tables[split]):
-            raise PipelineError(f"no rows are left for {split}: all were longer than length.max, or empty: raise it")

@@ -34,21 +34,14 @@ def read_prompts(path: str, columns: tuple[str, ...] = ()) -> list[Row]:
         if row.get("label", "safe") not in LABELS:
             raise PipelineError(f"{origin}: its label is {row['label']!r}, neither safe nor unsafe: correct it")
         rows.append({**row, "prompt": prompt, "origin": origin})
-    if "group" in columns:
-        check_groups(rows, path)
-    return rows
-
-
-def check_groups(rows: list[Row], path: str) -> None:
-    """Raises PipelineError unless there are two groups or more and every template has them all."""
-    groups = list(dict.fromkeys(row["group"] for row in rows))
-    if len(groups) == 1:
-        raise PipelineError(f"{path}: all rows are of the group {groups[0]!r}: give each template for two or more")
-    present = {(row["template"], row["group"]) for row in rows}
-    for row, group in product(rows, groups):
+    groups, present = {row.get("group") for row in rows}, {(row.get("template"), row.get("group")) for row in rows}
+    if "group" in columns and len(groups) == 1:
+        raise PipelineError(f"{path}: all rows are of the group {min(groups)!r}: give each template for two or more")
+    for row, group in product(rows, sorted(groups)) if "group" in columns else ():
         if (row["template"], group) not in present:
             missing = f"its template {row['template']!r} has no row for the group {group!r}"
             raise PipelineError(f"{row['origin']}: {missing}: add that row, or take the template out")
+    return rows
 
 
 def prompts_to_rows(prompts: list[Prompt], chat: bool, source: str, dialogues: bool = False) -> list[Row]:

@@ -93,10 +93,10 @@ def print_report(report: dict[str, Any], rows: Rows) -> str:
     return "\n".join([markdown_table(source_lines(report["sources"])), *first_rows])
 
 
-def list_reasons(table: Any) -> str:
+def list_reasons(table: Any) -> list[str]:
     """Each reason of rows that are not kept, with its number of rows and where the first one is."""
     groups = table.groupby("reason", sort=False)["origin"]
-    return "; ".join(f"{len(origins)} {reason} ({origins.iloc[0]})" for reason, origins in groups)
+    return [f"{len(origins)} {reason} ({origins.iloc[0]})" for reason, origins in groups]
 
 
 def invalid_sentences(rows: Rows, on_bad_row: str = "drop") -> list[str]:
@@ -113,7 +113,7 @@ def invalid_sentences(rows: Rows, on_bad_row: str = "drop") -> list[str]:
             if "contradiction" in invalid["reason"].values:
                 remedy += "; dataset.on_contradiction=drop leaves out pairs labelled both ways"
             count = f"{len(invalid)} of {len(part)} rows of {source} teach nothing, more than {MAX_INVALID:.0%}"
-            sentences.append(f"{count}: {list_reasons(invalid)}: {remedy}")
+            sentences.append(f"{count}: {'; '.join(list_reasons(invalid))}: {remedy}")
     return sentences
 
 

@@ -13,6 +13,8 @@ from dpo_pipeline.formatting import one_line
 
 log = logging.getLogger(__name__)
 
+Text = str | None
+
 FILE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz", ".csv.gz")
 METADATA = ("config.json", "dataset_info.json", "dataset_infos.json")
 SAVED = ("dataset_dict.json", "state.json")  # what Dataset.save_to_disk leaves in a folder
@@ -22,11 +24,7 @@ SPLIT_OF_WORD = {word: words[0] for words in (TRAIN, VALIDATION, TEST) for word 
 
 
 def read_source(
-    path: str,
-    data_dir: str | None = None,
-    revision: str | None = None,
-    splits: dict[str, str] | None = None,
-    config: str | None = None,
+    path: str, data_dir: Text = None, revision: Text = None, splits: dict[str, str] | None = None, config: Text = None
 ) -> dict[str, Rows]:
     """Rows of the splits `train` and, if there is one, `test`, one at a time; a single file is `train`.
 
@@ -91,9 +89,7 @@ def split_of(parts: tuple[str, ...]) -> str:
     return next((SPLIT_OF_WORD[word] for word in words if word in SPLIT_OF_WORD), "train")
 
 
-def load_parts(
-    path: str, config: str | None, data_dir: str | None, revision: str | None, label: str
-) -> dict[str, Rows]:
+def load_parts(path: str, config: Text, data_dir: Text, revision: Text, label: str) -> dict[str, Rows]:
     """The rows of a set of the hub, or of a local copy with its card, by split."""
     import datasets
     from datasets.exceptions import DatasetNotFoundError, DatasetsError

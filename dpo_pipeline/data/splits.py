@@ -55,7 +55,7 @@ def load_splits(
     if strict and (sentences := invalid_sentences(rows, node["on_bad_row"])):
         raise PipelineError(sentences[0])
     if empty := [split for split in ("train", "validation") if not kept_rows(splits[split])]:
-        reasons = f"{test_count} are held out as test; {list_reasons(make_table(rows))}"
+        reasons = "; ".join([f"{test_count} are held out as test", *list_reasons(make_table(rows))])
         raise PipelineError(f"no rows are left for {empty[0]}: {reasons}: lower dataset.test_rows or give more")
     rng = random.Random(node["split_seed"])
     for split_rows in splits.values() if debug else ():  # drawn: the first rows of several files would be of one

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_pipeline.data.files import Row
 from dpo_pipeline.data.report import INVALID, SINGLE, TOO_LONG, mark
-from dpo_pipeline.data.tokens import BATCH, EncodedRow, Ids, encode_rows
+from dpo_pipeline.data.tokens import BATCH, Columns, EncodedRow, Ids, encode_rows
 from dpo_pipeline.data.turns import cut_dialogue, mark_replies
 from dpo_pipeline.errors import PipelineError
 
@@ -38,9 +38,8 @@ class LengthLimits:
             raise PipelineError(f"length.max={longest} exceeds the model's context of {context} tokens: lower it")
         max_prompt = length.max_prompt or longest // 2
         if max_prompt >= longest:
-            raise PipelineError(
-                f"length.max_prompt={max_prompt} leaves no room for a completion in length.max={longest}: lower it"
-            )
+            no_room = f"leaves no room for a completion in length.max={longest}"
+            raise PipelineError(f"length.max_prompt={max_prompt} {no_room}: lower it")
         return cls(longest, max_prompt, length.prompt, length.completion)
 
     def fit(self, prompt: Ids, completions: list[Ids], end: int, shorten: Shorten) -> tuple[Ids, list[Ids], str, str]:
@@ -48,38 +47,21 @@ class LengthLimits:
 
         `shorten` gives the prompt in a number of tokens, or an empty one where it cannot be cut to that.
         """
-        longest = max(map(len, completions))
-        if len(prompt) + longest <= self.max:
-            return prompt, completions, "", ""
-        cut = ""
-        if len(prompt) > self.max_prompt:
-            if self.prompt == "drop":
-                return prompt, completions, "", "too long"
-            prompt, cut = shorten(self.max_prompt), "prompt cut"
-            if not prompt:
-                return prompt, completions, "", "too long"
+        cut, longest = "", max(map(len, completions))
+        if len(prompt) + longest > self.max and len(prompt) > self.max_prompt:
+            prompt, cut = [] if self.prompt == "drop" else shorten(self.max_prompt), "prompt cut"
         room = self.max - len(prompt)
+        if not prompt or (longest > room and self.completion == "drop"):
+            return prompt, completions, "", "too long"
         if longest <= room:
             return prompt, completions, cut, ""
-        if self.completion == "drop":
-            return prompt, completions, "", "too long"
         last = [end] if self.completion == "keep_eos" else []
         completions = [ids if len(ids) <= room else ids[: room - len(last)] + last for ids in completions]
         return prompt, completions, "completion cut", ""
 
 
-def cut_text(prompt: Ids, bos: int, size: int) -> Ids:
-    """The last `size` tokens of a prompt, as in the DPO authors' code; its first `bos` tokens stay."""
-    return prompt[:bos] + prompt[bos + len(prompt) - size :]
-
-
 def tokenize(
-    rows: list[Row],
-    columns: tuple[str, ...],
-    tokenizer: Any,
-    eos_ids: Ids,
-    limits: LengthLimits,
-    all_turns: bool = False,
+    rows: list[Row], columns: Columns, tokenizer: Any, eos_ids: Ids, limits: LengthLimits, all_turns: bool = False
 ) -> Any:
     """A `datasets.Dataset` with `prompt_ids`, the ids of each of the completion `columns` (`chosen_ids`), and `row`.
 
@@ -96,20 +78,21 @@ def tokenize(
     fields = [(f"{name}_ids", pa.list_(pa.int32())) for name in names]
     fields += [("prompt_mask", pa.list_(pa.bool_()))] if all_turns else []
     schema = pa.schema([*fields, ("row", pa.int32())])
-    batches, fitted = [], []
+    batches, fitted = [schema.empty_table()], []
     encoded_rows = encode_rows(rows, columns, tokenizer, eos_ids)
     bar = tqdm(encoded_rows, total=len(rows), desc="tokenizing", leave=False, disable=len(rows) < 10 * BATCH)
     for number, encoded in enumerate(bar):
         ids = fit_row(rows[number], names, encoded, limits, tokenizer, eos_ids)
-        marks = [mark_replies(rows[number], encoded[0], ids[0], tokenizer, eos_ids)] if ids and all_turns else []
-        if None in marks:
+        if ids and all_turns:
+            ids.append(mark_replies(rows[number], encoded[0], ids[0], tokenizer, eos_ids))
+        if None in ids:
             rows[number] |= mark("earlier reply without an end token in the rendered dialogue", SINGLE)
         elif ids:
-            fitted.append((*ids, *marks, number))
+            fitted.append((*ids, number))
         if len(fitted) == BATCH or (fitted and number == len(rows) - 1):
             batches.append(pa.table(dict(zip(schema.names, zip(*fitted, strict=True), strict=True)), schema))
             fitted = []
-    table = Dataset(pa.concat_tables([schema.empty_table(), *batches]))
+    table = Dataset(pa.concat_tables(batches))
     if len(columns) < 2 or not any("weight" in row for row in rows):
         return table
     return table.add_column("weight", [rows[number].get("weight", 1.0) for number in table["row"]])
@@ -117,7 +100,7 @@ def tokenize(
 
 def fit_row(
     row: Row, names: tuple[str, ...], encoded: EncodedRow, limits: LengthLimits, tokenizer: Any, eos_ids: Ids
-) -> list[Ids]:
+) -> list[Any]:
     """The ids of prompt and completions within the limits, or none where the row is dropped; marks the row."""
     prompt, completions, retokenized, problem = encoded
     if problem:
@@ -126,10 +109,9 @@ def fit_row(
     counts = [len(ids) for ids in (prompt, *completions)]
     row |= {f"{name}_tokens": count for name, count in zip(names, counts, strict=True)}
     row |= {"tokens": counts[0] + max(counts[1:]), "retokenized": retokenized}
+    shorten = partial(cut_dialogue, row, tokenizer)
     if isinstance(row["prompt"], str):
         shorten = partial(cut_text, prompt, int(prompt[0] == tokenizer.bos_token_id))
-    else:
-        shorten = partial(cut_dialogue, row, tokenizer)
     prompt, completions, cut, problem = limits.fit(prompt, completions, eos_ids[0], shorten)
     if problem:
         row |= mark(problem, TOO_LONG)
@@ -139,8 +121,12 @@ def fit_row(
         row |= mark("identical after cutting", TOO_LONG) if cut else mark("identical completions", INVALID)
     else:
         row["cut"] = cut or None
-        return [prompt, *completions]
-    return []
+    return [] if row["reason"] else [prompt, *completions]
+
+
+def cut_text(prompt: Ids, bos: int, size: int) -> Ids:
+    """The last `size` tokens of a prompt, as in the DPO authors' code; its first `bos` tokens stay."""
+    return prompt[:bos] + prompt[bos + len(prompt) - size :]
 
 
 def check_ids(tables: dict[str, Any], tokenizer: Any, vocabulary: int, name: str) -> None:
@@ -158,8 +144,8 @@ def check_ids(tables: dict[str, Any], tokenizer: Any, vocabulary: int, name: str
         known = f"the base {name} knows {vocabulary} tokens"
         raise PipelineError(f"the rows hold {token}, and {known}: give the tokenizer that it was trained with")
     count = sum(compute.sum(compute.equal(each, -1 if unknown is None else unknown)).as_py() or 0 for each in ids)
-    if unknown != tokenizer.eos_token_id and count > MAX_UNKNOWN * sum(map(len, ids)):
-        share = f"{count / sum(map(len, ids)):.0%} of the tokens of these rows"
+    if unknown != tokenizer.eos_token_id and count > MAX_UNKNOWN * (total := sum(map(len, ids))):
+        share = f"{count / total:.0%} of the tokens of these rows"
         raise PipelineError(f"{share} are unknown to the tokenizer of {name}: type model=... of their language")
 
 

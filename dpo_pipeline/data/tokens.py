@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpo_pipeline.data.files import Row
-from dpo_pipeline.data.messages import Message
-from dpo_pipeline.data.normalize import CALLS, completion_message
+from dpo_pipeline.data.messages import CALLS, Message
+from dpo_pipeline.data.normalize import completion_message
 from dpo_pipeline.errors import PipelineError
 
 BATCH = 1000
 # A token that spans a line break, as vocabularies write it: as it is, or as byte-level BPE does.
 SPANS_LINES = re.compile(r"[\n\u010a][^\s\u0120\u0109\u010d\u010a\u2581]")
 
-Ids = list[int]
+Ids, Columns = list[int], tuple[str, ...]
 EncodedRow = tuple[Ids, list[Ids], bool, str]
 
 
@@ -31,26 +31,24 @@ def eos_ids_of(tokenizer: Any, generation_config: Any) -> Ids:
     return list(dict.fromkeys([tokenizer.eos_token_id, *([model_ids] if isinstance(model_ids, int) else model_ids)]))
 
 
-def encode_rows(rows: list[Row], columns: tuple[str, ...], tokenizer: Any, eos_ids: Ids) -> Iterator[EncodedRow]:
+def encode_rows(rows: list[Row], columns: Columns, tokenizer: Any, eos_ids: Ids) -> Iterator[EncodedRow]:
     """The ids of each row before any cut: of its prompt, and of each completion with its end token.
 
     Then whether the completions were tokenized alone, because the prompt's ids are no prefix of those of prompt and
     completion, and why nothing can be learned from the row, or empty. Raises PipelineError for messages without a
     chat template.
     """
-    is_text = bool(rows) and isinstance(rows[0]["prompt"], str)
-    if rows and not is_text and not tokenizer.chat_template:
-        raise PipelineError(
-            "the rows are messages but the tokenizer has no chat template: take an instruction-tuned model, or set "
-            "dataset.form=text"
-        )
-    opening = opening_ids(tokenizer) if is_text else []
-    eos_tokens = tokenizer.convert_ids_to_tokens(eos_ids)
-    bos_id = None if tokenizer.bos_token_id in eos_ids else tokenizer.bos_token_id
+    opening = []
+    if rows and isinstance(rows[0]["prompt"], str):  # what the tokenizer puts before every text, mostly BOS
+        text_ids, ids = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+        opening = ids[: next(i for i in range(len(ids)) if ids[i : i + len(text_ids)] == text_ids)]
+    elif rows and not tokenizer.chat_template:
+        remedy = "take an instruction-tuned model, or set dataset.form=text"
+        raise PipelineError(f"the rows are messages but the tokenizer has no chat template: {remedy}")
     by_line = not any(SPANS_LINES.search(token) for token in tokenizer.get_vocab())
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
-        prompts, completions = render_rows(batch, columns, tokenizer)
+        prompts, completions = zip(*(render_row(row, columns, tokenizer) for row in batch), strict=True)
         prompt_ids = tokenize_texts(prompts, tokenizer)
         contexts = list(zip(prompts, prompt_ids, strict=True))
         if by_line:
@@ -58,30 +56,32 @@ def encode_rows(rows: list[Row], columns: tuple[str, ...], tokenizer: Any, eos_i
         texts = [text + (reply or "") for (text, _), row in zip(contexts, completions, strict=True) for reply in row]
         ids = iter(tokenize_texts(texts, tokenizer))
         for row, prompt, (_, context), row_texts in zip(batch, prompt_ids, contexts, completions, strict=True):
-            joined = [next(ids) for _ in columns]
-            retokenized = None in row_texts or any(each[: len(context)] != context for each in joined)
+            row_ids = [next(ids) for _ in columns]
+            retokenized = None in row_texts or any(each[: len(context)] != context for each in row_ids)
             if retokenized:
                 row_ids = tokenize_texts([row[name] for name in columns], tokenizer)
             else:
-                row_ids = [each[len(context) :] for each in joined]
-            prompt, row_ids = opening + prompt, [append_eos_once(each, eos_ids) for each in row_ids]
-            problem = token_problem(row, columns, prompt, row_ids, eos_tokens, bos_id)
-            if retokenized and any(field in CALLS for name in columns for field in row.get("extra", {}).get(name, ())):
-                problem = "calls or reasoning that the chat template writes before its generation prompt ends"
-            yield prompt, row_ids, retokenized, problem
+                row_ids = [each[len(context) :] for each in row_ids]
+            encoded = opening + prompt, [append_eos_once(each, eos_ids) for each in row_ids], retokenized
+            yield *encoded, token_problem(row, columns, encoded, tokenizer, eos_ids)
 
 
 def token_problem(
-    row: Row, columns: tuple[str, ...], prompt: Ids, completions: list[Ids], eos_tokens: list[str], bos_id: int | None
+    row: Row, columns: Columns, encoded: tuple[Ids, list[Ids], bool], tokenizer: Any, eos_ids: Ids
 ) -> str:
     """Why nothing can be learned from token ids, or empty."""
+    prompt, completions, retokenized = encoded
+    bos_id = None if tokenizer.bos_token_id in eos_ids else tokenizer.bos_token_id
     if not prompt:  # nothing would predict the first token of a completion
         return "prompt without a token"
     # A chat template may open every message with BOS, a text may not, and nothing starts with two.
     opening = prompt if isinstance(row["prompt"], str) else prompt[:2]
     if bos_id is not None and (opening.count(bos_id) > 1 or any(bos_id in ids for ids in completions)):
         return "more than one BOS"
+    eos_tokens = tokenizer.convert_ids_to_tokens(eos_ids)
     for name in columns:
+        if retokenized and not set(CALLS).isdisjoint(row.get("extra", {}).get(name, ())):
+            return "calls or reasoning that the chat template writes before its generation prompt ends"
         text = row[name].rstrip()
         text = next((text.removesuffix(token) for token in eos_tokens if text.endswith(token)), text)
         if any(token in text for token in eos_tokens):
@@ -95,7 +95,10 @@ def shorten_contexts(contexts: list[tuple[str, Ids]], tokenizer: Any) -> list[tu
     If no token spans a line break, a completion has the same ids behind the last line as behind the whole prompt, at
     a third of the work.
     """
-    lines = [last_line(prompt) for prompt, _ in contexts]
+    lines = []  # the last line of each that holds anything, with the line break before it
+    for prompt, _ in contexts:
+        start = prompt.rfind("\n", 0, len(prompt.rstrip("\n")))
+        lines.append(prompt[start:] if start > 0 and not prompt[start + 1].isspace() else prompt)
     distinct = list(dict.fromkeys(["\n", *lines]))  # few in dialogues: `Assistant:`
     ids_of = dict(zip(distinct, tokenize_texts(distinct, tokenizer), strict=True))
     line_break, shortened = ids_of["\n"], []
@@ -105,19 +108,6 @@ def shorten_contexts(contexts: list[tuple[str, Ids]], tokenizer: Any) -> list[tu
             end = end[len(line_break) :]
         shortened.append((line, ids_of[line]) if end and ids[-len(end) :] == end else (prompt, ids))
     return shortened
-
-
-def last_line(prompt: str) -> str:
-    """A prompt's last line that holds anything, with the line break before it; the whole if it has only one."""
-    start = prompt.rfind("\n", 0, len(prompt.rstrip("\n")))
-    return prompt[start:] if start > 0 and not prompt[start + 1].isspace() else prompt
-
-
-def opening_ids(tokenizer: Any) -> Ids:
-    """What a tokenizer puts before every text, mostly BOS."""
-    text_ids = tokenizer("a", add_special_tokens=False)["input_ids"]
-    ids = tokenizer("a")["input_ids"]
-    return ids[: next(i for i in range(len(ids)) if ids[i : i + len(text_ids)] == text_ids)]
 
 
 def tokenize_texts(texts: list[str], tokenizer: Any) -> list[Ids]:
@@ -136,22 +126,18 @@ def tokenize_texts(texts: list[str], tokenizer: Any) -> list[Ids]:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def render_rows(rows: list[Row], columns: tuple[str, ...], tokenizer: Any) -> tuple[list[str], list[list[str | None]]]:
-    """The prompts as text, and the text of each row's completions behind them.
+def render_row(row: Row, columns: Columns, tokenizer: Any) -> tuple[str, list[str | None]]:
+    """The prompt as text, and the text of each completion behind it.
 
-    That of a completion is None if the chat template writes the prompt in another way once a reply follows.
+    That is None if the chat template writes the prompt in another way once a reply follows.
     """
-    if isinstance(rows[0]["prompt"], str):
-        return [row["prompt"] for row in rows], [[row[name] for name in columns] for row in rows]
-    prompts, completions = [], []
-    for row in rows:
-        messages, tools = row["prompt"], row.get("tools")
-        prompt = render_chat(messages, tokenizer, ask=True, tools=tools)
-        replies = [[*messages, completion_message(row, name)] for name in columns]
-        dialogues = [render_chat(dialogue, tokenizer, ask=False, tools=tools) for dialogue in replies]
-        prompts.append(prompt)
-        completions.append([text.removeprefix(prompt) if text.startswith(prompt) else None for text in dialogues])
-    return prompts, completions
+    if isinstance(row["prompt"], str):
+        return row["prompt"], [row[name] for name in columns]
+    messages, tools = row["prompt"], row.get("tools")
+    prompt = render_chat(messages, tokenizer, ask=True, tools=tools)
+    replies = [[*messages, completion_message(row, name)] for name in columns]
+    dialogues = [render_chat(dialogue, tokenizer, ask=False, tools=tools) for dialogue in replies]
+    return prompt, [text.removeprefix(prompt) if text.startswith(prompt) else None for text in dialogues]
 
 
 def render_chat(messages: list[Message], tokenizer: Any, ask: bool, tools: Any = None) -> str:
@@ -161,11 +147,9 @@ def render_chat(messages: list[Message], tokenizer: Any, ask: bool, tools: Any =
     try:
         return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
     except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise PipelineError(
-            f"the tokenizer's chat template refuses a dialogue of {roles} ({error.message}): give the messages in the "
-            "order and roles that it takes, or correct its chat_template.jinja"
-        ) from error
+        dialogue = f"a dialogue of {', '.join(message['role'] for message in messages)} ({error.message})"
+        remedy = "give the messages in the order and roles that it takes, or correct its chat_template.jinja"
+        raise PipelineError(f"the tokenizer's chat template refuses {dialogue}: {remedy}") from error
 
 
 def append_eos_once(ids: Ids, eos_ids: Ids) -> Ids:

@@ -1,14 +1,11 @@
 """The turns of a dialogue among the tokens of its prompt: the oldest are cut, `sft_loss=all` learns each reply."""
 
 import os
-import re
 from typing import Any
 
 from dpo_pipeline.data.files import Row
 from dpo_pipeline.data.messages import is_trained
 from dpo_pipeline.data.tokens import Ids, render_chat, tokenize_texts
-
-GENERATION = re.compile(r"\{%-?\s*generation\b")  # how a template marks what the assistant says
 
 
 def cut_dialogue(row: Row, tokenizer: Any, size: int) -> Ids:
@@ -45,9 +42,7 @@ def mark_replies(row: Row, whole_prompt: Ids, prompt: Ids, tokenizer: Any, eos_i
     says `weight: 0` or `train: false`. None where a reply cannot be found, or has no end token.
     """
     replies = [i for i, message in enumerate(row["prompt"]) if message["role"] == "assistant"]
-    spans = template_spans(row, tokenizer, eos_ids) if GENERATION.search(str(tokenizer.chat_template)) else []
-    if len(spans) != len(replies):  # a template without marks, or with others than one for each reply
-        spans = find_replies(row, replies, whole_prompt, tokenizer, eos_ids)
+    spans = find_replies(row, replies, whole_prompt, tokenizer, eos_ids)
     if None in spans:
         return None
     shorter = min(len(whole_prompt), len(prompt))
@@ -57,18 +52,6 @@ def mark_replies(row: Row, whole_prompt: Ids, prompt: Ids, tokenizer: Any, eos_i
         if start >= len(whole_prompt) - equal and is_trained(row["prompt"][i]):
             marks[start - shift : end - shift] = [True] * (end - start)
     return marks
-
-
-def template_spans(row: Row, tokenizer: Any, eos_ids: Ids) -> list[tuple[int, int] | None]:
-    """First token and end of each reply as the template marks it, to its end token, which may follow the mark."""
-    options = {"add_generation_prompt": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    encoded = tokenizer.apply_chat_template(row["prompt"], tools=row.get("tools"), **options)
-    ids, mask, spans = encoded["input_ids"], [0, *encoded["assistant_masks"], 0], []
-    edges = [i for i in range(len(ids) + 1) if mask[i] != mask[i + 1]]
-    for start, end in zip(edges[::2], edges[1::2], strict=True):
-        last = next((i for i in range(start, min(end + 1, len(ids))) if ids[i] in eos_ids), None)
-        spans.append(None if last is None else (start, last + 1))
-    return spans
 
 
 def find_replies(row: Row, replies: list[int], ids: Ids, tokenizer: Any, eos_ids: Ids) -> list[tuple[int, int] | None]:

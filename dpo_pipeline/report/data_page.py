@@ -1,6 +1,7 @@
 """A data set's page: its rows, lengths, biases and warnings, as sections."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def data_warnings(summary: dict[str, Any]) -> list[str]:
     share, kind = max((bias["value"], "longer"), (1 - bias["value"], "shorter")) if bias else (0.5, "")
     is_biased = bias and (bias["low"] > MAX_LENGTH_BIAS or bias["high"] < 1 - MAX_LENGTH_BIAS)
     common, read = overlap["median"] if overlap else 0, sum(part["read"] for part in summary["sources"].values())
-    contradictions, copies = (dropped_rows(summary, reason) for reason in ("contradiction", "exact duplicate"))
+    dropped = count_dropped(summary)
+    contradictions, copies = (dropped[reason] for reason in ("contradiction", "exact duplicate"))
     sentences = {
         f"{rows['train']:,} pairs are few: below some {MIN_PAIRS:,} comparisons reward models stay near chance "
         "(arXiv:2210.10760), and DPO fits the same loss. Add pairs, or stay near the start by `lora=r16 beta=0.3`": (
@@ -100,9 +102,9 @@ def block_sentence(block: dict[str, Any] | None) -> str:
     )
 
 
-def dropped_rows(summary: dict[str, Any], reason: str) -> int:
-    """How many rows of all sources were dropped for a reason."""
-    return sum(source["dropped"].get(reason, 0) for source in summary["sources"].values())
+def count_dropped(summary: dict[str, Any]) -> Counter[str]:
+    """How many rows of all sources were dropped for each reason."""
+    return sum((Counter(source["dropped"]) for source in summary["sources"].values()), Counter())
 
 
 def overview(summary: dict[str, Any]) -> str:
@@ -134,11 +136,14 @@ def length_section(summary: dict[str, Any], sizes: Any) -> Section:
         values = sizes[name].to_numpy()
         marks = {f"median {np.median(values):,.0f}": np.median(values), f"length.max {limit:,}": limit}
         edges = np.linspace(0, max(10, np.quantile(values, 0.995)), 41)
-        arguments = (values, edges, INK[name], "tokens", marks)
-        title = f"tokens of {name}"
-        panels.append(Panel(title, draw_png(lambda axis, each=arguments: draw_histogram(axis, *each), title)))
+        panels.append(histogram(f"tokens of {name}", values, edges, INK[name], "tokens", marks))
     text, table = "Of train rows, before any cut, with end tokens.", pd.DataFrame(lines, columns=header)
     return Section("Lengths", text, table, tuple(panels), "data_lengths.png")
+
+
+def histogram(title: str, *arguments: Any) -> Panel:
+    """A panel of one histogram, with the arguments of `draw_histogram`."""
+    return Panel(title, draw_png(lambda axis: draw_histogram(axis, *arguments), title))
 
 
 def completion_sections(summary: dict[str, Any], sizes: Any, overlaps: Any) -> list[Section]:
@@ -156,15 +161,12 @@ def completion_sections(summary: dict[str, Any], sizes: Any, overlaps: Any) -> l
     edges = np.linspace(-1, 1, 42) * max(20.5, np.quantile(np.abs(difference), 0.99))
     colours = [ORANGE] * 20 + [GREY] + [TEAL] * 20  # grey: about equal
     marks = {f"median {overlaps.median():.0%}": overlaps.median()} if len(overlaps) else {}
-    drawings = {
-        "tokens of chosen minus rejected": (difference, edges, colours, "rejected longer  |  chosen longer", {}),
-        "share of tokens in common": (overlaps, np.linspace(0, 1, 41), GREY, "share", marks),
-    }
-    panels = [
-        Panel(title, draw_png(lambda axis, each=arguments: draw_histogram(axis, *each), title))
-        for title, arguments in drawings.items()
-    ]
-    return [Section("The two completions", text, panels=tuple(panels), figure="data_pairs.png")]
+    titles = ("tokens of chosen minus rejected", "share of tokens in common")
+    panels = (
+        histogram(titles[0], difference, edges, colours, "rejected longer  |  chosen longer", {}),
+        histogram(titles[1], overlaps, np.linspace(0, 1, 41), GREY, "share", marks),
+    )
+    return [Section("The two completions", text, panels=panels, figure="data_pairs.png")]
 
 
 def limit_section(summary: dict[str, Any]) -> Section:
@@ -185,8 +187,8 @@ def limit_section(summary: dict[str, Any]) -> Section:
 
 def repeat_section(summary: dict[str, Any]) -> Section:
     """Rows and prompts that occur more than once, and completions that are odd."""
-    reasons = ("exact duplicate", "contradiction", "prompt also in test")
-    counts = {f"rows dropped: {reason}": dropped_rows(summary, reason) for reason in reasons}
+    dropped, reasons = count_dropped(summary), ("exact duplicate", "contradiction", "prompt also in test")
+    counts = {f"rows dropped: {reason}": dropped[reason] for reason in reasons}
     counts["train rows that differ in case and spaces alone"] = summary["repeats"]["alike"]
     for split, origins in summary["leaked"].items():
         counts[f"{split} rows with a prompt of train except for case and spaces"] = len(origins)
