@@ -1,15 +1,20 @@
 """Rows reach the trainer as they should: prompt, completion, one end token, splits that share no prompt."""
 
+import csv
 import gzip
 import json
+import random
 import re
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 
+import pyarrow as pa
 import pytest
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from pyarrow import parquet
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from dpo_pipeline.base_model import base_model
 from dpo_pipeline.config import ROW_KEYS, compose, instantiate_node
 from dpo_pipeline.content_hash import content_hash
 from dpo_pipeline.data import messages, prepare, tokens
@@ -19,9 +24,9 @@ from dpo_pipeline.data.splits import find_test_names, hold_out, load_splits
 from dpo_pipeline.data.token_table import LengthLimits, cut_text, tokenize
 from dpo_pipeline.data.tokens import encode_rows, eos_ids_of
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.run_folder import identity
 from dpo_pipeline.schema import Length
 from dpo_pipeline.training.tiny import word_tokenizer
-from tests.helpers import prepare_run
 
 WIDE = LengthLimits(512, 256)
 PAIR = ("chosen", "rejected")
@@ -40,20 +45,44 @@ def characters(**special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def write(path, rows) -> str:
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(text.encode()))
+def write(path, rows, schema=None) -> str:
+    """A file of rows by its name's ending; the path as text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist(list(rows), schema), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
     else:
-        path.write_text(text)
+        text = json.dumps(rows) if path.name == "list.json" else "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return str(path)
+
+
+@cache
+def composed(option: str, *overrides: str) -> dict:
+    """The node of an option of conf/dataset, which nothing may change."""
+    return compose([f"dataset={option}", *(["dataset.path=x"] * (option != "mixture")), *overrides]).dataset
+
+
+def loaded(option: str, path, *overrides: str, chat: bool = False) -> dict:
+    """What the loader of an option of conf/dataset makes of its files."""
+    node = {**composed(option, *overrides), "path": str(path)}
+    return instantiate_node({k: v for k, v in node.items() if k not in ROW_KEYS}, chat=chat, source="s")
+
+
+def prepared(run, stage: str, *splits: str) -> prepare.Prepared:
+    """What a stage of this run works on; its base stays untrained."""
+    with base_model(run, trained=False) as run:
+        return prepare.prepare(run, stage, splits)
 
 
 def rows_of(*rows: dict) -> list[dict]:
     """Rows as a loader gives them, numbered."""
-    return [
-        {"source": "s", "origin": f"row {i}", "split": "train", "reason": None, **row} for i, row in enumerate(rows)
-    ]
+    marks = {"source": "s", "split": "train", "reason": None}
+    return [{**marks, "origin": f"row {i}", **row} for i, row in enumerate(rows)]
 
 
 def counts_of(rows: list[dict], source: str = "s") -> dict:
@@ -63,8 +92,8 @@ def counts_of(rows: list[dict], source: str = "s") -> dict:
 
 def splits_of(path, *overrides: str, completions: tuple[str, ...] = PAIR, **kwargs) -> list[dict]:
     """What `dataset=json` makes of a file."""
-    node = compose(["dataset=json", f"dataset.path={path}", "dataset.test_rows=2", *overrides]).dataset
-    return load_splits(node, completions, False, **kwargs)
+    node = composed("json", "dataset.test_rows=2", *overrides)
+    return load_splits({**node, "path": str(path)}, completions, False, **kwargs)
 
 
 def by_split(rows: list[dict]) -> dict[str, list[dict]]:
@@ -83,21 +112,9 @@ def pairs(count: int, prompts: int | None = None) -> list[dict]:
     ]
 
 
-def test_prompt_ids_are_those_of_the_prompt_alone_and_completions_end_once():
-    tokenizer = word_tokenizer()
-    end = tokenizer.eos_token_id
-    rows = rows_of(
-        {"prompt": "film : the silent river . review :", "chosen": " i loved it .", "rejected": " it was flat . </s>"}
-    )
-    table = tokenize(rows, PAIR, tokenizer, [end], WIDE)
-    assert table[0]["prompt_ids"] == tokenizer(rows[0]["prompt"])["input_ids"]
-    assert table[0]["prompt_ids"][0] == tokenizer.bos_token_id
-    for name in ("chosen", "rejected"):
-        ids = table[0][f"{name}_ids"]
-        assert ids[-1] == end
-        assert ids.count(end) == 1
-        assert tokenizer.bos_token_id not in ids
-        assert tokenizer.decode(ids[:-1]) == rows[0][name].replace("</s>", "").strip()
+def adds_up(rows: list[dict]) -> bool:
+    parts = count_rows(rows)["sources"].values()
+    return all(part["read"] == sum(part["kept"].values()) + sum(part["dropped"].values()) for part in parts)
 
 
 def test_a_completion_that_holds_the_end_token_before_its_end_is_dropped():
@@ -109,15 +126,6 @@ def test_a_completion_that_holds_the_end_token_before_its_end_is_dropped():
     assert table["row"] == [1]
     assert counts_of(rows)["dropped"] == {"completion without its one end token": 1}
     assert table[0]["chosen_ids"].count(2) == 1
-
-
-def test_a_completion_is_tokenized_with_its_prompt_before_it():
-    tokenizer = characters(eos_token="</s>")
-    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")  # as Llama 2 marks where a text begins
-    assert tokenizer.tokenize("ab") == ["_", "ab"]
-    joined = tokenize(rows_of({"prompt": "x ", "chosen": "ab"}), ("chosen",), tokenizer, [0], WIDE)
-    assert tokenizer.convert_ids_to_tokens(joined[0]["prompt_ids"]) == ["_", "x", " "]
-    assert tokenizer.convert_ids_to_tokens(joined[0]["chosen_ids"]) == ["ab", "</s>"]
 
 
 def test_a_completion_that_merges_into_its_prompt_is_tokenized_alone_and_told():
@@ -204,11 +212,7 @@ def test_a_prompt_is_cut_from_the_left_only_where_the_pair_is_too_long_and_keeps
     rows = rows_of(
         {"prompt": " ".join(words), "chosen": " i see", "rejected": " it"},  # 9 + 3 fits 12
         {"prompt": " ".join(words), "chosen": " it", "rejected": " i would see"},  # 9 + 4 does not: cut to 5
-        {
-            "prompt": "the film",
-            "chosen": " i" * 9,
-            "rejected": " it",
-        },  # 3 + 10: the prompt is short, the completion long
+        {"prompt": "the film", "chosen": " i" * 9, "rejected": " it"},  # 3 + 10: a short prompt, a long completion
     )
     table = tokenize(rows, PAIR, tokenizer, [end], LengthLimits(12, 5))
     assert [len(ids) for ids in table["prompt_ids"]] == [9, 5]
@@ -241,21 +245,29 @@ def test_a_completion_too_long_is_dropped_or_cut_with_or_without_its_end():
     assert counts_of(rows)["dropped"] == {"identical after cutting": 1}
 
 
-def test_what_is_too_long_is_warned_of_above_5_percent_and_ends_a_run_above_half():
-    def rows(long: int) -> list[dict]:
-        rows = rows_of(*({"prompt": "x", "chosen": " i" * (9 if i < long else 2)} for i in range(100)))
-        tokenize(rows, ("chosen",), word_tokenizer(), [2], LengthLimits(6, 3))
-        return rows
+def lengths_of(lengths: list[int], limit: int) -> list[dict]:
+    """Rows of a prompt of two tokens, and completions of these and an end token, tokenized within a limit."""
+    rows = rows_of(*({"prompt": "x", "chosen": " i" * n} for n in lengths))
+    tokenize(rows, ("chosen",), word_tokenizer(), [2], LengthLimits(limit, limit // 2))
+    return rows
 
-    assert (find_warnings(rows(5), 6, 64), find_errors(rows(5), "drop", 6, 64)) == ([], [])
-    assert find_warnings(rows(6), 6, 64) == [
-        "6% of 100 rows are too long: 6 dropped, 0 cut: `length.max=12` would keep 99% of them whole"
-    ]
-    assert not find_errors(rows(50), "drop", 6, 64)
-    (error,) = find_errors(rows(51), "drop", 6, 8)
-    assert re.search("51 dropped, 0 cut: `length.max=8`, all that the model reads", error)
-    assert not find_warnings(rows(51), 6, 64)
-    assert "length.max" not in find_errors(rows(51), "drop", 8, 8)[0]  # which is its value
+
+def test_what_is_too_long_is_warned_of_above_5_percent_and_ends_a_run_above_half():
+    five, six, half, more = (lengths_of([9] * n + [2] * (100 - n), 6) for n in (5, 6, 50, 51))
+    assert (find_warnings(five, 6, 64), find_errors(five, "drop", 6, 64)) == ([], [])
+    assert re.search("6% of 100 rows .* 6 dropped, 0 cut: `length.max=12` would keep 99%", *find_warnings(six, 6, 64))
+    assert not find_errors(half, "drop", 6, 64)
+    assert not find_warnings(more, 6, 64)
+    assert "51 dropped, 0 cut: `length.max=8`, all that the model reads" in find_errors(more, "drop", 6, 8)[0]
+    assert "length.max" not in find_errors(more, "drop", 8, 8)[0]  # which is its value
+
+
+@pytest.mark.parametrize("count", [1, 7, 100, 250])
+def test_the_limit_named_is_the_smallest_that_keeps_99_percent(count):
+    lengths = [3 + (7 * i) % 19 for i in range(count)]
+    total = [2 + n + 1 for n in lengths]  # BOS and x, the completion, its end
+    least = min(n for n in total if sum(m <= n for m in total) >= 0.99 * count)
+    assert f"`length.max={least}`" in find_errors(lengths_of(lengths, 4), "drop", 4, 512)[0]
 
 
 def test_a_prompt_without_a_token_or_with_two_bos_is_dropped():
@@ -284,42 +296,13 @@ def test_lengths_default_to_the_context_and_may_not_exceed_it():
         LengthLimits.resolve(Length(max=100, max_prompt=100, prompt="left", completion="drop"), 256)
 
 
-def test_messages_go_through_the_template_once_and_end_at_the_end_of_turn():
-    tokenizer = characters(bos_token="<s>", eos_token="</s>")
-    tokenizer.chat_template = CHATML
-    prompt = [
-        {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": "yo"},
-        {"role": "user", "content": "so"},
-    ]
-    rows = rows_of({"prompt": prompt, "chosen": "ok", "rejected": "no"})
-    row = tokenize(rows, PAIR, tokenizer, [1], WIDE)[0]
-    assert tokenizer.decode(row["prompt_ids"]).replace(" ", "") == (
-        "<s>user\nhi</s>\n<s>assistant\nyo</s>\n<s>user\nso</s>\n<s>assistant\n"
-    )
-    assert tokenizer.convert_ids_to_tokens(row["chosen_ids"]) == ["o", "k", "</s>"]
-    assert tokenizer.convert_ids_to_tokens(row["rejected_ids"]) == ["n", "o", "</s>"]
-
-
-def test_messages_without_a_template_are_an_error():
-    rows = rows_of({"prompt": [{"role": "user", "content": "hi"}], "chosen": "a", "rejected": "b"})
-    with pytest.raises(PipelineError, match="no chat template"):
-        tokenize(rows, ("chosen",), characters(eos_token="</s>"), [0], WIDE)
-
-
 def test_end_tokens_are_the_tokenizers_and_the_generation_configs():
-    from transformers import GenerationConfig
-
     tokenizer = characters(bos_token="<s>", eos_token="</s>")
     assert eos_ids_of(tokenizer, GenerationConfig(eos_token_id=[7, 1])) == [1, 7]
     assert eos_ids_of(tokenizer, GenerationConfig(eos_token_id=None)) == [1]
-    with pytest.raises(PipelineError, match="no end token"):
-        eos_ids_of(characters(unk_token="?"), GenerationConfig())
-
-
-def loaded(option: str, *overrides: str, chat: bool = False) -> dict:
-    node = compose([f"dataset={option}", *overrides]).dataset
-    return instantiate_node({k: v for k, v in node.items() if k not in ROW_KEYS}, chat=chat, source="s")
+    assert tokens.append_eos_once([5, 7, 3, 1], [1, 7]) == [5, 7]
+    assert tokens.append_eos_once([5, 1, 3, 7], [1, 7]) == [5, 1]
+    assert tokens.append_eos_once([5, 3], [7, 1]) == [5, 3, 7]
 
 
 def test_hh_splits_at_the_last_reply_and_finds_prompts_that_differ(tmp_path):
@@ -327,64 +310,36 @@ def test_hh_splits_at_the_last_reply_and_finds_prompts_that_differ(tmp_path):
     rows = [{"chosen": f"{talk} yes", "rejected": f"{talk} no"}, {"chosen": f"{talk} yes", "rejected": f"x{talk} no"}]
     write(tmp_path / "train.jsonl.gz", [*rows, {"chosen": "just text", "rejected": "other"}])
     write(tmp_path / "test.jsonl", rows[:1])
-    first, second, third = loaded("hh_rlhf", f"dataset.path={tmp_path}", "dataset.subsets=null")["train"]
+    first, second, third = loaded("hh_rlhf", tmp_path, "dataset.subsets=null")["train"]
     assert (first["prompt"], first["chosen"], first["rejected"]) == (talk, " yes", " no")
     assert first["origin"] == f"{tmp_path}/train.jsonl.gz, line 1"
     assert (second["problem"], third["problem"]) == ("prompt differs", "no reply")
-    messages = loaded("hh_rlhf", f"dataset.path={tmp_path}", "dataset.subsets=null", chat=True)["test"][0]
+    messages = loaded("hh_rlhf", tmp_path, "dataset.subsets=null", chat=True)["test"][0]
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     assert (messages["prompt"], messages["chosen"], messages["rejected"]) == (turns, "yes", "no")
 
 
-def test_hh_subsets_are_folders_of_the_set_and_sources(tmp_path):
-    for subset, rows in (("harmless-base", 2), ("helpful-base", 3)):
-        (tmp_path / subset).mkdir()
-        talk = f"\n\nHuman: {subset}\n\nAssistant:"
-        write(
-            tmp_path / subset / "train.jsonl.gz",
-            [{"chosen": f"{talk} {i}", "rejected": f"{talk} no"} for i in range(rows)],
-        )
-    both = loaded("hh_rlhf", f"dataset.path={tmp_path}")["train"]
-    assert [row["source"] for row in both] == ["s/helpful-base"] * 3 + ["s/harmless-base"] * 2
-    assert len(loaded("hh_rlhf", f"dataset.path={tmp_path}", "dataset.subsets=[harmless-base]")["train"]) == 2
-
-
-def test_a_copy_of_hh_without_its_folders_is_read_as_it_is(tmp_path):
-    path = write(tmp_path / "mine.jsonl", [{"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"}])
-    for place in (path, tmp_path):
-        assert [row["source"] for row in loaded("hh_rlhf", f"dataset.path={place}")["train"]] == ["s"]
-    (tmp_path / "harmless-base").mkdir()
+def test_hh_subsets_are_folders_of_the_set_and_sources_and_a_copy_may_lack_them(tmp_path):
+    talk = [{"chosen": f"\n\nHuman: {i}\n\nAssistant: a", "rejected": f"\n\nHuman: {i}\n\nAssistant: b"} for i in "12"]
+    copy = write(tmp_path / "copy" / "mine.jsonl", talk)
+    for place in (copy, tmp_path / "copy"):
+        assert [row["source"] for row in loaded("hh_rlhf", place)["train"]] == ["s"] * 2
+    write(tmp_path / "set" / "harmless-base" / "train.jsonl.gz", talk)
     with pytest.raises(PipelineError, match="no file or folder .*helpful-base"):  # one of two is missing
-        loaded("hh_rlhf", f"dataset.path={tmp_path}")
+        loaded("hh_rlhf", tmp_path / "set")
+    write(tmp_path / "set" / "helpful-base" / "train.jsonl.gz", talk[:1])
+    path, test = tmp_path / "set", write(tmp_path / "test.jsonl", talk[:1])
+    both = loaded("hh_rlhf", path, f"dataset.test_path={test}")
+    assert [row["source"] for row in both["train"]] == ["s/helpful-base", "s/harmless-base", "s/harmless-base"]
+    assert len(both["test"]) == 1  # which is read once
+    assert len(loaded("hh_rlhf", path, "dataset.subsets=[harmless-base]")["train"]) == 2
 
 
-def test_instructions_take_the_alpaca_form_with_and_without_input(tmp_path):
-    row = {"instruction": "Add.", "input": "1 2", "output": "3", "chosen": "It is 3.", "rejected": "3, obviously."}
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps([row, {**row, "input": ""}]))
-    first, second = loaded("instruction_preference", f"dataset.path={path}")["train"]
-    assert first["prompt"].endswith("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n")
-    assert second["prompt"].endswith("### Instruction:\nAdd.\n\n### Response:\n")
-    assert (first["chosen"], first["demonstration"]) == ("It is 3.", "3")
-    chat = loaded("instruction_preference", f"dataset.path={path}", chat=True)["train"][0]
-    assert chat["prompt"] == [{"role": "user", "content": "Add.\n\n1 2"}]
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        (None, "there is no file or folder"),
-        ("", "is empty"),
-        ('{"prompt": "a", \n', "cannot be read as a data set"),
-    ],
-)
-def test_a_file_that_holds_no_pairs_is_one_sentence(content, sentence, tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(PipelineError, match=sentence) as error:
-        splits_of(path)
-    assert "\n" not in str(error.value)
+def test_turns_of_one_speaker_are_one_message(tmp_path):
+    talk = "\n\nHuman: a\n\nHuman: b\n\nAssistant:"
+    path = write(tmp_path / "a.jsonl", [{"chosen": f"{talk} yes", "rejected": f"{talk} no"}])
+    (row,) = loaded("hh_rlhf", path, chat=True)["train"]
+    assert row["prompt"] == [{"role": "user", "content": "a\n\nb"}]
 
 
 def test_splits_share_no_prompt_and_hold_out_by_prompt(tmp_path):
@@ -407,15 +362,8 @@ def test_at_most_a_tenth_of_a_set_without_a_test_split_is_held_out(test_rows, he
 
 
 def test_hold_out_of_more_than_there_is_takes_all():
-    import random
-
     rows = [{"key": row["prompt"], "reason": None} for row in pairs(3)]
     assert hold_out(rows, 9, random.Random(0))[0] == []
-
-
-def adds_up(rows: list[dict]) -> bool:
-    parts = count_rows(rows)["sources"].values()
-    return all(part["read"] == sum(part["kept"].values()) + sum(part["dropped"].values()) for part in parts)
 
 
 BAD = [
@@ -492,6 +440,32 @@ def test_a_file_named_as_a_test_split_is_told(tmp_path):
         assert len(find_test_names(node)) == count, name
 
 
+def test_pairs_labelled_both_ways_are_left_out_where_asked(tmp_path):
+    both = [{"prompt": f"c{i // 2}", "chosen": "ab"[i % 2], "rejected": "ba"[i % 2]} for i in range(20)]
+    path = write(tmp_path / "pairs.jsonl", [*both, *pairs(40)])
+    with pytest.raises(PipelineError, match="20 contradiction.*dataset.on_contradiction=drop"):
+        splits_of(path)
+    rows = splits_of(path, "dataset.on_contradiction=drop")
+    dropped = sum(counts_of(rows, "pairs.jsonl")["dropped"].values())
+    assert 18 <= dropped <= 20  # a prompt of which one row alone is held out keeps none
+
+
+def test_faults_are_weighed_against_the_rows_in_which_they_were_looked_for(tmp_path):
+    """No filter, nor debug, which draws 100 of the rows, nor SFT's one completion a prompt makes 2% of faults 50%."""
+    rows = [{**row, "chosen": " "} if i % 50 == 0 else row for i, row in enumerate(pairs(1000, prompts=60))]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    assert counts_of(splits_of(path, debug=True), "pairs.jsonl")["dropped"]["debug=true"] > 700
+    rows = splits_of(path, completions=("chosen",))
+    assert counts_of(rows, "pairs.jsonl")["dropped"]["another completion of its prompt"] > 800
+    assert adds_up(rows)
+    rows = [{**row, "votes": 3 * (i % 4 == 0)} for i, row in enumerate(pairs(80))]
+    for i in (4, 8):  # 2 of the 20 that are meant
+        rows[i]["chosen"] = " "
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(PipelineError, match="2 of 20 rows of a.jsonl teach nothing"):
+        splits_of(path, "dataset.at_least={votes: 3}")
+
+
 def mixed(tmp_path, *overrides: str):
     one, two = write(tmp_path / "one.jsonl", pairs(60)), write(tmp_path / "two.jsonl.gz", pairs(130)[30:])
     sets = [f"+dataset@dataset.sets.{name}=json" for name in ("a", "b")]
@@ -522,6 +496,17 @@ def test_a_mixture_draws_by_weight_and_at_most_so_many_rows(tmp_path):
     rows = mixed(tmp_path, "dataset.rows={b: 5}")
     assert counts_of(rows, "b")["dropped"]["not drawn"] == 85
     assert adds_up(rows)
+    rows = mixed(tmp_path, "dataset.weights={a: 1, b: 1}", "dataset.sets.b.test_rows=0")
+    assert len(kept_rows(rows, "test")) == 5
+
+
+def test_a_mixture_keeps_the_reasons_of_its_sets(tmp_path):
+    path = write(tmp_path / "votes.jsonl", [{**row, "votes": i % 2} for i, row in enumerate(pairs(80))])
+    more = ["+dataset@dataset.sets.c=json", f"dataset.sets.c.path={path}", "dataset.sets.c.at_least={votes: 1}"]
+    rows = mixed(tmp_path, *more, "dataset.sets.c.test_rows=0", "dataset.rows={c: 10}")
+    assert counts_of(rows, "c")["dropped"]["votes below 1"] == 40
+    assert counts_of(rows, "c")["dropped"]["not drawn"] == 30
+    assert adds_up(rows)
 
 
 @pytest.mark.parametrize(
@@ -545,12 +530,6 @@ def test_a_mixture_of_nothing_is_one_sentence():
         load_splits(compose(["dataset=mixture"]).dataset, PAIR, False)
 
 
-def test_a_data_set_without_demonstrations_says_what_to_type(tmp_path):
-    path = write(tmp_path / "pairs.jsonl", pairs(9))
-    with pytest.raises(PipelineError, match="no column 'demonstration'.*sft_target=chosen"):
-        splits_of(path, completions=("demonstration",))
-
-
 def test_a_content_hash_follows_names_and_bytes(tmp_path):
     (tmp_path / "a").write_text("1")
     first = content_hash(tmp_path)
@@ -562,7 +541,6 @@ def test_a_content_hash_follows_names_and_bytes(tmp_path):
 
 
 def test_sft_on_another_set_leaves_out_what_dpo_is_tested_on(tmp_path):
-
     paths = [write(tmp_path / "pairs.jsonl", pairs(60)), write(tmp_path / "other.jsonl", pairs(90))]
     sets = [f"dataset.path={paths[0]}", "dataset@sft_dataset=json", f"sft_dataset.path={paths[1]}"]
     run = compose(["dataset=json", *sets, "dataset.test_rows=20", "sft_dataset.test_rows=5"])
@@ -576,14 +554,13 @@ def test_sft_on_another_set_leaves_out_what_dpo_is_tested_on(tmp_path):
     assert adds_up(rows)
 
 
-def test_rows_are_tokenized_once_and_accounted_for_each_time(small, tmp_path, monkeypatch):
+def test_rows_are_tokenized_once_by_one_code_and_accounted_for_each_time(small, tmp_path, monkeypatch):
     long = [{**row, "chosen": " i" * (3 + i % 30), "rejected": " it"} for i, row in enumerate(pairs(94))]
     path = write(tmp_path / "pairs.jsonl", [*BAD, *long])
-    given = ["dataset=json", f"dataset.path={path}", "dataset.test_rows=9", "length.max=24", f"root={tmp_path}"]
-    run = small(*given)
+    given = ["dataset=json", f"dataset.path={path}", "dataset.test_rows=9", "length.max=24"]
     seen = []
     monkeypatch.setattr(prepare, "tokenize", lambda *args: seen.append(1) or tokenize(*args))
-    first, second = (prepare_run(run, "dpo", "train", "test") for _ in range(2))
+    first, second = (prepared(small(*given), "dpo", "train", "test") for _ in range(2))
     assert len(seen) == 2
     assert second.tables["train"].to_dict() == first.tables["train"].to_dict()
     rows = first.all_rows
@@ -591,8 +568,11 @@ def test_rows_are_tokenized_once_and_accounted_for_each_time(small, tmp_path, mo
     assert [row.get("tokens") for row in second.all_rows] == [row.get("tokens") for row in rows]
     assert counts_of(rows, "pairs.jsonl")["dropped"]["too long"] > 5
     assert adds_up(rows)
-    prepare_run(small(*given, "length.completion=keep_eos"), "dpo", "train", "test")
+    prepared(small(*given, "length.completion=keep_eos"), "dpo", "train", "test")
     assert len(seen) == 4
+    monkeypatch.setattr(prepare, "version", lambda name: "another release")
+    prepared(small(*given), "dpo", "train")
+    assert len(seen) == 5
 
 
 def test_a_template_that_writes_the_date_writes_that_of_the_first_run_of_a_name(small, tmp_path, monkeypatch):
@@ -610,8 +590,8 @@ def test_a_template_that_writes_the_date_writes_that_of_the_first_run_of_a_name(
         monkeypatch.setattr(messages, "datetime", today)
         monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", today)
         monkeypatch.setattr(prepare, "load_tokenizer", lambda model: tokenizer)
-        prepared = prepare_run(small(*given, *typed), "dpo", "train")
-        return prepared.tables["train"]["prompt_ids"][:], prompt_ids([rows[0]["prompt"]], True, prepared.tokenizer)
+        data = prepared(small(*given, *typed), "dpo", "train")
+        return data.tables["train"]["prompt_ids"][:], prompt_ids([rows[0]["prompt"]], True, data.tokenizer)
 
     first = tables_on("2026-01-31")
     assert "31Jan2026" in characters(bos_token="<s>", eos_token="</s>").decode(first[1][0]).replace(" ", "")
@@ -644,41 +624,7 @@ def test_completions_that_nothing_cut_are_not_said_to_be_cut():
     assert counts_of(rows)["dropped"] == {"identical completions": 1}
 
 
-def test_faults_are_weighed_against_the_rows_in_which_they_were_looked_for(tmp_path):
-    """Neither debug, which draws 100 of the rows, nor SFT's one completion for each prompt makes 2% of faults 50%."""
-    rows = [{**row, "chosen": " "} if i % 50 == 0 else row for i, row in enumerate(pairs(1000, prompts=60))]
-    path = write(tmp_path / "pairs.jsonl", rows)
-    assert counts_of(splits_of(path, debug=True), "pairs.jsonl")["dropped"]["debug=true"] > 700
-    rows = splits_of(path, completions=("chosen",))
-    assert counts_of(rows, "pairs.jsonl")["dropped"]["another completion of its prompt"] > 800
-    assert adds_up(rows)
-
-
-def test_a_set_without_test_rows_costs_a_mixture_none(tmp_path):
-    rows = mixed(tmp_path, "dataset.weights={a: 1, b: 1}", "dataset.sets.b.test_rows=0")
-    assert len(kept_rows(rows, "test")) == 5
-
-
-@pytest.mark.parametrize("typed", [[], ["dataset.splits={train: test, test: validation}"]])
-def test_a_test_split_trained_on_by_another_road_is_told(typed, tmp_path):
-    for name in ("test", "validation"):
-        (tmp_path / name).mkdir()
-        write(tmp_path / name / "0000.jsonl", pairs(100)[:50] if name == "test" else pairs(100)[50:])
-    path = tmp_path if typed else tmp_path / "validation" / "0000.jsonl"
-    assert len(find_test_names(compose(["dataset=json", f"dataset.path={path}", *typed]).dataset)) == 1
-
-
-def test_rows_left_out_by_the_half_are_told(tmp_path):
-    rows = [{**row, "votes": i % 4} for i, row in enumerate(pairs(80))]
-    rows = splits_of(write(tmp_path / "a.jsonl", rows), "dataset.at_least={votes: 3}")
-    assert find_warnings(rows, 512, 512) == [
-        f"60 of 80 rows of a.jsonl are left out: votes below 3 (such as {tmp_path}/a.jsonl, line 1)"
-    ]
-
-
 def test_what_is_done_with_bad_rows_is_no_part_of_what_a_run_is(tmp_path):
-    from dpo_pipeline.run_folder import identity
-
     path = write(tmp_path / "pairs.jsonl", pairs(9))
     given = ["dataset=json", f"dataset.path={path}", "dataset@sft_dataset=json", f"sft_dataset.path={path}"]
     runs = [compose([*given, *more]) for more in ([], ["dataset.on_bad_row=error"])]
@@ -699,16 +645,6 @@ def test_two_mixtures_have_two_folders(tmp_path):
     assert one.variant != two.variant
 
 
-def test_token_tables_of_other_code_are_not_taken(small, tmp_path, monkeypatch):
-    run = small("dataset.rows=32", f"root={tmp_path}")
-    seen = []
-    monkeypatch.setattr(prepare, "tokenize", lambda *args: seen.append(1) or tokenize(*args))
-    for release in ("1", "1", "2"):
-        monkeypatch.setattr(prepare, "version", lambda name, release=release: release)
-        prepare_run(run, "dpo", "train")
-    assert len(seen) == 2
-
-
 def test_a_prompt_at_its_limit_is_not_cut():
     def fit(limits, prompt, completions):
         return limits.fit(prompt, completions, 2, partial(cut_text, prompt, 1))
@@ -722,68 +658,7 @@ def test_a_prompt_at_its_limit_is_not_cut():
     assert fit(LengthLimits(9, 5, "drop", "cut"), [1, 5, 6, 7, 9], completions)[1] == [[8] * 4]
 
 
-def test_a_completion_ends_at_the_first_of_all_end_tokens():
-    assert tokens.append_eos_once([5, 7, 3, 1], [1, 7]) == [5, 7]
-    assert tokens.append_eos_once([5, 1, 3, 7], [1, 7]) == [5, 1]
-    assert tokens.append_eos_once([5, 3], [7, 1]) == [5, 3, 7]
-
-
-@pytest.mark.parametrize("count", [1, 7, 99, 100, 101, 250])
-def test_the_limit_named_is_the_smallest_that_keeps_99_percent(count):
-    lengths = [3 + (7 * i) % 19 for i in range(count)]
-    rows = rows_of(*({"prompt": "x", "chosen": " i" * n} for n in lengths))
-    tokenize(rows, ("chosen",), word_tokenizer(), [2], LengthLimits(4, 2))
-    total = [2 + n + 1 for n in lengths]  # BOS and x, the completion, its end
-    least = min(n for n in total if sum(m <= n for m in total) >= 0.99 * count)
-    assert f"`length.max={least}`" in find_errors(rows, "drop", 4, 512)[0]
-
-
-def test_faults_are_not_weighed_against_what_a_filter_left_out(tmp_path):
-    rows = [{**row, "votes": 3 * (i % 4 == 0)} for i, row in enumerate(pairs(80))]
-    for i in (4, 8):  # 2 of the 20 that are meant
-        rows[i]["chosen"] = " "
-    path = write(tmp_path / "a.jsonl", rows)
-    with pytest.raises(PipelineError, match="2 of 20 rows of a.jsonl teach nothing"):
-        splits_of(path, "dataset.at_least={votes: 3}")
-
-
-def test_a_mixture_keeps_the_reasons_of_its_sets(tmp_path):
-    path = write(tmp_path / "votes.jsonl", [{**row, "votes": i % 2} for i, row in enumerate(pairs(80))])
-    more = ["+dataset@dataset.sets.c=json", f"dataset.sets.c.path={path}", "dataset.sets.c.at_least={votes: 1}"]
-    rows = mixed(tmp_path, *more, "dataset.sets.c.test_rows=0", "dataset.rows={c: 10}")
-    assert counts_of(rows, "c")["dropped"]["votes below 1"] == 40
-    assert counts_of(rows, "c")["dropped"]["not drawn"] == 30
-    assert adds_up(rows)
-
-
-def test_turns_of_one_speaker_are_one_message(tmp_path):
-    talk = "\n\nHuman: a\n\nHuman: b\n\nAssistant:"
-    path = write(tmp_path / "a.jsonl", [{"chosen": f"{talk} yes", "rejected": f"{talk} no"}])
-    (row,) = loaded("hh_rlhf", f"dataset.path={path}", chat=True)["train"]
-    assert row["prompt"] == [{"role": "user", "content": "a\n\nb"}]
-
-
-def test_pairs_labelled_both_ways_are_left_out_where_asked(tmp_path):
-    both = [{"prompt": f"c{i // 2}", "chosen": "ab"[i % 2], "rejected": "ba"[i % 2]} for i in range(20)]
-    path = write(tmp_path / "pairs.jsonl", [*both, *pairs(40)])
-    with pytest.raises(PipelineError, match="20 contradiction.*dataset.on_contradiction=drop"):
-        splits_of(path)
-    rows = splits_of(path, "dataset.on_contradiction=drop")
-    dropped = sum(counts_of(rows, "pairs.jsonl")["dropped"].values())
-    assert 18 <= dropped <= 20  # a prompt of which one row alone is held out keeps none
-
-
 def test_rows_of_unknown_words_are_refused(small, tmp_path):
     path = write(tmp_path / "pairs.jsonl", [{**row, "chosen": " unheard of"} for row in pairs(40)])
     with pytest.raises(PipelineError, match="of the tokens of these rows are unknown .*embedded model: type model="):
-        prepare_run(small("dataset=json", f"dataset.path={path}", f"root={tmp_path}"), "dpo", "train")
-
-
-def test_a_mixture_of_subsets_reads_its_test_file_once(tmp_path):
-    talk = [{"chosen": f"\n\nHuman: {i}\n\nAssistant: a", "rejected": f"\n\nHuman: {i}\n\nAssistant: b"} for i in "12"]
-    for name in ("helpful-base", "harmless-base"):
-        (tmp_path / name).mkdir()
-        write(tmp_path / name / "train.jsonl", talk)
-    test = write(tmp_path / "test.jsonl", talk[:1])
-    rows = loaded("hh_rlhf", f"dataset.path={tmp_path}", f"dataset.test_path={test}")
-    assert {split: len(part) for split, part in rows.items()} == {"train": 4, "test": 1}
+        prepared(small("dataset=json", f"dataset.path={path}"), "dpo", "train")

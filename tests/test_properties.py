@@ -32,7 +32,7 @@ WORDS = [
     "",
     "</s>",
     "<s>",
-    "é\u2028",
+    "\xe9\u2028",
     "\n\nHuman:",
     "\n\nAssistant:",
     "\x00",
@@ -77,7 +77,7 @@ lengths = st.builds(
 seen: dict[str, int] = {}
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @example(rows=[*FEW, *GOOD], limits=LengthLimits(24, 9), sft=False, chat=False, test_rows=0)
 @given(rows=files, limits=lengths, sft=st.booleans(), chat=st.booleans(), test_rows=st.integers(0, 5))
 def test_no_row_is_lost_and_no_completion_ends_otherwise(rows, limits, sft, chat, test_rows):
@@ -124,14 +124,8 @@ def test_the_rows_thrown_were_of_every_kind():
     if not seen:
         test_no_row_is_lost_and_no_completion_ends_otherwise()
     assert seen["kept"] > 500, seen
-    assert {
-        "refused",
-        "empty completion",
-        "identical completions",
-        "contradiction",
-        "exact duplicate",
-        "too long",
-    } <= set(seen)
+    reasons = {"refused", "empty completion", "identical completions", "contradiction", "exact duplicate", "too long"}
+    assert reasons <= seen.keys()
 
 
 NODE = compose(["dataset=json", "dataset.path=rows.jsonl"]).dataset

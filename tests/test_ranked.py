@@ -8,9 +8,8 @@ from dpo_pipeline.config import compose
 from dpo_pipeline.data.report import count_rows, kept_rows, print_report
 from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.errors import PipelineError
-from tests.test_data import write
+from tests.test_data import loaded, write
 from tests.test_forms import read_row
-from tests.test_sources import loaded
 
 SCORED = {"prompt": "q", "completions": ["a", "b", "c", "d"], "scores": [1, 7.5, 7.5, 3]}
 

@@ -11,11 +11,10 @@ import pytest
 
 from dpo_pipeline.config import ROW_KEYS, compose, instantiate_node
 from dpo_pipeline.data import formats
-from dpo_pipeline.data.report import count_rows, kept_rows, print_report
+from dpo_pipeline.data.report import count_rows, print_report
 from dpo_pipeline.data.reviews import GENRES, NOUNS
 from dpo_pipeline.errors import PipelineError
-from tests.helpers import prepare_run
-from tests.test_data import loaded, write
+from tests.test_data import loaded, prepared, write
 
 NAMES = ("prompt", "chosen", "rejected", "demonstration")
 
@@ -29,7 +28,7 @@ def texts(row):
 
 def read(name, path, *overrides, chat=False, split="train"):
     """What the data set's own file in conf/ makes of the rows of a local copy."""
-    return [texts(row) for row in loaded(name, f"dataset.path={path}", *overrides, chat=chat)[split]]
+    return [texts(row) for row in loaded(name, path, *overrides, chat=chat)[split]]
 
 
 def reasons(rows):
@@ -76,16 +75,18 @@ def test_shp_takes_the_preferred_comment_of_clear_pairs_at_most_five_for_a_post(
     rows += [{**SHP, "history": "And beans?"}, {**SHP, "labels": 3}, {**SHP, "labels": None}]
     write(tmp_path / "askculinary" / "train.json", rows)
     write(tmp_path / "askcarguys" / "train.json", [SHP])
-    write(tmp_path / "askculinary" / "test.csv", [{**SHP, "labels": "0", "score_ratio": "1.5"}, SHP])  # text as numbers
+    write(
+        tmp_path / "askculinary" / "test.csv", [{**SHP, "labels": "0", "score_ratio": "1.5"}, SHP]
+    )  # text as numbers
     write(tmp_path / "askculinary" / "validation.json", [SHP])
-    found = loaded("shp", f"dataset.path={tmp_path}", "dataset.data_dir=askculinary")
+    found = loaded("shp", tmp_path, "dataset.data_dir=askculinary")
     assert {split: len(rows) for split, rows in found.items()} == {"train": 10, "test": 2}
     good = {"prompt": HUMAN("Rice?"), "chosen": " With water.", "rejected": " Not at all."}
     bad = {**good, "chosen": " Not at all.", "rejected": " With water."}
     assert [texts(row) for row in found["train"][:2]] == [good, bad]
     tie = "a tie (labels is neither 1 nor 0)"
-    assert reasons(found["train"]) == [None, None, "score_ratio below 2", None, None, None, "beyond 5 pairs of its prompt",
-                                       None, tie, tie]  # fmt: skip
+    low_or_more = [None, None, "score_ratio below 2", None, None, None, "beyond 5 pairs of its prompt", None]
+    assert reasons(found["train"]) == [*low_or_more, tie, tie]
     assert {row["kind"] for row in found["train"] if row["reason"]} == {"filtered"}  # and no fault
     assert (texts(found["test"][0]), *reasons(found["test"])) == (bad, "score_ratio below 2", None)
     assert len(read("shp", tmp_path)) == 11
@@ -93,10 +94,13 @@ def test_shp_takes_the_preferred_comment_of_clear_pairs_at_most_five_for_a_post(
     assert chat == {"prompt": [user("Rice?")], "chosen": "With water.", "rejected": "Not at all."}
 
 
+def summary(text, policy):
+    return {"text": text, "policy": policy, "note": None}
+
+
 def comparison(post, first, second, choice):
     info = {"id": "t3_1", "post": post, "title": "Car", "subreddit": "legaladvice", "site": None, "article": None}
-    summaries = [{"text": text, "policy": policy, "note": None} for text, policy in (first, second)]
-    return {"info": info, "summaries": summaries, "choice": choice, "worker": "w", "extra": {"confidence": 8}}
+    return {"info": info, "summaries": [first, second], "choice": choice, "worker": "w", "extra": {"confidence": 8}}
 
 
 def strings(*names):
@@ -113,7 +117,7 @@ TLDR = pa.schema(  # as the set's script declares it
 
 
 def test_tldr_asks_in_the_papers_form_and_keeps_the_posts_own_summary(tmp_path):
-    ref, one, two = (" own", "ref"), (" one", "sup4"), (" two", "sup4_ppo")
+    ref, one, two = summary(" own", "ref"), summary(" one", "sup4"), summary(" two", "sup4_ppo")
     news = comparison(None, one, ref, 0)
     news["info"] |= {"title": "News", "subreddit": None, "site": "cnn", "article": "It rains."}
     rows = [comparison("A.", one, two, 1), comparison("A.", ref, two, 0), comparison("B.", one, two, 0)]
@@ -126,7 +130,7 @@ def test_tldr_asks_in_the_papers_form_and_keeps_the_posts_own_summary(tmp_path):
         {"prompt": asked, "chosen": " own", "rejected": " two", "demonstration": " own"},
         {"prompt": asked.replace("A.", "B."), "chosen": " one", "rejected": " two"},
     ]
-    found = loaded("summarize_from_feedback", f"dataset.path={tmp_path}", "dataset.revision=null")
+    found = loaded("summarize_from_feedback", tmp_path, "dataset.revision=null")
     assert reasons(found["test"]) == [None, "no prompt"]
     chat = read("summarize_from_feedback", write(tmp_path / "batch9.jsonl", rows), chat=True)[0]
     assert chat == {"prompt": [user(asked)], "chosen": "two", "rejected": "one", "demonstration": "own"}
@@ -137,7 +141,14 @@ ULTRA = {
     "messages": [user("hi"), reply("yo")], "score_chosen": 8.0, "score_rejected": 4.0,
 }  # fmt: skip
 KINDLY = {"system": "Be kind.", **PAIR}
-STACK = {"qid": 1, "question": "hi", "date": "2012/01/01", "metadata": ["a", "b"], "response_j": "yo", "response_k": "no"}
+STACK = {
+    "qid": 1,
+    "question": "hi",
+    "date": "2012/01/01",
+    "metadata": ["a", "b"],
+    "response_j": "yo",
+    "response_k": "no",
+}
 ADD = {"instruction": "Add.", "input": "1 2", "output": "3"}
 REVIEW = {"text": "I saw it  twice, and\nwould do so again.<br /><br />Go!", "label": 1}
 # Of each set: a file of a copy, a row, and what it becomes as text and as messages.
@@ -164,7 +175,10 @@ def test_a_published_set_is_read_as_text_and_as_messages(name, tmp_path):
         for split in ("test_prefs", "train_sft"):  # the splits have names of their own
             write(tmp_path / "data" / f"{split}-00000-of-00001.parquet", [row])
         assert read(name, folder, split="test") == [text]
-    write(tmp_path / "data" / "finetune" / "train-00000-of-00001.parquet", [row] * 3 if name.startswith("stack") else [row])
+    write(
+        tmp_path / "data" / "finetune" / "train-00000-of-00001.parquet",
+        [row] * 3 if name.startswith("stack") else [row],
+    )
     if name not in ("ultrafeedback_binarized", "stack_exchange_paired"):
         folder = tmp_path / file
     assert read(name, folder) == [text, text]
@@ -212,16 +226,19 @@ FORMS = {
     "SFT: turns": ({"conversations": [turn("human", "hi"), turn("gpt", "yo")]}, OURS, CHAT_OURS),
     "SFT: a completion": ({"prompt": "hi", "completion": " yo"}, {"prompt": "hi", "demonstration": " yo"}, CHAT_OURS),
     "SFT: plain text": (
-        NINE, {"prompt": "a b c d e f g h", "demonstration": " i"}, {"prompt": [user("a b c d e f g h")], "demonstration": "i"}
+        NINE, {"prompt": "a b c d e f g h", "demonstration": " i"},
+        {"prompt": [user("a b c d e f g h")], "demonstration": "i"},
     ),
 }  # fmt: skip
 
 
 def test_a_common_form_is_recognised_without_columns_in_each_row(tmp_path):
-    rows, *expected = zip(*FORMS.values(), strict=True)
-    path = write(tmp_path / "train.jsonl", rows)
-    for place in (path, tmp_path):
-        assert [read("json", place, chat=chat) for chat in (False, True)] == [list(each) for each in expected]
+    for number, (row, *expected) in enumerate(FORMS.values()):
+        path = write(tmp_path / f"{number}.jsonl", [row, row])
+        for each, chat in zip(expected, (False, True), strict=True):
+            assert read("json", path, chat=chat) == [each, each]
+    write(tmp_path / "all" / "train.jsonl", [MESSAGES, PLAIN])
+    assert read("json", tmp_path / "all", chat=True) == [CHAT, CHAT]
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.jsonl", "list.json", "a.jsonl.gz", "folder/train.jsonl"])
@@ -229,7 +246,7 @@ def test_a_copy_may_be_of_any_kind(name, tmp_path):
     row = {"asked": "a, b\n\u201cc\u201d", "good": " yo", "bad": "2020-01-01"}
     write(tmp_path / name, [row, {**row, "good": "None"}])
     columns = "dataset.columns={prompt: asked, chosen: good, rejected: bad}"
-    rows = loaded("json", f"dataset.path={tmp_path / name.split('/')[0]}", columns)["train"]
+    rows = loaded("json", tmp_path / name.split("/")[0], columns)["train"]
     whole = {"prompt": row["asked"], "chosen": " yo", "rejected": "2020-01-01"}
     assert [texts(each) for each in rows] == [whole, {**whole, "chosen": "None"}]  # text stays text
     assert len({each["origin"] for each in rows}) == 2
@@ -269,10 +286,15 @@ def test_what_may_stand_beside_a_form_is_looked_for_in_each_row(tmp_path):
 
 
 def test_a_prompt_is_empty_whatever_frame_is_put_around_it(tmp_path):
-    rows = [{"question": " ", **PAIR}, {"instruction": "", "input": "x", **PAIR}, {"prompt": "\n", **PAIR}, {"text": " "}]
+    rows = [
+        {"question": " ", **PAIR},
+        {"instruction": "", "input": "x", **PAIR},
+        {"prompt": "\n", **PAIR},
+        {"text": " "},
+    ]
     path = write(tmp_path / "a.jsonl", rows)
     for chat in (False, True):
-        found = loaded("json", f"dataset.path={path}", chat=chat)["train"]
+        found = loaded("json", path, chat=chat)["train"]
         assert [row["problem"] for row in found] == ["empty prompt"] * 4
 
 
@@ -289,7 +311,11 @@ WRONG = [  # rows, what is typed, and what the sentence says
     ([{**Q, "a": "x"}], GIVEN, 'there is no 0, found "x"$'),
     ([{"query": "p", "a": [{"text": ""}], "b": ""}], GIVEN.replace("q,", "qury,"), "no qury, .*: did you mean query"),
     ([PLAIN, {**PLAIN, "chosen": 3}], "", "(line|row) 2: chosen is 3, not text or messages"),
-    ([PLAIN, {**PLAIN, "chosen": None}], "dataset.columns={question: prompt, chosen: chosen}", "line 2: chosen is null"),
+    (
+        [PLAIN, {**PLAIN, "chosen": None}],
+        "dataset.columns={question: prompt, chosen: chosen}",
+        "line 2: chosen is null",
+    ),
     ([{"q": None, **PAIR}], "dataset.columns={question: q, chosen: chosen}", "line 1: question is null, not text"),
     ([{"question": 3, **PAIR}], "", "prompt, message 1: its content is 3, not text"),
     ([{"text": ["a"]}], "", "line 1: text is .*, not text: correct it"),
@@ -380,7 +406,7 @@ def test_a_folder_is_read_whole_or_says_what_is_not(tmp_path, caplog):
     write(tmp_path / "validation.jsonl", [PLAIN])
     (tmp_path / "c.tsv").write_text("prompt\tchosen\n")
     (tmp_path / ".hidden.jsonl").write_text("{")
-    rows = loaded("json", f"dataset.path={tmp_path}")["train"]
+    rows = loaded("json", tmp_path)["train"]
     assert [texts(row) for row in rows] == [PLAIN] * 3
     assert rows[0]["origin"] == f"{tmp_path}/a.jsonl, line 1"
     assert "c.tsv cannot be read" in caplog.text
@@ -394,7 +420,7 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path):
     rows = Dataset.from_list([PLAIN] * 2)
     rows.save_to_disk(tmp_path / "one")
     DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "two")
-    (row, _) = loaded("json", f"dataset.path={tmp_path / 'one'}")["train"]
+    (row, _) = loaded("json", tmp_path / "one")["train"]
     assert texts(row) == PLAIN
     assert row["origin"].endswith("train row 1")
     for split in ("train", "test"):
@@ -423,7 +449,7 @@ def test_a_set_of_several_configs_lists_them_and_is_cached_under_root(small, tmp
     for typed in ([], ["dataset.config=three"]):
         with pytest.raises(PipelineError, match="set has the configs one, two: type dataset.config=NAME"):
             read("json", configs, *typed)
-    rows = loaded("json", f"dataset.path={configs}", "dataset.config=two")["train"]
+    rows = loaded("json", configs, "dataset.config=two")["train"]
     assert len(rows) == 20
     assert "two" in rows[0]["unused"]
     assert len(read("json", configs, "dataset.data_dir=one")) == 20
@@ -431,11 +457,11 @@ def test_a_set_of_several_configs_lists_them_and_is_cached_under_root(small, tmp
     for name in ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH", "HF_MODULES_CACHE"):
         monkeypatch.setattr(f"datasets.config.{name}", home / "datasets")
     run = small("dataset=json", f"dataset.path={configs}", "dataset.config=one", f"root={tmp_path}")
-    assert len(prepare_run(run, "dpo", "train").tables["train"]) > 10
+    assert len(prepared(run, "dpo", "train").tables["train"]) > 10
     assert list((Path(run.root) / ".cache" / "datasets").rglob("*.arrow"))
 
 
 def test_a_report_names_ten_columns_at_most(tmp_path):
     many = {f"column{i}": "x" for i in range(200)}
-    rows = loaded("json", f"dataset.path={write(tmp_path / 'b.jsonl', [{**PLAIN, **many}])}")["train"]
+    rows = loaded("json", write(tmp_path / "b.jsonl", [{**PLAIN, **many}]))["train"]
     assert "column9 and 190 more |" in print_report(count_rows([{**rows[0], "split": "train"}]), rows)

@@ -1,6 +1,5 @@
 """`sft_loss=all`: every reply of a dialogue is learned with its end token, and nothing else."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,10 @@ from dpo_pipeline.data.report import kept_rows
 from dpo_pipeline.data.token_table import LengthLimits, tokenize
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.sft import run_sft
+from dpo_pipeline.training import trainer
 from dpo_pipeline.training.callbacks import ValidationPerplexity
 from dpo_pipeline.training.trainer import label_completions, make_trainer
-from tests.helpers import prepare_run
-from tests.test_data import CHATML, WIDE, characters, rows_of, write
+from tests.test_data import CHATML, WIDE, characters, prepared, rows_of, write
 
 HEAD = "{% for m in messages %}<s>{{ m.role }}\n"
 ASK = "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
@@ -72,32 +71,23 @@ def plain_loop(prompt: list[dict], last: str) -> tuple[list[str], list[bool]]:
     return tokens[:-1], is_learned[:-1]  # nothing follows the last end token
 
 
-@pytest.mark.parametrize("name", list(TEMPLATES)[:4])
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_each_reply_is_learned_as_a_plain_loop_marks_it(name):
-    rows = rows_of({"prompt": messages(*DIALOGUE), "demonstration": "five"}, {"prompt": messages("user:x"),
-                   "demonstration": "y"})  # fmt: skip
+    short = {"prompt": messages("user:x"), "demonstration": "y"}
+    rows = rows_of({"prompt": messages(*DIALOGUE), "demonstration": "five"}, short)
     tokenizer = chat_tokenizer(TEMPLATES[name])
     table = table_of(rows, tokenizer)
     labelled = label_completions(table, all_turns=True)
     for row, labels in zip(rows, labelled, strict=True):
-        tokens, is_learned = plain_loop(row["prompt"], row["demonstration"])
-        if name == "marks behind the line break":  # that template writes two of them
-            assert learned_text(labels, tokenizer) == "|".join(
-                ["two</s>", "see</s>", "five</s>"] if len(row["prompt"]) > 1 else ["y</s>"]
-            )
-            continue
-        assert tokenizer.convert_ids_to_tokens(labels["input_ids"]) == tokens
-        assert [label != -100 for label in labels["labels"]] == is_learned
-    for row in label_completions(table, all_turns=False):
-        assert learned_text(row, tokenizer) in ("five</s>", "y</s>")
-
-
-@pytest.mark.parametrize("name", list(TEMPLATES)[4:])
-def test_a_template_may_write_earlier_replies_in_another_way(name):
-    rows = rows_of({"prompt": messages(*DIALOGUE), "demonstration": "five"})
-    tokenizer = chat_tokenizer(TEMPLATES[name])
-    text = learned_text(label_completions(table_of(rows, tokenizer), all_turns=True)[0], tokenizer)
-    assert text.split("|")[:2] == ["two</s>", "see</s>"]
+        if name in list(TEMPLATES)[:3]:  # the others write more than CHATML
+            tokens, is_learned = plain_loop(row["prompt"], row["demonstration"])
+            assert tokenizer.convert_ids_to_tokens(labels["input_ids"]) == tokens
+            assert [label != -100 for label in labels["labels"]] == is_learned
+    assert learned_text(labelled[0], tokenizer).split("|")[:2] == ["two</s>", "see</s>"]
+    if name in list(TEMPLATES)[:4]:
+        assert learned_text(labelled[0], tokenizer).split("|")[2:] == ["five</s>"]
+        last = [learned_text(row, tokenizer) for row in label_completions(table, all_turns=False)]
+        assert last == ["five</s>", "y</s>"]
 
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 1}])
@@ -183,16 +173,15 @@ def dialogues_file(folder, count: int = 40, **mark) -> str:
 
 
 def test_the_choice_is_in_the_cache_key_and_needs_a_chat_model(small, tmp_path, monkeypatch):
-    typed = ["dataset=json", f"dataset.path={dialogues_file(tmp_path)}", f"root={tmp_path}"]
-    typed += ["sft_target=demonstration"]
+    typed = ["dataset=json", f"dataset.path={dialogues_file(tmp_path)}", "sft_target=demonstration"]
     with pytest.raises(PipelineError, match="sft_loss=all needs a chat model.*sft_loss=last"):
-        prepare_run(small(*typed, "sft_loss=all"), "sft")
+        prepared(small(*typed, "sft_loss=all"), "sft", "train")
     monkeypatch.setattr(prepare, "load_tokenizer", lambda model: chat_tokenizer())
     learned, unused = [], []
     for mark in ({}, {"weight": 0}):
         dialogues_file(tmp_path, **mark)
         for choice in ("last", "all", "all"):
-            data = prepare_run(small(*typed, f"sft_loss={choice}"), "sft", "train")
+            data = prepared(small(*typed, f"sft_loss={choice}"), "sft", "train")
             (source,) = data.report["sources"].values()
             unused.append(source["unused_columns"])
             masks = data.tables["train"]["prompt_mask"][:] if choice == "all" else [[]]
@@ -201,18 +190,19 @@ def test_the_choice_is_in_the_cache_key_and_needs_a_chat_model(small, tmp_path, 
     assert unused == [[], [], [], ["weight of messages"], [], []]
 
 
-def test_a_run_learns_all_replies(small, tmp_path, monkeypatch):
-    """Trained for real: with all replies its first loss is another one, over more tokens."""
+@pytest.mark.parametrize("choice", ["last", "all"])
+def test_a_run_learns_the_replies_of_its_choice(choice, small, tmp_path, monkeypatch):
+    class Labelled(Exception):
+        pass
+
+    def label(table, all_turns):
+        raise Labelled(all_turns)
+
     monkeypatch.setattr(prepare, "load_tokenizer", lambda model: chat_tokenizer())
-    logs = []
-    for choice in ("last", "all"):
-        run = small(
-            "dataset=json", f"dataset.path={dialogues_file(tmp_path)}", f"root={tmp_path}", "sft_target=demonstration",
-            f"sft_loss={choice}", f"sft_variant={choice}", "++sft.max_steps=2",
-        )  # fmt: skip
-        folder = run_sft(run)
-        logs.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
-    assert logs[0][0]["loss"] != logs[1][0]["loss"]
+    monkeypatch.setattr(trainer, "label_completions", label)
+    path = f"dataset.path={dialogues_file(tmp_path)}"
+    with pytest.raises(Labelled, match=str(choice == "all")):
+        run_sft(small("dataset=json", path, "sft_target=demonstration", f"sft_loss={choice}", "sft_variant=turns"))
 
 
 def byte_tokenizer(template: str, end: str):
@@ -235,15 +225,21 @@ ENDS = {
 
 @pytest.mark.parametrize("family", ENDS)
 def test_published_templates_have_the_replies_that_trl_marks_in_them(family):
-    """TRL ships them as they are published, and with marks for training."""
+    """TRL ships them as they are published, and with marks for training, which we do not read."""
     folder, texts = Path(trl.__file__).parent / "chat_templates", []
+    prompt, options = messages(*DIALOGUE[1:]), {"return_dict": True, "return_assistant_tokens_mask": True}
     for name in (f"{family}.jinja", f"{family}_training.jinja"):
         tokenizer = byte_tokenizer((folder / name).read_text("utf-8"), ENDS[family])
-        rows = rows_of({"prompt": messages(*DIALOGUE[1:]), "demonstration": "five"})
+        rows = rows_of({"prompt": prompt, "demonstration": "five"})
         table = tokenize(rows, ("demonstration",), tokenizer, [0], LengthLimits(4000, 2000), True)
         ids, mask = table[0]["prompt_ids"], table[0]["prompt_mask"]
         learned = tokenizer.decode([i for i, is_learned in zip(ids, mask, strict=True) if is_learned])
         texts.append([tokenizer.decode(ids), "".join(learned.split())])  # TRL marks a line break before some
+    marked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
+    trl_ids = [i for i, is_reply in zip(marked["input_ids"], marked["assistant_masks"], strict=True) if is_reply]
     assert texts[0] == texts[1]
+    assert texts[0][1].replace(ENDS[family], "") == "".join(tokenizer.decode(trl_ids).split()).replace(
+        ENDS[family], ""
+    )
     assert [texts[0][1].count(word) for word in ("two", "see", "one", "three", "four")] == [1, 1, 0, 0, 0]
     assert texts[0][1].count(ENDS[family]) == 2
