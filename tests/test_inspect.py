@@ -1,10 +1,13 @@
 """What inspect_data says of a data set is true and can be acted on, and all that the data holds is shown as text."""
 
+import contextlib
+import io
 import itertools
 import json
 import math
 import random
 import re
+import sys
 from functools import partial
 from html.parser import HTMLParser
 
@@ -13,12 +16,15 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from dpo_pipeline.cli import main
 from dpo_pipeline.config import compose
-from dpo_pipeline.data import length_stats
+from dpo_pipeline.data import statistics
 from dpo_pipeline.data.prepare import load_rows
 from dpo_pipeline.data.report import kept_rows
 from dpo_pipeline.data.token_table import LengthLimits, cut_text
-from dpo_pipeline.inspect_data import count_repeats, leaked_prompts, odd_completions, overlap, run_inspect, text_fields
+from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.estimates import accuracy
+from dpo_pipeline.inspect_data import run_inspect, text_fields
 from dpo_pipeline.report import data_page, token_view
 from dpo_pipeline.tokenizer import load_tokenizer
 
@@ -42,7 +48,7 @@ def draw_sizes(rng: random.Random, rows: int, completions: int = 2) -> tuple[lis
 
 def test_spreads_are_those_of_a_sorted_list():
     values = draw_sizes(random.Random(1), 101)[1]["total"]
-    together, spread = sorted(values), length_stats.summarize(values)
+    together, spread = sorted(values), statistics.summarize(values)
     assert spread["mean"] == pytest.approx(sum(together) / 101)
     assert [spread[k] for k in ("p5", "median", "p95", "p99", "max")] == [together[i] for i in (5, 50, 95, 99, 100)]
 
@@ -54,10 +60,10 @@ def test_overlap_counts_each_common_token_once():
             if token in left:
                 left.remove(token)
                 common += 1
-        assert overlap(one, other) == pytest.approx(common / ((len(one) - 1 + len(other) - 1) / 2))
-    assert overlap([1, 2, 3, 0], [3, 2, 1, 0]) == 1
-    assert overlap([1, 0], [2, 0]) == 0  # the end token is no common word
-    assert overlap([0], [0]) == 0
+        assert statistics.overlap(one, other) == pytest.approx(common / ((len(one) - 1 + len(other) - 1) / 2))
+    assert statistics.overlap([1, 2, 3, 0], [3, 2, 1, 0]) == 1
+    assert statistics.overlap([1, 0], [2, 0]) == 0  # the end token is no common word
+    assert statistics.overlap([0], [0]) == 0
 
 
 def test_length_bias_is_what_a_judge_of_length_reaches():
@@ -66,7 +72,7 @@ def test_length_bias_is_what_a_judge_of_length_reaches():
     for _, (chosen, rejected) in found:
         points.append(1 if len(chosen) > len(rejected) else 0.5 if len(chosen) == len(rejected) else 0)
     assert 0.5 in points
-    bias = length_stats.longer_chosen(sizes)
+    bias = accuracy((sizes["chosen"] - sizes["rejected"]).tolist())
     share = sum(points) / 200
     assert bias["value"] == pytest.approx(share)
     # Wilson's interval: the shares p whose own standard error reaches the measured one.
@@ -90,17 +96,17 @@ def test_what_a_limit_would_cut_is_what_cutting_the_rows_does(prompt, completion
                 expected["prompts_cut"] += len(ids) < len(given)
                 expected["answers_cut"] += any(len(a) < len(b) for a, b in zip(eos_ids, whole, strict=True))
                 expected["tokens"] += sum(len(ids) + len(a) for a in eos_ids)
-        assert length_stats.apply_limits(sizes, lengths) == {"max": limit, **expected}
+        assert statistics.apply_limits(sizes, lengths) == {"max": limit, **expected}
         seen |= {name for name, count in expected.items() if count}
     assert {"kept", "tokens"} < seen  # no policy was only tried where nothing happens
 
 
 def test_candidates_reach_from_half_the_median_row_to_where_nothing_is_cut():
     sizes = pd.DataFrame({"total": [20, 50, 100]})
-    assert length_stats.candidate_limits(sizes, current=48, least=1, context=1000) == [32, 48, 64, 100, 128]
-    assert length_stats.candidate_limits(sizes, current=48, least=49, context=1000) == [48, 64, 100, 128]
-    assert length_stats.candidate_limits(sizes, current=48, least=1, context=70) == [32, 48, 64, 70, 128]
-    assert length_stats.candidate_limits(sizes, current=500, least=1, context=1000) == [32, 64, 128, 500]
+    assert statistics.candidate_limits(sizes, current=48, least=1, context=1000) == [32, 48, 64, 100, 128]
+    assert statistics.candidate_limits(sizes, current=48, least=49, context=1000) == [48, 64, 100, 128]
+    assert statistics.candidate_limits(sizes, current=48, least=1, context=70) == [32, 48, 64, 70, 128]
+    assert statistics.candidate_limits(sizes, current=500, least=1, context=1000) == [32, 64, 128, 500]
 
 
 @pytest.mark.parametrize("side", PAIR)
@@ -112,13 +118,13 @@ def test_a_block_that_one_side_begins_with_is_what_a_judge_of_it_alone_reaches(s
         row[side] = f"<think>\n\n</think>\n\n{row[side]}" if i % 3 == 0 else row[side]
         row[other] = f"<think>\n\n</think>\n\n{row[other]}" if i % 30 == 1 else row[other]
         rows.append(row)
-    block = length_stats.leading_block(rows)
+    block = statistics.leading_block(rows)
     assert block["value"] == pytest.approx(0.5 + (100 - 10) / 600)
     assert block["low"] > 0.55
     assert (block["text"], block["side"]) == ("<think>\n\n</think>\n\n", side)
     (sentence,) = warned(leading_block=block)
     assert f"of {side} completions alone tells which is chosen in 65.0%" in sentence
-    assert length_stats.leading_block([]) is length_stats.leading_block([{"chosen": "", "rejected": ""}]) is None
+    assert statistics.leading_block([]) is statistics.leading_block([{"chosen": "", "rejected": ""}]) is None
 
 
 def test_repeats_and_leakage_look_past_case_and_spaces():
@@ -128,15 +134,14 @@ def test_repeats_and_leakage_look_past_case_and_spaces():
         {"prompt": "say hello", "chosen": "b", "rejected": "a", "origin": "3"},
         {"prompt": [{"role": "user", "content": "Hi"}], "chosen": "a", "rejected": "b", "origin": "4"},
     ]
-    assert count_repeats(rows, PAIR) == {"prompts": 2, "alike": 1}
     held = [
         {"prompt": "SAY hello", "origin": "5"},
         {"prompt": "say hell o", "origin": "6"},
         {"prompt": [{"role": "user", "content": "hi "}], "origin": "7"},
         {"prompt": [{"role": "system", "content": "hi"}], "origin": "8"},
     ]
-    assert leaked_prompts(rows, held) == ["5", "7"]
-    assert leaked_prompts(held[1:2], rows) == []
+    found = statistics.find_repeats({"train": rows, "test": held, "validation": held[1:2]}, PAIR)
+    assert found == {"repeats": {"prompts": 2, "alike": 1}, "leaked": {"test": ["5", "7"], "validation": []}}
 
 
 ODD = [
@@ -151,7 +156,9 @@ ODD = [
 def test_completions_that_are_no_text_as_meant_are_counted(kind, prompt, text):
     rows = [{"prompt": prompt, "chosen": text, "rejected": " no", "origin": "1"}]
     rows.append({"prompt": "Name one:", "chosen": " [1] two", "rejected": " no", "origin": "2"})
-    assert {name: origins for name, origins in odd_completions(rows, PAIR).items() if origins} == {kind: ["1"]}
+    assert {name: origins for name, origins in statistics.odd_completions(rows, PAIR).items() if origins} == {
+        kind: ["1"]
+    }
 
 
 @pytest.fixture(scope="module")
@@ -223,11 +230,8 @@ def looked_at(model, tmp_path_factory):
     run = command(model, root, rows, test=test)
     folder = run_inspect(run).parent
     train = kept_rows(load_rows(run, "dpo", load_tokenizer(run.model)), "train")
-    return (
-        folder,
-        json.loads((folder / "data.json").read_text()),
-        [row for row in train if "</s>" not in row["chosen"]],
-    )
+    train = [row for row in train if "</s>" not in row["chosen"]]
+    return folder, json.loads((folder / "data.json").read_text()), train
 
 
 def test_every_row_is_accounted_for(looked_at):
@@ -302,18 +306,23 @@ class Seen(HTMLParser):
             self.specials += [data] * self.special
 
 
-def nasty_page(model, root):
-    """The page of rows whose every text, and whose file's name, is markup."""
+@pytest.fixture(scope="module")
+def nasty(model, tmp_path_factory):
+    """The folder of rows whose every text, and whose file's name, is markup; what was printed; the page's contents."""
     rows = [
-        {**row, "prompt": f"{i}\n{NASTY}", "chosen": f"{NASTY} {i} 🙂 é"}
+        {**row, "prompt": f"{i}\n{NASTY}", "chosen": f"{NASTY} {i} \U0001f642 \xe9"}
         for i, row in enumerate(pairs(random.Random(7), 60))
     ]
     rows[3]["chosen"] = " "
-    return inspected(model, root, rows, file="<img src=x onerror=alert(3)>|[b](c).jsonl")
+    write, contents, root = data_page.write_data_page, [], tmp_path_factory.mktemp("nasty")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(data_page, "write_data_page", lambda *args: contents.append(args) or write(*args))
+        folder, _ = inspected(model, root, rows, file="<img src=x onerror=alert(3)>|[b](c).jsonl")
+    return folder, printed.getvalue(), contents[0]
 
 
-def test_html_shows_markup_as_text(model, tmp_path):
-    folder, _ = nasty_page(model, tmp_path / "nasty")
+def test_html_shows_markup_as_text(nasty):
+    folder = nasty[0]
     page = (folder / "data.html").read_text()
     seen = Seen(page)
     assert {tag for tag, _ in seen.tags} == {
@@ -340,32 +349,31 @@ def test_html_shows_markup_as_text(model, tmp_path):
     assert "\u202e" not in page
 
 
-def test_a_terminal_shows_no_code_that_it_would_obey(model, tmp_path, capsys):
-    nasty_page(model, tmp_path / "nasty")
-    printed = capsys.readouterr().out
+def test_a_terminal_shows_no_code_that_it_would_obey(nasty):
+    printed = nasty[1]
     assert not set("\x1b\x07\u202e") & set(printed)
-    assert "\\x1b[31mred\\x07 \\u202eback <img" in re.sub("[│\ufffd]", "", printed)
-    assert sum(SCRIPT in line.replace("│", "") for line in printed.splitlines() if line.startswith("    ")) == 6
+    assert "\\x1b[31mred\\x07 \\u202eback <img" in re.sub("[\u2502\ufffd]", "", printed)
+    shown = [line for line in printed.splitlines() if line.startswith("    ")]
+    assert sum(SCRIPT in line.replace("\u2502", "") for line in shown) == 6
 
 
-def test_colours_only_on_a_terminal_that_wants_them(model, tmp_path, capsys, monkeypatch):
-    def printed() -> str:
-        nasty_page(model, tmp_path / "nasty")
-        return capsys.readouterr().out
-
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    plain = printed()
-    assert "\x1b" not in plain
-    assert "⟦</s>⟧" in plain
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    coloured = printed()
+def test_colours_only_on_a_terminal_that_wants_them(nasty, model, tmp_path, monkeypatch):
+    _, printed, (*contents, is_coloured) = nasty
+    assert not is_coloured
+    coloured = data_page.write_data_page(tmp_path / "page", *contents[1:], True)
+    assert "\u27e6</s>\u27e7" in printed
     assert set(re.findall("\x1b\\[([0-9;]*)m", coloured)) == {
         *("0", "30;43"),
         *(f"97;48;5;{shade}" for name in ("prompt", *PAIR) for shade in token_view.SHADES[name]),
     }
-    assert re.sub("\x1b\\[[0-9;]*m", "", coloured) == re.sub("[│⟦⟧]", "", plain)
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert printed() == plain
+    assert re.sub("\x1b\\[[0-9;]*m", "", coloured) in re.sub("[\u2502\u27e6\u27e7]", "", printed)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    seen, write = [], data_page.write_data_page
+    monkeypatch.setattr(data_page, "write_data_page", lambda *args: seen.append(args[-1]) or write(*args))
+    for value in ("", "1"):
+        monkeypatch.setenv("NO_COLOR", value)
+        inspected(model, tmp_path, pairs(random.Random(7), 30))
+    assert seen == [True, False]
 
 
 def test_rows_are_shown_as_they_are_trained_on(looked_at):
@@ -481,20 +489,14 @@ def test_a_set_for_sft_alone_has_lengths_and_no_bias(model, tmp_path):
     assert [name for name, _ in Seen(page).texts] == ["prompt", "demonstration"] * 3
 
 
-def test_to_look_at_data_takes_one_process_and_no_sweep(monkeypatch, tmp_path, capsys):
-    import sys
-
-    from dpo_pipeline.cli import main
-    from dpo_pipeline.errors import PipelineError
-
+def test_to_look_at_data_takes_one_process_and_no_sweep(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(PipelineError, match="one process is enough"):
         run_inspect(compose([f"root={tmp_path}"]))
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setattr(sys, "argv", ["inspect_data", "-m", "beta=0.1,0.2", f"root={tmp_path}"])
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit, match="-m is for sft and dpo"):
         main(run_inspect)
-    assert "-m is for sft and dpo" in str(end.value)
 
 
 def test_rows_of_messages_are_written_as_json():

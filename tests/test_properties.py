@@ -64,6 +64,7 @@ GOOD = [{"prompt": f"film {word}", "chosen": "i", "rejected": "it"} for word in 
 files = st.one_of(
     st.lists(pair, min_size=1, max_size=40),
     st.lists(pair, min_size=20, max_size=40),
+    st.lists(good, min_size=30, max_size=40),
     st.lists(st.sampled_from(FEW), min_size=10, max_size=40),
     st.lists(st.one_of(pair, talk), min_size=4, max_size=30),
     st.lists(dialogues, min_size=4, max_size=30),
@@ -77,7 +78,7 @@ lengths = st.builds(
 seen: dict[str, int] = {}
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=180, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @example(rows=[*FEW, *GOOD], limits=LengthLimits(24, 9), sft=False, chat=False, test_rows=0)
 @given(rows=files, limits=lengths, sft=st.booleans(), chat=st.booleans(), test_rows=st.integers(0, 5))
 def test_no_row_is_lost_and_no_completion_ends_otherwise(rows, limits, sft, chat, test_rows):
@@ -89,8 +90,9 @@ def test_no_row_is_lost_and_no_completion_ends_otherwise(rows, limits, sft, chat
         try:
             every_row = load_splits(node, names, chat, strict=False)
             splits = {split: kept_rows(every_row, split) for split in SPLITS}
-            tokenizer = CHAT if chat else TOKENIZER
-            tables = {split: tokenize(part, names, tokenizer, [END], limits) for split, part in splits.items()}
+            table = tokenize(
+                [row for part in splits.values() for row in part], names, CHAT if chat else TOKENIZER, [END], limits
+            )
             refusal = ""
         except PipelineError as error:
             refusal = str(error)
@@ -100,20 +102,19 @@ def test_no_row_is_lost_and_no_completion_ends_otherwise(rows, limits, sft, chat
         seen["refused"] = seen.get("refused", 0) + 1
         return
     (part,) = count_rows(every_row)["sources"].values()
-    count = sum(map(len, tables.values()))
+    count = len(table)
     assert part["read"] == len(rows) == count + sum(part["dropped"].values())
     assert sum(part["kept"].values()) == count
     prompts = [{json.dumps(row["prompt"]) for row in splits[split]} for split in splits]
     assert len(set.union(*prompts)) == sum(map(len, prompts))
-    for table in tables.values():
-        for row in table:
-            completions = [row[f"{name}_ids"] for name in names]
-            assert len(row["prompt_ids"]) + max(map(len, completions)) <= limits.max
-            assert row["prompt_ids"][:2].count(BOS) == 1
-            assert len(completions) == 1 or completions[0] != completions[1]
-            for ids in completions:
-                whole = ids.count(END) == 1 and ids[-1] == END and len(ids) > 1
-                assert whole or (limits.completion == "cut" and END not in ids and ids)
+    for row in table:
+        completions = [row[f"{name}_ids"] for name in names]
+        assert len(row["prompt_ids"]) + max(map(len, completions)) <= limits.max
+        assert row["prompt_ids"][:2].count(BOS) == 1
+        assert len(completions) == 1 or completions[0] != completions[1]
+        for ids in completions:
+            whole = ids.count(END) == 1 and ids[-1] == END and len(ids) > 1
+            assert whole or (limits.completion == "cut" and END not in ids and ids)
     seen["kept"] = seen.get("kept", 0) + count
     for reason in part["dropped"]:
         seen[reason] = seen.get(reason, 0) + 1
