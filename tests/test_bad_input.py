@@ -44,7 +44,6 @@ CHAT = [
     | {name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")}
     for row in ROWS
 ]
-HH = [{name: f"\n\nHuman: {i}?\n\nAssistant: {name}" for name in ("chosen", "rejected")} for i in range(40)]
 PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
 FORM = "give one JSON object for each row"
 FOLDER = "give a folder that from_pretrained loads"
@@ -55,7 +54,6 @@ GIVEN = f"{MODEL} dataset=json dataset.path=pairs.jsonl dataset.test_rows=5"
 BASE = f"{GIVEN} policy=base variant=run"
 POLICY = f"{GIVEN} variant=run policy="
 ADAPTER = f"{POLICY}adapter lora=r8"
-HHRLHF = f"{MODEL} dataset=hh_rlhf dataset.subsets=null dataset.test_rows=5 dataset.path="
 SFT, DPO = "outputs/run/sft/full", "outputs/run/dpo/run"
 
 
@@ -115,14 +113,6 @@ def lines(*rows, name="pairs.jsonl"):
 def changed(rows, count=1, first=0, **values):
     """The rows, `count` of them from `first` on with other values; None is null, a missing one is left out."""
     return lines(*({**row, **values} if first <= i < first + count else row for i, row in enumerate(rows)))
-
-
-def without(rows, column, at=None):
-    return lines(*({k: v for k, v in row.items() if k != column or at not in (None, i)} for i, row in enumerate(rows)))
-
-
-def folder(name, *inside):
-    return lambda here, parts: [(here / name / part).mkdir(parents=True) for part in ("", *inside)]
 
 
 def part(name, to=None):
@@ -233,60 +223,21 @@ NO_PICKLE = file("model/pytorch_model.bin", "hello")
 # name: (stage, what is typed, what is laid besides a good model and good pairs, the sentence)
 CASES = {
     # What is typed.
-    "unknown key": ("dpo", "betta=0.3", "betta is no key of the config: did you mean beta"),
-    "unknown key, appended": ("sft", "+betta=0.3", "betta is no key of the config: did you mean beta"),
-    "unknown option": ("dpo", "loss=sigmod", "loss=sigmod is no option: did you mean sigmoid"),
-    "unknown adapter": ("sft", "lora=r17", "lora=r17 is no option: did you mean r16"),
     "unknown experiment": ("sft", "experiment=nope", "experiment=nope is no option: there are .*reviews_lora"),
-    "wrong type": ("dpo", "beta=abc", "beta=abc: .*valid number"),
-    "no value at all": ("dpo", "beta", r"beta cannot be read \(.*\): type KEY=VALUE"),
-    "unset value": ("dpo", "beta=???", "beta has no value: type beta="),
-    "no model": ("sft", "model=path", "model.path has no value: type model.path="),
-    "null model": ("sft", "model=path model.path=null", "model.path has no value: type model.path="),
-    "no data": ("sft", "dataset=json", "dataset.path has no value: type dataset.path="),
-    "null data": ("sft", "dataset=json dataset.path=null", "dataset.path has no value: type dataset.path="),
-    "beta 0": ("dpo", "beta=0", "beta=0: .*greater than 0"),
-    "no epochs": ("sft", f"{GIVEN} sft.num_train_epochs=0", "sft.num_train_epochs=0: .*greater than 0"),
-    "rate below 0": ("sft", f"{GIVEN} sft.learning_rate=-1", "sft.learning_rate=-1: .*greater than or equal to 0"),
-    "not a value": ("sft", "sft_best=first", "sft_best=first: .*'perplexity' or 'last'"),
-    "smoothing too large": ("dpo", "loss=robust dpo.label_smoothing=0.5",
-        "dpo.label_smoothing=0.5: .*less than 0.5"),
-    "smoothing below 0": ("dpo", "loss=cdpo dpo.label_smoothing=-0.1", "smoothing=-0.1: .*greater than or equal to 0"),
-    "quantized full": ("sft", "quantization=nf4", "quantization= needs an adapter.*: add lora=r16"),
-    "adapter reference": ("dpo", "reference=adapter", "reference=adapter needs an adapter: add lora=r16"),
-    "float16 full": ("sft", f"{GIVEN} model.dtype=float16", "model.dtype=float16 .*: type model.dtype="),
     "fp16 on a CPU": ("sft", f"{GIVEN} precision=fp16", "precision=fp16 is not supported .*type precision=auto"),
-    "batch": ("sft", f"{GIVEN} batch.micro_size=3",
-        "global_size=8 is no multiple of batch.micro_size=3 .*: set batch"),
-    "field": ("dpo", f"{BASE} ++dpo.lerning_rate=1", "lerning_rate is no field of trl.DPOConfig: did you mean lear"),
-    "decided field": ("dpo", f"{BASE} ++dpo.bf16=true", "dpo.bf16 is decided by precision=: take it out"),
     "wrong field value": ("dpo", f"{BASE} dpo.optim=adam", "DPOConfig refuses .*adam is not a valid .*select one of"),
-    "wrong number": ("dpo", f"{BASE} dpo.max_grad_norm=abc", "dpo.max_grad_norm=abc: .*valid number"),
-    "unknown loss": ("dpo", f"{BASE} ++dpo.loss_type=sigmod", "sigmod is no loss of TRL: did you mean sigmoid"),
     "tracker": ("sft", f"{GIVEN} report_to=mlflow", "report_to=mlflow .*`pip install mlflow`"),
-    "parent as a name": ("sft", f"{GIVEN} name=..", r"name=\.\.: "),
     # Files of pairs.
     "broken line": ("sft", GIVEN, BROKEN, f"pairs.jsonl cannot .*: line 3 is no JSON .Expecting value.*: {FORM}"),
     "broken list": ("sft", GIVEN.replace("jsonl", "json"), file("pairs.json", json.dumps(ROWS, indent=1)[:-30]),
         f"pairs.json cannot .*: line 200 is no JSON .*: {FORM}"),
     "numbers": ("sft", GIVEN, file("pairs.jsonl", "[1, 2]"),
         f"pairs.jsonl, row 1 holds 1, not an object: {FORM}"),
-    "a string": ("sft", GIVEN, lines(*ROWS[:2], '"hello"'),
-        f"pairs.jsonl, line 3 holds .hello., not an object: {FORM}"),
     "null prompt": ("sft", GIVEN, changed(ROWS, 1, 7, prompt=None),
         "line 8: prompt is null, not text or messages.*correct"),
-    "null chosen": ("sft", GIVEN, changed(ROWS, 1, 7, chosen=None),
-        "line 8: chosen is null, not text or messages.*correct"),
-    "a number": ("dpo", BASE, changed(ROWS, 1, 7, rejected=3),
-        "line 8: rejected is 3, not text or mess.*correct"),
-    "a list": ("dpo", BASE, changed(ROWS, 1, 2, chosen=["a"]), "line 3: chosen is .*, not text or messages"),
-    "missing column": ("dpo", BASE, without(ROWS, "rejected"),
+    "missing column": ("dpo", BASE, lines({"prompt": "a", "chosen": "b"}),
         r"line 1 has the columns prompt, chosen, .*no form .*: say what they hold, such as 'dataset.columns={prompt"),
-    "column missing once": ("dpo", BASE, without(ROWS, "rejected", 9),
-        "pairs.jsonl, line 10 has the columns prompt, chosen, which are no form .*dataset.columns="),
     "empty file": ("sft", GIVEN, file("pairs.jsonl", ""), f"pairs.jsonl is empty: {FORM}"),
-    "blank file": ("sft", GIVEN, file("pairs.jsonl", "\n \n"), f"pairs.jsonl is empty: {FORM}"),
-    "empty list": ("sft", GIVEN, file("pairs.jsonl", "[]"), f"pairs.jsonl is empty: {FORM}"),
     "no gzip": ("sft", f"{GIVEN} dataset.path=p.gz", file("p.gz", "hello"),
         "p.gz cannot .*Not a gzipped file.*: fetch it again, or take .gz off"),
     "gzip cut short": ("sft", f"{GIVEN} dataset.path=p.gz", file("p.gz", CUT_GZIP),
@@ -295,41 +246,19 @@ CASES = {
         "pairs.jsonl cannot .*: line 2 is not UTF-8: save it"),
     "no file": ("sft", f"{GIVEN} dataset.path=nope.jsonl",
         r"there is no file or folder nope.jsonl \(from .*\): check"),
-    "folder without data": ("sft", f"{GIVEN} dataset.path=data", folder("data"), f"data cannot be read .*: {FORM}"),
-    "broken line in a folder": ("sft", f"{HHRLHF}data", folder("data"), lines(HH[0], "{", name="data/train.jsonl"),
-        f"data/train.jsonl cannot .*: line 2 is no JSON .*: {FORM}"),
-    "no such test file": ("dpo", f"{BASE} dataset.test_path=b.jsonl", "no file or folder b.jsonl .*: check the path"),
     "other test file": ("dpo", f"{BASE} dataset.test_path=b.jsonl", lines({"text": "a"}, name="b.jsonl"),
         "this data set has no column 'chosen' .*in test"),
     "hub data": ("sft", f"{MODEL} dataset=hh_rlhf",
         "data set Anthropic/hh-rlhf is neither .*: check the name .*dataset.path="),
-    "subsets as text": ("sft", f"{HHRLHF}. dataset.subsets=x",
-        "dataset.subsets=x: .*list"),
     # Rows.
     "identical completions": ("dpo", BASE, changed(ROWS, 3, rejected=ROWS[0]["chosen"]),
         r"3 of 40 rows of pairs.jsonl teach nothing, more than 5%: 3 identical completions \(pairs.jsonl, line \d\): "
         "check that dataset= .*or take them out"),
-    "empty completions": ("sft", GIVEN, changed(ROWS, 3, chosen=" "),
-        r"3 of 40 rows of pairs.jsonl teach nothing, more than 5%: 3 empty completion \(pairs.jsonl, line \d\)"),
-    "all identical": ("dpo", BASE, changed(ROWS, 40, rejected=ROWS[0]["chosen"]),
-        "40 of 40 rows of pairs.jsonl teach nothing, .*40 identical completions .*: check that"),
-    "no reply": ("sft", f"{HHRLHF}pairs.jsonl", changed(HH, 3, chosen="hello"),
-        r"3 of 40 rows of pairs.jsonl teach nothing, .*3 no reply \(pairs.jsonl, line \d\): check that"),
-    "other prompts": ("sft", f"{HHRLHF}pairs.jsonl", changed(HH, 3, chosen="\n\nHuman: a\n\nAssistant: b"),
-        r"3 prompt differs \(pairs.jsonl, line \d\): check that"),
-    "null dialogue": ("sft", f"{HHRLHF}pairs.jsonl", changed(HH, 1, 3, chosen=None),
-        "line 4: chosen is null, not text or messages: correct"),
     "no demonstration": ("sft", f"{GIVEN} sft_target=demonstration",
         "no column 'demonstration' .*set sft_target=chosen"),
     "no test rows": ("dpo", f"{BASE} dataset.test_rows=0", "no test rows to measure on: raise dataset.test_rows"),
-    "test rows below 0": ("sft", f"{GIVEN} dataset.test_rows=-3",
-        "dataset.test_rows=-3: .*greater than or equal to 0"),
     "too few reviews": ("sft", f"{MODEL} dataset.rows=3", "dataset.rows=3: .* 16"),
     "all too long": ("sft", f"{GIVEN} length.max=4", "100% of 36 rows are too long: .* would keep 99%"),
-    "beyond the context": ("sft", f"{GIVEN} length.max=65",
-        "length.max=65 exceeds the model's context of 64 tokens: lower"),
-    "prompt alone": ("sft", f"{GIVEN} length.max_prompt=48",
-        "max_prompt=48 leaves no room for .* in length.max=48: lower it"),
     "no room to complete": ("dpo", f"{BASE} evaluation.max_new_tokens=63",
         "=63 leaves no room for a prompt .*of 64 tokens: lower"),
     # Messages.
@@ -339,10 +268,6 @@ CASES = {
         r"chat template refuses a dialogue of user \(roles must alternate\): give the messages"),
     "broken template": ("sft", GIVEN, chat("{% for m in messages %}"),
         r"chat template refuses .*Unexpected end .*correct its chat_template"),
-    "no role": ("sft", GIVEN, chat(PLAIN, [{**row, "prompt": [{"content": "a"}]} for row in CHAT]),
-        "line 1: prompt, message 1: its role is None, none of system, user, .*: correct it"),
-    "no content": ("dpo", BASE, chat(PLAIN, [*CHAT[:-1], {**CHAT[-1], "rejected": [{"role": "assistant"}]}]),
-        "line 40: rejected, message 1: its content is null, not text"),
     # Models.
     "no model folder": ("sft", f"{GIVEN} model.path=./no",
         r"model folder ./no does not exist .*give a hub id"),

@@ -357,6 +357,9 @@ RAW = {
     "a.tsv": ("prompt\tchosen\n", ".tsv files are not supported.*save it as"),
     "a.jsonl.zst": ("x", ".zst files are not supported.*save it as"),
     "empty/train.jsonl": ("", "train.jsonl is empty"),
+    "blank.jsonl": ("\n \n", "blank.jsonl is empty"),
+    "list.json": ("[]", "list.json is empty"),
+    "text.jsonl": (f'{PAIRED}"hello"', "line 2 holds .hello., not an object"),
     "py/script.py": ("import datasets\n", "py cannot be read as a data set: it holds no .json"),
     "alone/validation.jsonl": (PAIRED, "no split train, only validation: type 'dataset.splits="),
 }

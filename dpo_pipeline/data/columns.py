@@ -1,7 +1,7 @@
 """Where the parts of a row are: what `columns` may say, and the columns of the common forms.
 
-A part is a column, a path (`summaries.0.text`, or `summaries[policy=ref].text`, of the first whose policy is ref), or
-a text with such in it (`r/{info.subreddit}`). `completions.*.text` is a list: the text of each completion.
+A part is a column, a path (`summaries.0.text`, or `summaries[policy=ref].text`, of the first whose policy is ref), a
+text with such in it (`r/{info.subreddit}`), or a list (`completions.*.text`, the text of each completion).
 """
 
 import math

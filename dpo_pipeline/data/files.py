@@ -1,6 +1,6 @@
 """Reads the rows of one file, each with its origin, and says what is wrong where it cannot be read.
 
-Text stays text: the readers of `datasets` and pandas take dates and words such as None for values of other types.
+Text stays text: the readers of `datasets` and pandas take dates and words such as None for other types.
 """
 
 import ast
@@ -33,7 +33,7 @@ def read_file(file: Path, path: str) -> Rows:
     if name.endswith(".parquet"):
         rows = read_parquet(file, path)
     else:
-        rows = (read_csv if name.endswith(".csv") else read_json)(read_lines(file, path), path)
+        rows = (read_csv if name.endswith(".csv") else read_json_rows)(read_lines(file, path), path)
     for origin, row in rows:
         if is_dialogue(row):
             row = {"messages": row}
@@ -58,7 +58,7 @@ def read_lines(file: Path, path: str) -> Iterator[str]:
         raise unreadable(path, error, "it is cut short or no gzip file: fetch it again, or take .gz off") from error
 
 
-def read_json(lines: Iterator[str], path: str) -> Rows:
+def read_json_rows(lines: Iterator[str], path: str) -> Rows:
     """The values of JSON text: one on each line, or all in one list; a dialogue on a line is a list too."""
     for number, line in enumerate(lines, 1):
         if line.lstrip().startswith("[") and not is_dialogue(decode(line)):

@@ -39,9 +39,9 @@ def load(
     chat: bool,
     source: str,
 ) -> dict[str, list[Row]]:
-    """Rows of each split; conf/dataset/json.yaml says what the options mean.
+    """Rows of each split; conf/dataset/json.yaml says what the options mean. PipelineError: a row has no form.
 
-    A row that an option excludes has a `reason`, one that teaches nothing a `problem`. PipelineError: it has no form.
+    A row that an option excludes has a `reason`, one that teaches nothing a `problem`.
     """
     columns, local = check_columns(columns or {}), Path(path).expanduser()
     if subsets and local.exists() and not any((local / subset).is_dir() for subset in subsets):
@@ -112,11 +112,10 @@ def build_row(origin: str, parts: Row, prompt_words: int, chat: bool, source: st
 
 
 def pair_completions(origin: str, parts: Row, choice: str, min_gap: float) -> list[tuple[str, Row, Row]]:
-    """The pairs of a row's `completions` by `scores` (more is better) or `ranks` (less is better).
+    """The pairs of a row's `completions` by `scores`, or by `ranks`, of which 1 is the best.
 
-    `choice`: best_worst, one pair, or all. Of each pair its place in the row, its two completions, and the marks of
-    one that is left out: equal scores, or closer ones than `min_gap`. The first pair is best and worst; the best
-    completion is chosen in the last one too, whose completion SFT learns.
+    Of each pair its place in the row, its two completions, and the marks of one that is left out. The first pair is
+    best and worst; the best one is chosen in the last pair too, whose completion SFT learns.
     """
     completions, lists = parts["completions"], (parts["completions"], parts["scores"] or [], parts["ranks"] or [])
     if wrong := [values for values in lists if not isinstance(values, list)]:
@@ -152,10 +151,7 @@ def compare_prompts(rows: list[Row], per_prompt: int) -> None:
 
 
 def render_alpaca(instruction: str, input_text: str, chat: bool) -> str:
-    """The prompt of an instruction, with its input if any: in the Alpaca form, but for a chat model as it is.
-
-    Source: github.com/tatsu-lab/stanford_alpaca.
-    """
+    """The prompt of an instruction and its input, if any: plain for a chat model, else as stanford_alpaca asks."""
     if chat:
         return f"{instruction}\n\n{input_text}" if input_text else instruction
     context, block = "", ""

@@ -70,9 +70,9 @@ def prompt_to_text(prompt: Prompt) -> str:
 
 
 def fix_date(tokenizer: Any, home: Path, check: bool) -> str:
-    """Have a chat template write one date as today's, else rows would differ from day to day; empty if it writes none.
+    """Have a chat template write one date as today's, the same every day; empty if it writes none.
 
-    That is the date of the first run of a name, kept in `chat_date.json` in its folder `home` unless only `check`.
+    It is that of the first run of a name, kept in `chat_date.json` in its folder `home` unless only `check`.
     """
     if "strftime_now" not in str(tokenizer.chat_template):
         return ""

@@ -23,10 +23,9 @@ RENDERED = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[I
 def normalize_row(
     origin: str, source: str, chat: bool, prompt: Any, completions: Row, system: Any = None, tools: Any = None
 ) -> Row:
-    """A row of values in any of the forms, as messages if `chat`, else as text.
+    """A row of values in any of the forms, as messages if `chat`, else as text; PipelineError names its origin.
 
-    `prompt` may be None if every completion is a whole dialogue. A completion of None is left out. Raises
-    PipelineError that names the origin if a value has none of the forms, or if two of them claim to be the prompt.
+    `prompt` may be None if every completion is a whole dialogue. A completion of None is left out.
     """
     row: Row = {"source": source, "origin": origin, "reason": None}
     prompt = None if prompt is None else parse_messages(prompt, f"{origin}: prompt")
@@ -61,7 +60,7 @@ def normalize_row(
 def split_reply(prompt: Prompt | None, value: Prompt, label: str) -> tuple[Prompt | None, str | Message]:
     """The whole prompt of a completion, and its reply: text, or the last message.
 
-    A completion of several messages, or of text in HH-RLHF's form, is a whole dialogue, or goes on behind the prompt.
+    Several messages, or text in HH-RLHF's form, are a whole dialogue, or go on behind the prompt.
     """
     if isinstance(value, str):
         repeats = isinstance(prompt, str) and prompt.endswith(REPLY) and value.startswith(prompt)
@@ -161,10 +160,7 @@ def reply_key(row: Row, name: str) -> str:
 
 
 def check_template(rows: list[Row], template: str, used: tuple[str, ...] = ()) -> None:
-    """Note each field of messages, but those `used`, that a chat template does not write.
-
-    Raises PipelineError where the meaning is lost.
-    """
+    """Note each field of messages that a template does not write, but those `used`; PipelineError for meaning lost."""
     for row in rows:
         messages = [*row["prompt"], *(completion_message(row, name) for name in row.get("extra", ()))]
         fields = {"tools"} & row.keys() | {name for message in messages for name in message}

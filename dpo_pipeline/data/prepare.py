@@ -78,8 +78,8 @@ class Prepared:
 def prepare(run: Run, stage: str, splits: tuple[str, ...] | None = None, strict: bool = True) -> Prepared:
     """Load and tokenize the rows of a stage, by default all splits that it trains on or measures.
 
-    Rank 0 does it, and the other ranks read its tables. Raises PipelineError where rows cannot be read, where too
-    many are invalid or too long, or where none are left; not for bad rows unless `strict`.
+    Rank 0 does it, and the other ranks read its tables. Raises PipelineError where rows cannot be read, where none are
+    left and, if `strict`, where too many are invalid or too long.
     """
     datasets.config.HF_DATASETS_CACHE = Path(run.root) / ".cache" / "datasets"  # HF_HOME may be read-only
     tokenizer, config = load_tokenizer(run.model), load_config(run.model)
@@ -133,10 +133,7 @@ def stage_dataset(run: Run, stage: str) -> tuple[dict[str, Any], tuple[str, ...]
 
 
 def load_rows(run: Run, stage: str, tokenizer: Any, strict: bool = True) -> list[Row]:
-    """Every row of a stage, with its split, and why it is not kept.
-
-    They are messages where the set's `form` says so or the tokenizer has a chat template, else text.
-    """
+    """Every row of a stage, with its split, and why it is not kept; messages for a chat model, else text."""
     dataset, columns = stage_dataset(run, stage)
     is_chat = dataset["form"] == "messages" or (dataset["form"] == "auto" and bool(tokenizer.chat_template))
     # SFT on another set leaves out the prompts on which DPO is tested.

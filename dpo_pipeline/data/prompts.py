@@ -17,9 +17,8 @@ LABELS = ("safe", "unsafe")
 def read_prompts(path: str, columns: tuple[str, ...] = ()) -> list[Row]:
     """The rows of a prompts file: `prompt` (text, or messages with role and content), the text `columns`, `origin`.
 
-    It is a .json, .jsonl, .csv or .parquet file (or .gz) and may hold other columns: XSTest's CSV (arXiv:2308.01263)
-    reads as it is. A `label` is safe or unsafe; with `template` and `group` every template has every group, of at
-    least two. Raises PipelineError that names the file and the row.
+    XSTest's CSV (arXiv:2308.01263) reads as it is. A `label` is safe or unsafe; with `template` and `group` every
+    template has every group, of at least two. Raises PipelineError that names the file and the row.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -45,10 +44,9 @@ def read_prompts(path: str, columns: tuple[str, ...] = ()) -> list[Row]:
 
 
 def prompts_to_rows(prompts: list[Prompt], chat: bool, source: str, dialogues: bool = False) -> list[Row]:
-    """Rows of prompts as pairs have them: messages if `chat`, else text.
+    """Rows of prompts as pairs have them: messages if `chat`, else text, which stays as it is.
 
-    For a base model a text stays as it is: words around it would be a guess. `dialogues`: the policy has learned from
-    prompts in HH-RLHF's form, so a text in another form becomes what the human of a dialogue says.
+    `dialogues`: the policy learned from HH-RLHF's form, so a text in another form becomes what its human says.
     """
     rows = []
     for number, prompt in enumerate(prompts, 1):
@@ -59,10 +57,9 @@ def prompts_to_rows(prompts: list[Prompt], chat: bool, source: str, dialogues: b
 
 
 def prompt_ids(prompts: list[Prompt], chat: bool, tokenizer: Any) -> list[list[int]]:
-    """The ids of each whole prompt as sampling sees it: those that `tokens.tokenize` gives the prompt of a pair.
+    """The ids of each whole prompt as sampling sees it, and as `tokenize` gives them to a pair.
 
-    Those of a chat model are what its template writes with the generation prompt; those of a base model begin with
-    what the tokenizer puts before a text. Raises PipelineError if a prompt has no token, or BOS twice.
+    Raises PipelineError if a prompt has no token, or BOS twice.
     """
     rows = prompts_to_rows(prompts, chat, "the prompts file")
     encoded = list(encode_rows(rows, (), tokenizer, [tokenizer.eos_token_id]))

@@ -1,7 +1,6 @@
 """What became of every row that was read, counted by source, and whether that can be right.
 
-A row that is not kept has a `reason`, which is of one `kind`. Of rows that were tokenized `tokens` is the length, and
-`cut` what was cut off.
+A row that is not kept has a `reason`, which is of one `kind`; one that was tokenized has its `tokens` and `cut`.
 """
 
 import random
@@ -52,8 +51,7 @@ def make_table(rows: Rows) -> Any:
 def count_rows(rows: Rows) -> dict[str, Any]:
     """The data report: `sources`, as design and README show them, and `examples`, the first origins of each reason.
 
-    `read` counts what a file or the hub holds; `rows`, kept or dropped, are more where a list of scored completions
-    makes several pairs.
+    `read` counts raw rows; `rows`, kept or dropped, are more where a list of completions makes several pairs.
     """
     table, sources, examples = make_table(rows), {}, {}
     for source, part in table.groupby("source", sort=False):

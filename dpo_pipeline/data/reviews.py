@@ -1,8 +1,7 @@
 """A preference task whose truth is known: short film reviews from a grammar, and a reward that scores any completion.
 
-The sentiment experiment of the DPO paper (arXiv:2305.18290, section 6) in miniature: there the ground truth is a
-classifier, here a formula, so that no result depends on a judge. Words are separated by single spaces, punctuation
-included, and all of them are in `VOCABULARY`.
+The sentiment experiment of the DPO paper (arXiv:2305.18290, section 6) in miniature, whose ground truth is a formula,
+not a classifier. Words are separated by single spaces, punctuation included, and all are in `VOCABULARY`.
 """
 
 import math
@@ -107,9 +106,8 @@ def load(
 ) -> dict[str, list[Row]]:
     """Pairs with a demonstration each: `{"train": [...], "test": [...]}`, prompts disjoint, drawn from `seed`.
 
-    The completion of higher true reward is chosen. In train the label is drawn from the Bradley-Terry model with
-    `slope` on the difference of rewards, as an annotator errs; test is true to the reward. `demonstration` is a third
-    review of any mood. An eighth of `rows`, at most 1,000, are test.
+    The completion of higher reward is chosen; in train with the chance that the Bradley-Terry model gives it with
+    `slope` on the difference. `demonstration` is a third review. An eighth of `rows`, at most 1,000, are test.
     """
     rng = random.Random(seed)
     prompts: dict[str, None] = {}

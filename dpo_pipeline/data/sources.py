@@ -28,9 +28,8 @@ def read_source(
 ) -> dict[str, Rows]:
     """Rows of the splits `train` and, if there is one, `test`, one at a time; a single file is `train`.
 
-    `path` is a local .json, .jsonl, .csv or .parquet file (or .gz), a local folder, or a hub id. `data_dir` is a
-    folder in it, `config` one of those that its card names, `revision` the hub's; `splits` names the set's own split
-    for each of ours. Raises PipelineError if nothing can be read; for a broken row, when the reader reaches it.
+    `path` is a local file, a folder, or a hub id; `data_dir` a folder in it, `config` one that its card names,
+    `splits` the set's own split for each of ours. Raises PipelineError; for a broken row, when the reader reaches it.
     """
     local = Path(path).expanduser()
     if local.is_file():

@@ -35,11 +35,10 @@ def load_splits(
 ) -> list[Row]:
     """Every row of the data set of a config node, with its `split`, and the `reason` of those that are not kept.
 
-    Every stage splits all rows the same way; only then are rows dropped that teach nothing in `completions`, the
-    columns that the stage learns from. One completion alone is learned once for each prompt, as in the DPO authors'
-    code. `chat`: prompts are messages, not text. `debug` keeps 100 rows of a split. `exclude_prompts_of`: another data
-    set, on whose validation and test prompts nothing is trained. Raises PipelineError if no rows are left and, if
-    `strict`, if more than 5% teach nothing.
+    Every stage splits all rows the same way; only then are rows dropped that teach nothing in its `completions`. SFT
+    learns one completion of each prompt, as in the DPO authors' code. `debug` keeps 100 rows of a split.
+    `exclude_prompts_of`: another data set, on whose validation and test prompts nothing is trained. Raises
+    PipelineError if no rows are left and, if `strict`, if more than 5% teach nothing.
     """
     splits = make_splits(node, completions, chat)
     test_count = len(kept_rows(splits["test"]))
@@ -64,10 +63,9 @@ def load_splits(
 
 
 def make_splits(node: dict[str, Any], completions: tuple[str, ...], chat: bool) -> dict[str, list[Row]]:
-    """All rows of a data set by split, no prompt in two of them.
+    """All rows of a data set by split, no prompt in two; PipelineError if no row has one of the `completions`.
 
-    Test is the set's own, else held out by prompt; validation is 5% of the rest, at most 500 rows, by prompt too;
-    both are drawn with `split_seed`. Raises PipelineError if no row has one of the `completions`.
+    Test is the set's own, else held out; validation is 5% of the rest, at most 500 rows. `split_seed` draws both.
     """
     source = Path(node["path"]).name if "path" in node else node["_target_"].split(".")[-2]
     train, test = read_splits(node, chat, source)
@@ -116,9 +114,9 @@ def hold_out(rows: list[Row], size: int, rng: random.Random) -> tuple[list[Row],
     return [row for row in rows if id(row) not in numbers], held_out
 
 
-def drop_prompts(rows: list[Row], others: list[Row], reason: str) -> None:
-    """Drop the rows that have the prompt of another row."""
-    prompts = {row["key"] for row in others}
+def drop_prompts(rows: list[Row], excluded: list[Row], reason: str) -> None:
+    """Drop the rows that have the prompt of an excluded one."""
+    prompts = {row["key"] for row in excluded}
     for row in kept_rows(rows):
         if row["key"] in prompts:
             row |= mark(reason)

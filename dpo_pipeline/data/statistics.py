@@ -31,7 +31,7 @@ def summarize(values: Any) -> dict[str, float]:
 def leading_block(rows: list[Row]) -> dict[str, Any] | None:
     """The opening that most tells chosen from rejected: its `text`, the `side` that has it, and an Estimate.
 
-    The Estimate is the accuracy of a judge that prefers that side's completions for this opening alone.
+    That is the accuracy of a judge that prefers that side's completions for this opening alone.
     """
     import pandas as pd
 
@@ -48,10 +48,7 @@ def leading_block(rows: list[Row]) -> dict[str, Any] | None:
 
 
 def overlap(first: list[int], second: list[int]) -> float:
-    """The share of their tokens that two completions have in common in any order, without the end token of each.
-
-    Dice's coefficient of two bags of tokens: 0 if they share none, 1 if one is the other in some order.
-    """
+    """Dice's coefficient of the tokens of two completions, in any order and without end tokens: 1 if all agree."""
     first, second = first[:-1], second[:-1]
     return 2 * (Counter(first) & Counter(second)).total() / max(1, len(first) + len(second))
 
@@ -59,8 +56,8 @@ def overlap(first: list[int], second: list[int]) -> float:
 def find_repeats(rows: dict[str, list[Row]], columns: tuple[str, ...]) -> dict[str, Any]:
     """What is equal but for case and spaces, of rows by split.
 
-    `repeats`: how many prompts of train differ, and how many of its rows equal another one; `leaked`: by split, the
-    origins of the rows whose prompt is one of train's.
+    `repeats`: how many prompts of train differ, and how many of its rows equal another; `leaked`: where other splits
+    have a prompt of train, by split.
     """
 
     def fold(value: Any) -> str:

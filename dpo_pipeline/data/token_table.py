@@ -130,10 +130,7 @@ def cut_text(prompt: Ids, bos: int, size: int) -> Ids:
 
 
 def check_ids(tables: dict[str, Any], tokenizer: Any, vocabulary: int, name: str) -> None:
-    """Raise PipelineError where tables hold a token that the base model `name` lacks, or many unknown words.
-
-    Torch would crash on the former; on the latter a policy would train without a warning.
-    """
+    """Raise PipelineError where tables hold a token that the base model `name` lacks, or many unknown words."""
     from pyarrow import compute
 
     columns = [table.data.column(column) for table in tables.values() for column in ids_columns(table)]

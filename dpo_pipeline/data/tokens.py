@@ -19,10 +19,7 @@ EncodedRow = tuple[Ids, list[Ids], bool, str]
 
 
 def eos_ids_of(tokenizer: Any, generation_config: Any) -> Ids:
-    """Ids that end a completion: the tokenizer's end token first, then those of the model's generation config.
-
-    Raises PipelineError if the tokenizer has none.
-    """
+    """Ids that end a completion: of the tokenizer (PipelineError: it has none), then of the generation config."""
     if tokenizer.eos_token_id is None:
         raise PipelineError(
             "the tokenizer has no end token, so no completion could end: set eos_token in its tokenizer_config.json"
@@ -35,8 +32,7 @@ def encode_rows(rows: list[Row], columns: Columns, tokenizer: Any, eos_ids: Ids)
     """The ids of each row before any cut: of its prompt, and of each completion with its end token.
 
     Then whether the completions were tokenized alone, because the prompt's ids are no prefix of those of prompt and
-    completion, and why nothing can be learned from the row, or empty. Raises PipelineError for messages without a
-    chat template.
+    completion, and why nothing can be learned from the row, or empty. PipelineError: messages without a template.
     """
     opening = []
     if rows and isinstance(rows[0]["prompt"], str):  # what the tokenizer puts before every text, mostly BOS
@@ -92,8 +88,7 @@ def token_problem(
 def shorten_contexts(contexts: list[tuple[str, Ids]], tokenizer: Any) -> list[tuple[str, Ids]]:
     """For each prompt its last line and the ids of that, or all of the prompt where its ids do not end with them.
 
-    If no token spans a line break, a completion has the same ids behind the last line as behind the whole prompt, at
-    a third of the work.
+    If no token spans a line break, a completion has the same ids behind both, at a third of the work.
     """
     lines = []  # the last line of each that holds anything, with the line break before it
     for prompt, _ in contexts:
@@ -127,10 +122,7 @@ def tokenize_texts(texts: list[str], tokenizer: Any) -> list[Ids]:
 
 
 def render_row(row: Row, columns: Columns, tokenizer: Any) -> tuple[str, list[str | None]]:
-    """The prompt as text, and the text of each completion behind it.
-
-    That is None if the chat template writes the prompt in another way once a reply follows.
-    """
+    """The prompt as text, and each completion behind it: None if the template then writes the prompt otherwise."""
     if isinstance(row["prompt"], str):
         return row["prompt"], [row[name] for name in columns]
     messages, tools = row["prompt"], row.get("tools")

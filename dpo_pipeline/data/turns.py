@@ -38,8 +38,8 @@ def cut_dialogue(row: Row, tokenizer: Any, size: int) -> Ids:
 def mark_replies(row: Row, whole_prompt: Ids, prompt: Ids, tokenizer: Any, eos_ids: Ids) -> list[bool] | None:
     """For each token of a prompt whether it belongs to an earlier reply, its end token included.
 
-    `whole_prompt` are the ids before a cut: a reply that the cut has reached is not marked, nor is one whose message
-    says `weight: 0` or `train: false`. None where a reply cannot be found, or has no end token.
+    `whole_prompt` are the ids before a cut: a reply that it reached is not marked, nor one not to be trained on. None
+    where a reply cannot be found, or has no end token.
     """
     replies = [i for i, message in enumerate(row["prompt"]) if message["role"] == "assistant"]
     spans = find_replies(row, replies, whole_prompt, tokenizer, eos_ids)

@@ -26,10 +26,7 @@ MAX_DUPLICATES, MAX_ODD = 0.1, 0.02  # shares of rows to warn from; ours
 def write_data_page(
     folder: Path, summary: dict[str, Any], sizes: Any, overlaps: Any, examples: list[Any], colour: bool
 ) -> str:
-    """Write data.json, data.html, data.md and PNGs into `folder`; the page as text for a terminal.
-
-    `examples` are made by `show_tokens`.
-    """
+    """Write data.json, data.html, data.md and PNGs into `folder`; the page as text for a terminal."""
     title = f"{', '.join(summary['sources'])} with the tokenizer of {summary['tokenizer']}"
     sections = [
         Section("Warnings", "\n".join(f"- {sentence}" for sentence in summary["warnings"]) or "Nothing to warn of."),
