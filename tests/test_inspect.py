@@ -35,13 +35,11 @@ PAIR = ("chosen", "rejected")
 
 def draw_sizes(rng: random.Random, rows: int, completions: int = 2) -> tuple[list, pd.DataFrame]:
     """Random ids of prompts and completions, each ended by 0, and their sizes."""
-    found = [
-        (
-            [rng.randrange(1, 9) for _ in range(rng.randrange(1, 40))],
-            [[*(rng.randrange(1, 9) for _ in range(rng.randrange(1, 30))), 0] for _ in range(completions)],
-        )
-        for i in range(rows)
-    ]
+
+    def draw(most: int) -> list[int]:
+        return [rng.randrange(1, 9) for _ in range(rng.randrange(1, most))]
+
+    found = [(draw(40), [[*draw(30), 0] for _ in range(completions)]) for _ in range(rows)]
     lengths = [[len(prompt), *map(len, ids), len(prompt) + max(map(len, ids))] for prompt, ids in found]
     return found, pd.DataFrame(lengths, columns=["prompt", *PAIR[:completions], "total"])
 
@@ -128,20 +126,22 @@ def test_a_block_that_one_side_begins_with_is_what_a_judge_of_it_alone_reaches(s
 
 
 def test_repeats_and_leakage_look_past_case_and_spaces():
-    rows = [
-        {"prompt": "Say hello", "chosen": "a", "rejected": "b", "origin": "1"},
-        {"prompt": "say  HELLO\n", "chosen": "A", "rejected": " b", "origin": "2"},
-        {"prompt": "say hello", "chosen": "b", "rejected": "a", "origin": "3"},
-        {"prompt": [{"role": "user", "content": "Hi"}], "chosen": "a", "rejected": "b", "origin": "4"},
+    def rows_of(*rows) -> list[dict]:
+        return [dict(zip(("prompt", *PAIR, "origin"), (*row, i), strict=True)) for i, row in enumerate(rows)]
+
+    def says(role: str, text: str) -> list[dict]:
+        return [{"role": role, "content": text}]
+
+    train = [
+        ("Say hello", "a", "b"),
+        ("say  HELLO\n", "A", " b"),
+        ("say hello", "b", "a"),
+        (says("user", "Hi"), "a", "b"),
     ]
-    held = [
-        {"prompt": "SAY hello", "origin": "5"},
-        {"prompt": "say hell o", "origin": "6"},
-        {"prompt": [{"role": "user", "content": "hi "}], "origin": "7"},
-        {"prompt": [{"role": "system", "content": "hi"}], "origin": "8"},
-    ]
-    found = statistics.find_repeats({"train": rows, "test": held, "validation": held[1:2]}, PAIR)
-    assert found == {"repeats": {"prompts": 2, "alike": 1}, "leaked": {"test": ["5", "7"], "validation": []}}
+    test = [(prompt, "", "") for prompt in ("SAY hello", "say hell o", says("user", "hi "), says("system", "hi"))]
+    rows = {"train": rows_of(*train), "test": rows_of(*test), "validation": rows_of(test[1])}
+    found = statistics.find_repeats(rows, PAIR)
+    assert found == {"repeats": {"prompts": 2, "alike": 1}, "leaked": {"test": [0, 2], "validation": []}}
 
 
 ODD = [
@@ -434,7 +434,6 @@ def dropped(**reasons: int) -> dict[str, dict[str, dict]]:
         (bias(0.681, 0.61, 0.75), bias(0.681, 0.60, 0.76), "the longer completion is chosen in 68.1% of pairs"),
         (bias(0.32, 0.25, 0.39), bias(0.32, 0.23, 0.41), "the shorter completion is chosen in 68.0% of pairs"),
         ({"overlap": {"median": 0.81}}, {"overlap": {"median": 0.8}}, "81% of their tokens"),
-        (dropped(contradiction=4), dropped(), "4 rows"),
         ({"leaked": {"test": ["t, line 3", "u"]}}, {"leaked": {"test": []}}, "2 of the test rows"),
     ],
 )
@@ -456,20 +455,16 @@ def test_copies_and_odd_completions_warn_from_their_bounds():
 
 def test_what_would_stop_training_is_shown_all_the_same(model, tmp_path, capsys):
     rows = pairs(random.Random(8), 80)
+    folder, summary = inspected(model, tmp_path / "long", rows, "length.max=8")
+    assert summary["rows"] == {"train": 0, "validation": 0, "test": 0}
+    assert summary["warnings"][0].startswith("training would stop: 100% of 80 rows are too long")
+    assert summary["limits"][0]["dropped"] == summary["limits"][-1]["kept"] > 0
     for row in rows[:40]:
         row["rejected"] = row["chosen"]
     folder, summary = inspected(model, tmp_path / "faulty", rows)
     assert summary["warnings"][0].startswith("training would stop: 40 of 80 rows of pairs.jsonl teach nothing")
-    assert "training would stop" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("training would stop") == 2
     assert "training would stop" in (folder / "data.html").read_text()
-
-
-def test_a_set_of_which_nothing_fits_is_shown_all_the_same(model, tmp_path):
-    folder, summary = inspected(model, tmp_path / "long", pairs(random.Random(9), 80), "length.max=8")
-    assert summary["rows"] == {"train": 0, "validation": 0, "test": 0}
-    assert summary["warnings"][0].startswith("training would stop: 100% of 80 rows are too long")
-    assert summary["limits"][0]["dropped"] == summary["limits"][-1]["kept"] > 0
-    assert (folder / "data.html").stat().st_size > 0
 
 
 def test_a_set_for_sft_alone_has_lengths_and_no_bias(model, tmp_path):

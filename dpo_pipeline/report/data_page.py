@@ -54,8 +54,7 @@ def data_warnings(summary: dict[str, Any]) -> list[str]:
     share, kind = max((bias["value"], "longer"), (1 - bias["value"], "shorter")) if bias else (0.5, "")
     is_biased = bias and (bias["low"] > MAX_LENGTH_BIAS or bias["high"] < 1 - MAX_LENGTH_BIAS)
     common, read = overlap["median"] if overlap else 0, sum(part["read"] for part in summary["sources"].values())
-    dropped = count_dropped(summary)
-    contradictions, copies = (dropped[reason] for reason in ("contradiction", "exact duplicate"))
+    copies = count_dropped(summary)["exact duplicate"]
     sentences = {
         f"{rows['train']:,} pairs are few: below some {MIN_PAIRS:,} comparisons reward models stay near chance "
         "(arXiv:2210.10760), and DPO fits the same loss. Add pairs, or stay near the start by `lora=r16 beta=0.3`": (
@@ -73,8 +72,6 @@ def data_warnings(summary: dict[str, Any]) -> list[str]:
         ),
         f"half of the pairs share at least {common:.0%} of their tokens: DPO can then make both less likely "
         "(arXiv:2402.13228). `loss=sigmoid_sft` keeps the chosen one likely": common > MAX_OVERLAP,
-        f"{contradictions:,} rows were labelled both ways, and dropped: other labels may be noisy too. `loss=cdpo` "
-        "assumes that a tenth of them are wrong (dpo.label_smoothing)": contradictions,
         f"{copies:,} rows are exact duplicates of another, and dropped: is the file meant to repeat them?": (
             copies > MAX_DUPLICATES * read
         ),
