@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_pipeline.config import CONF, ROW_KEYS, compose, instantiate_node
+from dpo_pipeline.config import CONF
 from dpo_pipeline.data.normalize import check_template, completion_message
 from dpo_pipeline.data.report import count_rows, print_report
 from dpo_pipeline.data.splits import drop_invalid, load_splits
 from dpo_pipeline.data.tokens import encode_rows
 from dpo_pipeline.errors import PipelineError
-from tests.test_data import characters
+from tests.test_data import characters, composed, loaded, write
 
 FORMS = CONF.parent.parent / "shared" / "data" / "forms"
 # Writes each message with its calls and reasoning, and the functions before them.
@@ -22,24 +22,20 @@ TEMPLATE = (
     "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
-NODE = compose(["dataset=json", "dataset.path=x"]).dataset
 TOKENIZER = characters(bos_token="<s>", eos_token="</s>")
 TOKENIZER.chat_template = TEMPLATE
 
 
 def read(path, *typed, chat=True):
     """The train rows of a file, as the loader and the check of its fields leave them."""
-    node = compose(["dataset=json", "dataset.path=x", *typed]).dataset if typed else NODE
-    options = {key: value for key, value in node.items() if key not in (*ROW_KEYS, "path")}
-    rows = instantiate_node(options, path=str(path), chat=chat, source="it")["train"]
+    rows = loaded("json", path, *typed, chat=chat)["train"]
     if chat:
         check_template(rows, TEMPLATE)
     return rows
 
 
 def read_row(tmp_path, row, *typed, chat=True):
-    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
-    return read(tmp_path / "a.jsonl", *typed, chat=chat)[0]
+    return read(write(tmp_path / "a.jsonl", [row]), *typed, chat=chat)[0]
 
 
 def texts_of(encoded):
@@ -166,8 +162,7 @@ def test_a_row_that_cannot_be_meant_is_counted(form, tmp_path):
 def test_a_system_message_of_some_rows_is_theirs(tmp_path):
     rows = [{"prompt": f"U{i}", **PAIR, **({"system": "S"} if i else {})} for i in range(2)]
     for order in (rows, rows[::-1]):
-        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in order))
-        for found, row in zip(read(tmp_path / "a.jsonl"), order, strict=True):
+        for found, row in zip(read(write(tmp_path / "a.jsonl", order)), order, strict=True):
             assert [message["role"] for message in found["prompt"]] == ["system", "user"][1 - ("system" in row) :]
 
 
@@ -203,7 +198,7 @@ def test_what_nothing_reads_is_listed(tmp_path):
     found = read_row(tmp_path, row, "dataset.at_least={votes: 1}")
     assert found["unused"] == ("score", "id of messages")
     report = count_rows([{**found, "split": "train"}] * 2)
-    assert report["sources"]["it"]["unused_columns"] == ["score", "id of messages"]
+    assert report["sources"]["s"]["unused_columns"] == ["score", "id of messages"]
     assert "score, id of messages" in print_report(report, [found])
     assert read_row(tmp_path, row, "dataset.columns={prompt: prompt, chosen: chosen}", chat=False)["unused"] == (
         *("rejected", "score", "votes"),
@@ -272,11 +267,13 @@ if FORMS.is_dir():
 def test_a_published_form_is_read_right_or_refused(case):
     typed = []
     if "conf/dataset" in case.get("columns", ""):
-        columns = compose([f"dataset={case['columns'].split('/')[-1].removesuffix('.yaml')}"]).dataset["columns"]
+        columns = composed(case["columns"].split("/")[-1].removesuffix(".yaml"))["columns"]
         typed = [f"dataset.columns={json.dumps(columns).replace(chr(34), '')}"]
     if "refuse" in case:
         with pytest.raises(PipelineError, match=case["refuse"]):
-            load_splits({**NODE, "path": str(FORMS / case["file"]), "test_rows": 0}, ("chosen", "rejected"), True)
+            load_splits(
+                {**composed("json"), "path": str(FORMS / case["file"]), "test_rows": 0}, ("chosen", "rejected"), True
+            )
         return
     row = read(FORMS / case["file"], *typed)[0]
     assert row["prompt"] == case["prompt"]

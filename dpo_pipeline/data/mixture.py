@@ -27,9 +27,9 @@ def load(
     if not sets:
         raise PipelineError("dataset.sets is empty: type +dataset@dataset.sets.hh=hh_rlhf for a set called hh")
     weights, row_limits = weights or {}, rows or {}
-    for key in [f"weights.{name}" for name in weights] + [f"rows.{name}" for name in row_limits]:
-        if key.split(".", 1)[1] not in sets:
-            raise PipelineError(f"dataset.{key}: there are only the sets {', '.join(sets)}")
+    for key, names in (("weights", weights), ("rows", row_limits)):
+        if unknown := ", ".join(names.keys() - sets.keys()):
+            raise PipelineError(f"dataset.{key}.{unknown}: there are only the sets {', '.join(sets)}")
     if weights and (missing := ", ".join(sorted(sets.keys() - weights.keys()))):
         raise PipelineError(f"dataset.weights names no weight for {missing}: give one for every set, or none")
     parts = {name: read_splits(node, chat, name) for name, node in sets.items()}

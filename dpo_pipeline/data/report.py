@@ -97,10 +97,9 @@ def list_reasons(table: Any) -> list[str]:
     return [f"{len(origins)} {reason} ({origins.iloc[0]})" for reason, origins in groups]
 
 
-def invalid_sentences(rows: Rows, on_bad_row: str = "drop") -> list[str]:
+def invalid_sentences(table: Any, on_bad_row: str) -> list[str]:
     """What ends a run: a sentence for each source of whose rows more than 5% teach nothing, or for the first row."""
-    table, sentences = make_table(rows), []
-    bad = table[table["kind"].isin((INVALID, SINGLE))]
+    sentences, bad = [], table[table["kind"].isin((INVALID, SINGLE))]
     if on_bad_row == "error" and len(bad):
         remedy = "correct the row or take it out, or drop such rows by dataset.on_bad_row=drop"
         return [f"{bad['origin'].iloc[0]}: {bad['reason'].iloc[0]}: {remedy}"]
@@ -134,8 +133,9 @@ def length_sentence(table: Any, limit: int, context: int) -> tuple[float, str]:
 
 def find_errors(rows: Rows, on_bad_row: str, limit: int, context: int) -> list[str]:
     """What ends a run, a sentence each: too many rows that teach nothing, or that are too long."""
-    share, sentence = length_sentence(make_table(rows), limit, context)
-    return invalid_sentences(rows, on_bad_row) + ([sentence] if share > MAX_TOO_LONG else [])
+    table = make_table(rows)
+    share, sentence = length_sentence(table, limit, context)
+    return invalid_sentences(table, on_bad_row) + ([sentence] if share > MAX_TOO_LONG else [])
 
 
 def find_warnings(rows: Rows, limit: int, context: int) -> list[str]:

@@ -38,8 +38,6 @@ def read_source(
     looks_local = local.is_absolute() or path.startswith((".", "~")) or path.endswith((*FILE_ENDINGS, ".gz"))
     if not folder.is_dir() and (local.is_dir() or looks_local or path.count("/") > 1):
         raise PipelineError(f"there is no file or folder {folder} (from {Path.cwd()}): check the path")
-    if (local / "config.json").is_file():
-        raise PipelineError(f"{path} is a model, not a data set: type model.path={path} and dataset.path=...")
     label = f"{path}, folder {data_dir}" if data_dir else path
     has_configs = data_dir is None and card.is_file() and card.read_text("utf-8", "replace").count("config_name:") > 1
     if local.is_dir() and not config and not has_configs:

@@ -51,10 +51,11 @@ def load_splits(
         for row in split_rows:
             row["split"] = split
     rows = [row for split_rows in splits.values() for row in split_rows]
-    if strict and (sentences := invalid_sentences(rows, node["on_bad_row"])):
+    table = make_table(rows)
+    if strict and (sentences := invalid_sentences(table, node["on_bad_row"])):
         raise PipelineError(sentences[0])
     if empty := [split for split in ("train", "validation") if not kept_rows(splits[split])]:
-        reasons = "; ".join([f"{test_count} are held out as test", *list_reasons(make_table(rows))])
+        reasons = "; ".join([f"{test_count} are held out as test", *list_reasons(table)])
         raise PipelineError(f"no rows are left for {empty[0]}: {reasons}: lower dataset.test_rows or give more")
     rng = random.Random(node["split_seed"])
     for split_rows in splits.values() if debug else ():  # drawn: the first rows of several files would be of one
@@ -72,14 +73,12 @@ def make_splits(node: dict[str, Any], completions: tuple[str, ...], chat: bool) 
     for split, rows in (("train", kept_rows(train)), ("test", kept_rows(test))):
         for name in completions if rows else ():
             if not any(name in row for row in rows):
+                columns = [*(column for column in COMPLETIONS if column in rows[0]), *rows[0].get("unused", ())]
                 remedy = "use this set for SFT alone (dataset@sft_dataset=OPTION)"
                 if len(completions) == 1:
                     remedy = f"set sft_target={'demonstration' if name == 'chosen' else 'chosen'}"
-                columns = [*(column for column in COMPLETIONS if column in rows[0]), *rows[0].get("unused", ())]
-                raise PipelineError(
-                    f"this data set has no column {name!r} in {split} (found {list_names(columns)}): name it by "
-                    f"dataset.columns, or {remedy}"
-                )
+                absent = f"this data set has no column {name!r} in {split} (found {list_names(columns)})"
+                raise PipelineError(f"{absent}: name it by dataset.columns, or {remedy}")
     rng, drawn = random.Random(node["split_seed"]), kept_rows(test)
     rng.shuffle(drawn)  # so that its first rows stand for all, even if the file is sorted
     test = drawn + [row for row in test if row["reason"]]
