@@ -31,7 +31,8 @@ SENTIMENT = {**ADJECTIVES, **VERBS, "gladly": 1.0, "never": -1.0}
 DEGREE = {"rather": 0.5, "very": 1.5, "truly": 1.5}
 GRAMMAR = "film review : , . the a about was were and but i is what would see again felt seemed".split()
 FILMS = len(TITLES) * len(NOUNS) * len(GENRES) * len(KINDS) * len(PEOPLE)
-VOCABULARY = sorted({*TITLES, *NOUNS, *GENRES, *KINDS, *PEOPLE, *ASPECTS, *SENTIMENT, *DEGREE, *GRAMMAR, "it"})
+WORDS = {*TITLES, *NOUNS, *GENRES, *KINDS, *PEOPLE, *ASPECTS, *SENTIMENT, *DEGREE, *GRAMMAR, "it"}
+VOCABULARY = sorted(WORDS)
 
 
 def reward(completion: str, ended: bool = True) -> float:
@@ -54,7 +55,7 @@ def reward(completion: str, ended: bool = True) -> float:
             factor = 1.0
     triples = list(zip(words, words[1:], words[2:], strict=False))
     repeated = 1 - len(set(triples)) / len(triples) if triples else 0.0
-    unknown = sum(word not in VOCABULARY for word in words)
+    unknown = sum(word not in WORDS for word in words)
     return max(-1.0, math.tanh(score / max(1, words.count("."))) - repeated - 0.2 * unknown - 0.5 * (not ended))
 
 

@@ -38,36 +38,29 @@ def cut_dialogue(row: Row, tokenizer: Any, size: int) -> Ids:
 def mark_replies(row: Row, whole_prompt: Ids, prompt: Ids, tokenizer: Any, eos_ids: Ids) -> list[bool] | None:
     """For each token of a prompt whether it belongs to an earlier reply, its end token included.
 
-    `whole_prompt` are the ids before a cut: a reply that it reached is not marked, nor one not to be trained on. None
-    where a reply cannot be found, or has no end token.
+    A reply goes from where the generation prompt of the messages before it ends to its end token. `whole_prompt` are
+    the ids before a cut: a reply that it reached is not marked, nor one not to be trained on. None where a reply
+    cannot be found, or has no end token.
     """
-    replies = [i for i, message in enumerate(row["prompt"]) if message["role"] == "assistant"]
-    spans = find_replies(row, replies, whole_prompt, tokenizer, eos_ids)
-    if None in spans:
-        return None
-    shorter = min(len(whole_prompt), len(prompt))
-    equal = next((n for n in range(shorter) if whole_prompt[-1 - n] != prompt[-1 - n]), shorter)
-    shift, marks = len(whole_prompt) - len(prompt), [False] * len(prompt)
-    for i, (start, end) in zip(replies, spans, strict=True):
-        if start >= len(whole_prompt) - equal and is_trained(row["prompt"][i]):
-            marks[start - shift : end - shift] = [True] * (end - start)
-    return marks
-
-
-def find_replies(row: Row, replies: list[int], ids: Ids, tokenizer: Any, eos_ids: Ids) -> list[tuple[int, int] | None]:
-    """Each reply from where the generation prompt of the messages before it ends, to its end token."""
-    spans, messages, tools = [], row["prompt"], row.get("tools")
+    messages, tools = row["prompt"], row.get("tools")
     text = render_chat(messages, tokenizer, ask=True, tools=tools)
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    for i in replies:
+    shift, marks, shorter = len(whole_prompt) - len(prompt), [False] * len(prompt), min(len(whole_prompt), len(prompt))
+    equal = next((n for n in range(shorter) if whole_prompt[-1 - n] != prompt[-1 - n]), shorter)
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
         before = render_chat(messages[:i], tokenizer, ask=True, tools=tools) if i else ""
         # A generation prompt may write more than a dialogue has before a reply, such as a tag that opens reasoning.
         place = len(os.path.commonprefix([before, text]))  # noqa: RUF071 of characters, as meant
         start = next(n for n, (_, end) in enumerate(offsets) if end > place)
-        last = next((n for n in range(start, len(ids)) if ids[n] in eos_ids), start)
-        reply, content = text[place : offsets[last][0]].strip(), messages[i]["content"].strip()
+        last = next((n for n in range(start, len(whole_prompt)) if whole_prompt[n] in eos_ids), start)
+        reply, content = text[place : offsets[last][0]].strip(), message["content"].strip()
         rest = reply[reply.rfind(content) + len(content) :]  # such as calls, or the tag that closes a response
         is_whole = content in reply or content.endswith(reply)  # a template may leave reasoning out
-        has_next = any(message["content"] and message["content"] in rest for message in messages[i + 1 : i + 2])
-        spans.append((start, last + 1) if before and reply and is_whole and not has_next else None)
-    return spans
+        has_next = any(following["content"] and following["content"] in rest for following in messages[i + 1 : i + 2])
+        if not (before and reply and is_whole) or has_next:
+            return None
+        if start >= len(whole_prompt) - equal and is_trained(message):
+            marks[start - shift : last + 1 - shift] = [True] * (last + 1 - start)
+    return marks
