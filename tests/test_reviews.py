@@ -62,7 +62,7 @@ def test_demonstrations_are_of_mixed_mood_and_rewards_lie_between_minus_1_and_1(
     rewards = {key: [reward(row[key]) for row in splits["train"]] for key in COMPLETIONS}
     assert abs(mean(rewards["demonstration"])) < 0.03
     assert stdev(rewards["demonstration"]) > 0.3
-    every = sum(rewards.values(), [])
+    every = [value for values in rewards.values() for value in values]
     assert -1 <= min(every) < -0.8
     assert 0.8 < max(every) <= 1
 
