@@ -6,6 +6,7 @@ python -m dpo_pipeline.dpo -m model=gpt2 dataset=hh_rlhf beta=0.05,0.1,0.3    a 
 """
 
 import logging
+import time
 from typing import Any
 
 from dpo_pipeline.cli import main
@@ -21,6 +22,7 @@ def run_dpo(run: Run) -> dict[str, Any]:
 
     With `check` it stops before weights are loaded, and returns nothing.
     """
+    started = time.monotonic()  # with the imports
     from dpo_pipeline.base_model import base_model
     from dpo_pipeline.data.prepare import prepare
     from dpo_pipeline.distributed import on_main_process
@@ -34,20 +36,26 @@ def run_dpo(run: Run) -> dict[str, Any]:
     from dpo_pipeline.training.starting_policy import resolve_starting_policy
 
     with open_run(run, "dpo") as record, base_model(run) as run:
-        args = training_arguments(run, "dpo", record.folder)
-        start = resolve_starting_policy(run, "dpo")
-        data = prepare(run, "dpo")
-        judges = build_judges(run, data.load_options)
-        eval_sets = on_main_process(lambda: make_eval_sets(run, data))
+        record.started = started
+        with record.timed("data"):
+            args = training_arguments(run, "dpo", record.folder)
+            start = resolve_starting_policy(run, "dpo")
+            data = prepare(run, "dpo")
+            judges = build_judges(run, data.load_options)
+            eval_sets = on_main_process(lambda: make_eval_sets(run, data))
         if record.decision != "done":
             check_weights(run, data.tables["train"])
             check_before_loading(run, data, start, args, record)
             if run.check:
                 return {}
             train_dpo(run, record, args, start, data, eval_sets["tracker"], judges)
-        results = compare_policies(run, eval_sets, judges)
+        with record.timed("comparison"):
+            results = compare_policies(run, eval_sets, judges)
         record.finish()  # so that the report shows it as done, with its time
-        on_main_process(lambda: report_or_warn(run, subject=f"dpo/{record.folder.name}"))
+        with record.timed("report"):
+            on_main_process(lambda: report_or_warn(run, subject=f"dpo/{record.folder.name}"))
+        if record.decision != "done":
+            record.log_seconds()
         return results
 
 
@@ -67,29 +75,35 @@ def train_dpo(
 
     tables, options = data.tables, data.load_options
     with memory.explain_oom(run, "dpo", data):
-        dpo = trainer.make_trainer(
-            trainer.PairTrainer,
-            model=load_start(run, start),
-            ref_model=load_reference(run, start),
-            args=args,
-            train_dataset=tables["train"],
-            eval_dataset=tables["validation"],
-            processing_class=data.tokenizer,
-            peft_config=start.lora,
-        )
+        with record.timed("model and trainer"):
+            dpo = trainer.make_trainer(
+                trainer.PairTrainer,
+                model=load_start(run, start),
+                ref_model=load_reference(run, start),
+                args=args,
+                train_dataset=tables["train"],
+                eval_dataset=tables["validation"],
+                processing_class=data.tokenizer,
+                peft_config=start.lora,
+            )
         log.info("DPO of %s on %d pairs, beta %g -> %s", start, len(tables["train"]), run.beta, record.folder)
         record.save_manifest(**trainer.manifest_facts(dpo, data, start), handoff=str(start))
         reference_weights = run.reference.path or start.weights
         record.save_manifest(reference=f"{run.reference.path or start.source} ({run.reference.mode})")
-        fingerprint = preflight.check_dpo(dpo, run, data, start, record)
+        with record.timed("preflight"):
+            fingerprint = preflight.check_dpo(dpo, run, data, start, record)
         if args.precompute_ref_log_probs:
-            digest = on_main_process(lambda: weights_hash(reference_weights, run.model.revision))
-            reference.add_reference_logps(dpo, reference.reference_key(digest, options, args))
+            with record.timed("reference pass"):
+                digest = on_main_process(lambda: weights_hash(reference_weights, run.model.revision))
+                reference.add_reference_logps(dpo, reference.reference_key(digest, options, args))
         tracker = RewardKLTracker(dpo, run, record, tracker_set, judges, reference_weights)
-        with tracking.track(run, record, dpo):
+        dpo.evaluate = record.timed("validation")(dpo.evaluate)
+        dpo._save_checkpoint = record.timed("saving")(dpo._save_checkpoint)
+        with tracking.track(run, record, dpo), record.timed("training"):
             trainer.train(dpo, record.folder, [Metrics(record), tracker, NumericalGuard(dpo)])
         record.save_manifest(peak_memory_bytes=peak_memory())
-        record.save_manifest(final=save_final(dpo, data.tokenizer, record.folder, options, fingerprint))
+        with record.timed("saving"):
+            record.save_manifest(final=save_final(dpo, data.tokenizer, record.folder, options, fingerprint))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Numbers and tables as text that reads in a terminal and as Markdown; HTML pages from templates."""
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,14 @@ def escape_controls(text: str) -> str:
 def mask_secrets(text: str) -> str:
     """A text whose parts that look like an API key, a token or a password stand as `***`."""
     return re.sub(r"\b(sk-|hf_)[\w-]{8,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)|(?<=[?&]key=)[^&\s'\"]+", "***", text)
+
+
+class EscapingFormatter(logging.Formatter):
+    """Marks warnings, masks secrets, and shows control characters of data, folders and templates as text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        mark = "warning: " if record.levelno == logging.WARNING else ""
+        return mark + escape_controls(mask_secrets(super().format(record)))
 
 
 def one_line(text: str, limit: int = 300) -> str:

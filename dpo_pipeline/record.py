@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from dpo_pipeline.config import CONF
 from dpo_pipeline.distributed import is_main_process, processes
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.formatting import escape_controls, mask_secrets
+from dpo_pipeline.formatting import EscapingFormatter, markdown_table, mask_secrets
 from dpo_pipeline.hardware import git_state, versions
 from dpo_pipeline.schema import Run
 
@@ -73,6 +73,7 @@ class RunRecord:
     status: dict[str, Any] = field(default_factory=dict)
     read_only: bool = False
     started: float = field(default_factory=time.monotonic)
+    seconds: dict[str, float] = field(default_factory=dict)  # by part of the run, of this process
 
     def save_status(self, **changes: Any) -> None:
         self.status.update(changes, updated=timestamp())
@@ -94,6 +95,24 @@ class RunRecord:
     def write(self, name: str, content: dict[str, Any]) -> None:
         if is_main_process() and not self.read_only:
             write_json(self.folder / name, content)
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the seconds of a block to a part of the run, without those of parts inside it; also a decorator."""
+        began, before = time.monotonic(), sum(self.seconds.values())
+        yield
+        inside = sum(self.seconds.values()) - before
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.monotonic() - began - inside
+
+    def log_seconds(self) -> None:
+        """Log where the seconds of this process went, and keep them in the manifest."""
+        rest = time.monotonic() - self.started - sum(self.seconds.values())
+        parts = {part: round(value, 2) for part, value in (self.seconds | {"imports and the rest": rest}).items()}
+        self.save_manifest(seconds_by_part=parts)
+        total = sum(parts.values())
+        rows = [[part, f"{value:.1f}", f"{value / total:.0%}"] for part, value in parts.items()]
+        log.info("\n%s", markdown_table([["part of the run", "seconds", "share"], *rows]))
+        log.info("overhead beside training: %.0f%% of %.0f s", 100 * (1 - parts["training"] / total), total)
 
     def finish(self, error: BaseException | None = None) -> None:
         """End a run that is still running: as done, interrupted (by KeyboardInterrupt), or failed with this error."""
@@ -147,20 +166,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     file = folder / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
     return [parse_state(file, line, "step") for line in lines if line.endswith("\n")]
-
-
-def loss_summary(folder: Path) -> str:
-    """`loss 0.5231 at step 40`, or `no step yet`."""
-    losses = [(row["loss"], row["step"]) for row in read_metrics(folder) if "loss" in row]
-    return f"loss {losses[-1][0]:.4f} at step {losses[-1][1]}" if losses else "no step yet"
-
-
-class EscapingFormatter(logging.Formatter):
-    """Marks warnings, masks secrets, and shows control characters of data, folders and templates as text."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        mark = "warning: " if record.levelno == logging.WARNING else ""
-        return mark + escape_controls(mask_secrets(super().format(record)))
 
 
 @contextlib.contextmanager

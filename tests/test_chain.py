@@ -25,6 +25,21 @@ socket.socket.connect = socket.socket.connect_ex = refuse
 """
 
 
+def check_seconds(seconds, metrics, shown):
+    """Every part of a run took time, and what the trainer counts as evaluation is not among that of training."""
+    parts = {"data", "model and trainer", "preflight", "reference pass", "training", "validation", "tracker", "saving"}
+    assert set(seconds) == {*parts, "comparison", "report", "imports and the rest"}
+    assert all(value > 0 for value in seconds.values())
+    logs = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert seconds["validation"] > sum(line.get("eval_runtime", 0) for line in logs) - 0.05
+    in_training = sum(seconds[name] for name in ("training", "validation", "tracker"))
+    train_runtime = logs[-1]["train_runtime"]
+    assert seconds["training"] < train_runtime < in_training + seconds["saving"] + 0.05
+    total = sum(seconds.values())
+    overhead = 100 * (1 - seconds["training"] / total)
+    assert f"overhead beside training: {overhead:.0f}% of {total:.0f} s" in shown
+
+
 def test_two_commands_align_the_tiny_model_and_a_third_finds_it_done(tmp_path, monkeypatch):
     for name in ("HF_HUB_OFFLINE", "TQDM_DISABLE"):
         monkeypatch.delenv(name)
@@ -68,7 +83,7 @@ def test_two_commands_align_the_tiny_model_and_a_third_finds_it_done(tmp_path, m
     ):
         assert text in dpo.stdout
 
-    shown = dpo.stdout[dpo.stdout.index(f"\n{variant} is better") + 1 :]
+    shown = dpo.stdout[dpo.stdout.index(f"\n{variant} is better") + 1 : dpo.stdout.index("\n| part of the run")]
     assert len(shown.splitlines()) <= 40
     report = (home / "report" / "report.md").read_text()
     assert "## Against DPO's own reference, sft/full" in report
@@ -84,6 +99,7 @@ def test_two_commands_align_the_tiny_model_and_a_third_finds_it_done(tmp_path, m
     assert manifest["rows"]["train"] == 749
     assert manifest["peak_memory_bytes"] > 1e8
     assert {"command", "git", "versions", "seed", "data_fingerprint", "world_size", "seconds"} <= set(manifest)
+    check_seconds(manifest["seconds_by_part"], home / variant / "metrics.jsonl", dpo.stdout)
 
     again = run("dpo_pipeline.dpo", f"root={tmp_path}", *TYPED)
     assert again.stdout.startswith("already done: ")

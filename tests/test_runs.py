@@ -229,6 +229,26 @@ def test_the_status_says_how_a_run_ended(error, state, small, tmp_path, caplog):
     assert ("type the same command to go on from the start" in caplog.text) == (state == "interrupted")
 
 
+def test_the_seconds_of_a_part_are_without_those_of_parts_inside_it(tmp_path, monkeypatch, caplog):
+    clock = iter([10.0, 11.0, 13.0, 17.0, 18.0, 20.0, 25.0])
+    monkeypatch.setattr(record.time, "monotonic", lambda: next(clock))
+    run = record.RunRecord(tmp_path, "new", started=9.0)
+    validate = run.timed("validation")(lambda: None)
+    with run.timed("training"):
+        validate()
+        validate()
+    caplog.set_level("INFO", "dpo_pipeline")
+    run.log_seconds()
+    parts = {"validation": 3.0, "training": 7.0, "imports and the rest": 6.0}
+    assert read_json(tmp_path / "manifest.json")["seconds_by_part"] == parts
+    assert [line.split("|")[1:4] for line in caplog.messages[0].replace(" ", "").splitlines()[3:]] == [
+        ["validation", "3.0", "19%"],
+        ["training", "7.0", "44%"],
+        ["importsandtherest", "6.0", "38%"],
+    ]
+    assert caplog.messages[1] == "overhead beside training: 56% of 16 s"
+
+
 def test_a_run_that_is_replaced_is_kept_until_the_new_one_is_done(small, sft, tmp_path):
     typed = [f"root={tmp_path}", "name=kept", "++sft.max_steps=2", "overwrite=true"]
     final = run_sft(small(*typed)) / "final" / "model.safetensors"

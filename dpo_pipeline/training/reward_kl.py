@@ -113,7 +113,7 @@ class RewardKLTracker(TrainerCallback):
         """
         if not self.points or self.points[-1]["step"] != step:
             count = len(self.prompts)
-            with random_state_kept():  # a judge may draw
+            with self.record.timed("tracker"), random_state_kept():  # a judge may draw
                 if sharding(self.trainer):
                     sampled = self.sample_and_compare(list(range(count)))
                 else:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dpo_pipeline.config import Run
 from dpo_pipeline.locks import lock_owner
-from dpo_pipeline.record import loss_summary
+from dpo_pipeline.record import read_metrics
 from dpo_pipeline.run_folder import plan, run_state
 
 
@@ -87,3 +87,9 @@ def stop_at_checkpoint(processes: list[subprocess.Popen]) -> None:
     finally:
         for process in processes:
             process.kill()
+
+
+def loss_summary(folder: Path) -> str:
+    """`loss 0.5231 at step 40`, or `no step yet`."""
+    losses = [(row["loss"], row["step"]) for row in read_metrics(folder) if "loss" in row]
+    return f"loss {losses[-1][0]:.4f} at step {losses[-1][1]}" if losses else "no step yet"
