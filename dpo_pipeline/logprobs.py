@@ -38,6 +38,7 @@ def completion_logprobs(
     rows = [torch.tensor(p + c) for p, c in zip(prompts, completions, strict=True)]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
     results: list[Any] = [None] * len(rows)
+    head = model.get_output_embeddings()
     with (
         inference(model),
         tqdm(total=len(rows), desc=label, leave=False, disable=label is None or not is_main_process()) as bar,
@@ -46,12 +47,14 @@ def completion_logprobs(
             batch = order[start : start + batch_size]
             ids = pad_sequence([rows[i] for i in batch], batch_first=True).to(model.device)
             mask = pad_sequence([torch.ones_like(rows[i]) for i in batch], batch_first=True).to(model.device)
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            for line, i in enumerate(batch):
-                first, end = len(prompts[i]), len(rows[i])
-                # The token at position t is predicted at t - 1.
-                token_logprobs = logits[line, first - 1 : end - 1].float().log_softmax(-1)
-                chosen = ids[line, first:end, None]
-                results[i] = token_logprobs.gather(-1, chosen)[:, 0].double().cpu()
+            scored = [torch.arange(len(rows[i]) - 1) >= len(prompts[i]) - 1 for i in batch]
+            is_scored = pad_sequence(scored, batch_first=True).to(model.device)
+            # The token at position t is predicted at t - 1; the head reads the hidden states of those positions alone.
+            with head.register_forward_pre_hook(lambda _, inputs, mask=is_scored: (inputs[0][:, :-1][mask],)):
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            token_logprobs = logits.float().log_softmax(-1).gather(-1, ids[:, 1:][is_scored][:, None])
+            lengths = [len(completions[i]) for i in batch]
+            for i, row in zip(batch, token_logprobs[:, 0].double().cpu().split(lengths), strict=True):
+                results[i] = row
             bar.update(len(batch))
     return results
