@@ -13,6 +13,7 @@ from typing import Any
 
 from dpo_pipeline.distributed import processes
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.schema import Run
 
 # Ctrl-C, what schedulers send before they kill, Slurm's warning before the time limit, and a terminal that is closed.
 STOPS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
@@ -109,6 +110,11 @@ def device_memory() -> tuple[str, int | None]:
     if sys.platform == "win32":
         return "this machine", None
     return "this machine", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def eval_batch_size(run: Run) -> int | None:
+    """How many rows to score at once; None: what the GPU's free memory holds. A CPU is slower with large batches."""
+    return run.evaluation.batch_size or (None if device() == "cuda" else run.batch.micro_size)
 
 
 def gigabytes(size: int | None) -> str:

@@ -88,6 +88,7 @@ def find_scoring_judge(name: str | None, scoring: list[str]) -> str:
 def train_prompts(run: Run, data: Any) -> Any:
     """The eval set whose prompts are the different ones of the train split, or those of `pairs.prompts_file`."""
     from dpo_pipeline.evaluation.eval_set import EvalSet, PromptSet, cut_prompt, load_prompt_set, prompt_limit
+    from dpo_pipeline.hardware import eval_batch_size
 
     limit = prompt_limit(run, data)
     table, rows = data.tables["train"], {}
@@ -107,7 +108,7 @@ def train_prompts(run: Run, data: Any) -> Any:
         max_new_tokens=run.evaluation.max_new_tokens,
         seed=run.seed,
         loading=data.load_options,
-        batch_size=run.evaluation.batch_size or run.batch.micro_size,
+        batch_size=eval_batch_size(run),
     )
     if file := run.pairs.prompts_file:
         eval_set.prompt_set = load_prompt_set(Path(file).name, file, (), eval_set, limit)

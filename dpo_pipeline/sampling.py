@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessorList
 
 from dpo_pipeline.distributed import is_main_process
-from dpo_pipeline.logprobs import inference
+from dpo_pipeline.logprobs import inference, run_in_batches
 
 
 def sample(
@@ -21,7 +21,7 @@ def sample(
     eos_ids: list[int],
     pad_id: int,
     max_new_tokens: int,
-    batch_size: int,
+    batch_size: int | None,
     seed: int,
     temperature: float = 1.0,
     draws: int = 1,
@@ -35,8 +35,8 @@ def sample(
     own distribution at `temperature` (0: the likeliest token), without top-k, top-p or penalty: at temperature 1 the
     log-prob of a completion is that of its draw. The random numbers depend on `seed`, prompt and draw alone, so that
     all policies sample with the same ones. `synced`: the weights are sharded, and all processes sample the same
-    prompts together. `label` names a progress bar, which rank 0 shows. `should_stop` is asked before each batch:
-    what is not sampled by then is an empty list.
+    prompts together. `batch_size` as in `run_in_batches`; `label` names a progress bar, which rank 0 shows.
+    `should_stop` is asked before each batch: what is not sampled by then is an empty list.
     """
     rows = [(prompt, draw) for prompt in prompts for draw in range(draws)]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
@@ -45,15 +45,16 @@ def sample(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos_ids, pad_token_id=pad_id, use_cache=True
     )
     bar = tqdm(total=len(rows), desc=label, leave=False, disable=label is None or not is_main_process())
+
+    def complete(batch: list[int]) -> None:
+        outputs = generate_batch(model, [rows[i] for i in batch], seed, temperature, synced)
+        for i, completion in zip(batch, outputs, strict=True):
+            completions[i] = completion
+        bar.update(len(batch))
+
     with inference(model), generation_config(model, config), bar:
-        for start in range(0, len(order), batch_size):
-            if should_stop():
-                break
-            batch = order[start : start + batch_size]
-            outputs = generate_batch(model, [rows[i] for i in batch], seed, temperature, synced)
-            for i, completion in zip(batch, outputs, strict=True):
-                completions[i] = completion
-            bar.update(len(batch))
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        run_in_batches(complete, order, batch_size, model, longest, 1, should_stop)
     return completions
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dpo_pipeline import estimates
 from dpo_pipeline.evaluation.measure import Comparison
@@ -169,3 +169,72 @@ def test_a_failing_forward_leaves_the_mode_as_it_was():
     with pytest.raises(IndexError):
         completion_logprobs(model, [[VOCAB + 5]], [[1]], 1)
     assert model.training
+
+
+@pytest.fixture
+def gpu_memory(monkeypatch):
+    """Lets a GPU have this many bytes, of which a third is taken, and run out of memory beyond some rows at once."""
+
+    def give(free, policy, max_rows=1000):
+        sizes, forward = [], policy.forward
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2 * free))
+
+        def counted(*args, **kwargs):
+            sizes.append(len(kwargs["input_ids"]))
+            if sizes[-1] > max_rows:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(policy, "forward", counted)
+        return sizes
+
+    return give
+
+
+def test_without_a_batch_size_a_third_of_the_free_memory_is_taken(policy, gpu_memory):
+    expected = completion_logprobs(policy, PROMPTS, COMPLETIONS, 1)
+    tokens = max(len(p + c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True))
+    row = 2 * tokens * 2 * 16 * 4 + 24 * max(map(len, COMPLETIONS)) * VOCAB  # 2 layers of 16 float32
+    sizes = gpu_memory(3 * 7 * row, policy)
+    found = completion_logprobs(policy, PROMPTS, COMPLETIONS, None)
+    assert sizes == [7] * 5 + [5]
+    for one, other in zip(found, expected, strict=True):
+        assert one.tolist() == pytest.approx(other.tolist(), abs=2e-5)
+
+
+def test_without_a_batch_size_it_is_halved_where_memory_runs_out(policy, gpu_memory):
+    expected = completion_logprobs(policy, PROMPTS, COMPLETIONS, 1)
+    sizes = gpu_memory(10**12, policy, max_rows=16)
+    found = completion_logprobs(policy, PROMPTS, COMPLETIONS, None)
+    assert sizes == [40, 20, *[10] * 4]
+    for one, other in zip(found, expected, strict=True):
+        assert one.tolist() == pytest.approx(other.tolist(), abs=2e-5)
+
+
+@pytest.mark.parametrize("batch_size", [20, None])
+def test_a_batch_size_that_is_typed_and_one_row_are_not_halved(batch_size, policy, gpu_memory):
+    gpu_memory(10**12, policy, max_rows=0 if batch_size is None else 16)
+    with pytest.raises(torch.OutOfMemoryError):
+        completion_logprobs(policy, PROMPTS, COMPLETIONS, batch_size)
+
+
+def test_the_head_reads_completion_positions_alone(policy):
+    read = []
+    with policy.lm_head.register_forward_hook(lambda _, inputs, output: read.append(inputs[0].shape)):
+        completion_logprobs(policy, PROMPTS, COMPLETIONS, 40)
+    assert read == [(sum(map(len, COMPLETIONS)), 16)]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "gemma2", "granite", "mamba"])
+def test_each_architecture_is_scored_as_by_its_own_logits(kind):
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    extra = {"gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0}, "granite": {"logits_scaling": 3.0}}
+    config = AutoConfig.for_model(kind, **sizes, **extra.get(kind, {}), pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.3)
+    rows = zip(PROMPTS, COMPLETIONS, completion_logprobs(model, PROMPTS, COMPLETIONS, 7), strict=True)
+    for prompt, completion, found in rows:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
+        assert found.tolist() == pytest.approx(expected.tolist(), abs=2e-5)

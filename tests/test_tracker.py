@@ -424,7 +424,7 @@ class Saved(list):
 
 def watching(run, record) -> RewardKLTracker:
     """A tracker without prompts of its own."""
-    trainer, nothing = SimpleNamespace(), SimpleNamespace(prompt_set=SimpleNamespace(ids=[]))
+    trainer, nothing = SimpleNamespace(), SimpleNamespace(prompt_set=SimpleNamespace(ids=[]), batch_size=1)
     return RewardKLTracker(trainer, run, record, nothing, {}, "")
 
 

@@ -12,6 +12,7 @@ from dpo_pipeline.data.prepare import Prepared
 from dpo_pipeline.data.prompts import prompt_ids, prompts_to_rows, read_prompts
 from dpo_pipeline.data.tokens import encode_rows
 from dpo_pipeline.errors import PipelineError
+from dpo_pipeline.hardware import eval_batch_size
 from dpo_pipeline.judges.judge import Completion
 from dpo_pipeline.models import LoadOptions
 from dpo_pipeline.schema import Run
@@ -48,7 +49,7 @@ class EvalSet:
     max_new_tokens: int
     seed: int
     loading: LoadOptions
-    batch_size: int
+    batch_size: int | None  # as in `run_in_batches`
 
     def compute_settings(self) -> dict[str, Any]:
         """The settings of the forward pass that change numbers."""
@@ -145,7 +146,7 @@ def make_eval_set(run: Run, data: Prepared, split: str, pairs: int, prompts: int
         max_new_tokens=run.evaluation.max_new_tokens,
         seed=run.dataset["split_seed"],
         loading=data.load_options,
-        batch_size=run.evaluation.batch_size or run.batch.micro_size,
+        batch_size=eval_batch_size(run),
     )
     first_rows: dict[tuple[int, ...], int] = {}  # of each different prompt
     for number, ids in enumerate(eval_set.prompts):

@@ -144,8 +144,8 @@ def sample_lines(
 
     def sample_prompts(prompts: list[list[int]]) -> list[list[list[int]]]:
         label = f"sampling {policy.name}, {prompt_set.name}, temperature {request.temperature:g}"
-        limit, batch_size, pad_id = eval_set.max_new_tokens, 4 * eval_set.batch_size, eval_set.tokenizer.pad_token_id
-        options = (eval_set.eos_ids, pad_id, limit, batch_size, seed, request.temperature, draws, label)
+        limit, size, pad_id = eval_set.max_new_tokens, eval_set.batch_size, eval_set.tokenizer.pad_token_id
+        options = (eval_set.eos_ids, pad_id, limit, size and 4 * size, seed, request.temperature, draws, label)
         completions = sample(load_model(), prompts, *options)
         return [completions[start : start + draws] for start in range(0, len(completions), draws)]
 

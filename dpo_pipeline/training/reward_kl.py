@@ -61,6 +61,8 @@ class RewardKLTracker(TrainerCallback):
                 "that does, such as length, or choose by another number, such as rewards/accuracies"
             )
         self.prompts = eval_set.prompt_set.ids
+        # Ranks that share the weights take the same batches.
+        self.batch_size = eval_set.batch_size or (run.batch.micro_size if sharding(trainer) else None)
         self.reference = keep_reference(trainer, run, reference_weights, eval_set.loading) if self.prompts else None
         if self.prompts and self.reference is None:
             problem = "KL cannot be measured on sharded weights with cached reference log-probs"
@@ -135,7 +137,7 @@ class RewardKLTracker(TrainerCallback):
         with self.trainer.accelerator.autocast():  # which `generate` of an adapter goes past
             completions = sample(
                 policy, prompts, eval_set.eos_ids, eval_set.tokenizer.pad_token_id, eval_set.max_new_tokens,
-                2 * eval_set.batch_size, eval_set.seed, synced=bool(sharding(self.trainer)),
+                self.batch_size and 2 * self.batch_size, eval_set.seed, synced=bool(sharding(self.trainer)),
                 should_stop=self.should_stop,
             )  # fmt: skip
         gaps: list[float | None] = [None] * len(indices)
@@ -153,9 +155,8 @@ class RewardKLTracker(TrainerCallback):
 
     def sum_logprobs(self, model: Any, prompts: list[list[int]], completions: list[list[int]]) -> list[float]:
         """The log-prob of each completion in nats, in the precision that trains."""
-        batch_size = self.eval_set.batch_size
         with self.trainer.accelerator.autocast():
-            return [float(row.sum()) for row in completion_logprobs(model, prompts, completions, batch_size)]
+            return [float(row.sum()) for row in completion_logprobs(model, prompts, completions, self.batch_size)]
 
     def save_point(self, step: int, sampled: Sampled) -> dict[str, Any]:
         """The point of a step, added to the file; None stands for an unknown KL or reward, and for unknown bounds."""
