@@ -59,18 +59,13 @@ def run_dpo(run: Run) -> dict[str, Any]:
         return results
 
 
-def train_dpo(
-    run: Run, record: RunRecord, args: Any, start: Any, data: Any, tracker_set: Any, judges: dict[str, Any]
-) -> None:
+def train_dpo(run: Run, record: RunRecord, args: Any, start: Any, data: Any, tracker_set: Any, judges: dict) -> None:
     """Train from the starting policy to `final/`, with everything that must hold checked before step 1."""
     from dpo_pipeline.content_hash import weights_hash
     from dpo_pipeline.distributed import on_main_process
     from dpo_pipeline.hardware import peak_memory
-    from dpo_pipeline.training import memory, preflight, reference, tracking, trainer
-    from dpo_pipeline.training.callbacks import Metrics
+    from dpo_pipeline.training import callbacks, memory, preflight, reference, reward_kl, saving, tracking, trainer
     from dpo_pipeline.training.guards import NumericalGuard
-    from dpo_pipeline.training.reward_kl import RewardKLTracker
-    from dpo_pipeline.training.saving import save_final
     from dpo_pipeline.training.starting_policy import load_reference, load_start
 
     tables, options = data.tables, data.load_options
@@ -87,23 +82,23 @@ def train_dpo(
                 peft_config=start.lora,
             )
         log.info("DPO of %s on %d pairs, beta %g -> %s", start, len(tables["train"]), run.beta, record.folder)
-        record.save_manifest(**trainer.manifest_facts(dpo, data, start), handoff=str(start))
         reference_weights = run.reference.path or start.weights
-        record.save_manifest(reference=f"{run.reference.path or start.source} ({run.reference.mode})")
+        reference_name = f"{run.reference.path or start.source} ({run.reference.mode})"
+        record.save_manifest(**trainer.manifest_facts(dpo, data, start), handoff=str(start), reference=reference_name)
         with record.timed("preflight"):
             fingerprint = preflight.check_dpo(dpo, run, data, start, record)
         if args.precompute_ref_log_probs:
             with record.timed("reference pass"):
                 digest = on_main_process(lambda: weights_hash(reference_weights, run.model.revision))
                 reference.add_reference_logps(dpo, reference.reference_key(digest, options, args))
-        tracker = RewardKLTracker(dpo, run, record, tracker_set, judges, reference_weights)
+        tracker = reward_kl.RewardKLTracker(dpo, run, record, tracker_set, judges, reference_weights)
         dpo.evaluate = record.timed("validation")(dpo.evaluate)
         dpo._save_checkpoint = record.timed("saving")(dpo._save_checkpoint)
         with tracking.track(run, record, dpo), record.timed("training"):
-            trainer.train(dpo, record.folder, [Metrics(record), tracker, NumericalGuard(dpo)])
+            trainer.train(dpo, record.folder, [callbacks.Metrics(record), tracker, NumericalGuard(dpo)])
         record.save_manifest(peak_memory_bytes=peak_memory())
         with record.timed("saving"):
-            record.save_manifest(final=save_final(dpo, data.tokenizer, record.folder, options, fingerprint))
+            record.save_manifest(final=saving.save_final(dpo, data.tokenizer, record.folder, options, fingerprint))
 
 
 if __name__ == "__main__":

@@ -29,14 +29,13 @@ def sample(
     synced: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[list[int]]:
-    """`draws` completions for each prompt, one prompt after the other, as token ids.
+    """`draws` completions for each prompt, one prompt after the other, as token ids; empty ones after a stop.
 
     The last token is one of `eos_ids`, unless `max_new_tokens` is reached first. Tokens are drawn from the policy's
     own distribution at `temperature` (0: the likeliest token), without top-k, top-p or penalty: at temperature 1 the
     log-prob of a completion is that of its draw. The random numbers depend on `seed`, prompt and draw alone, so that
     all policies sample with the same ones. `synced`: the weights are sharded, and all processes sample the same
-    prompts together. `batch_size` as in `run_in_batches`; `label` names a progress bar, which rank 0 shows.
-    `should_stop` is asked before each batch: what is not sampled by then is an empty list.
+    prompts together. `label` names a progress bar. `batch_size` and `should_stop` as in `run_in_batches`.
     """
     rows = [(prompt, draw) for prompt in prompts for draw in range(draws)]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
@@ -53,8 +52,8 @@ def sample(
         bar.update(len(batch))
 
     with inference(model), generation_config(model, config), bar:
-        longest = max(map(len, prompts), default=0) + max_new_tokens
-        run_in_batches(complete, order, batch_size, model, longest, 1, should_stop)
+        tokens = max(map(len, prompts), default=0) + max_new_tokens
+        run_in_batches(complete, order, batch_size, model, tokens, 1, should_stop)
     return completions
 
 
