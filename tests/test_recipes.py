@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from dpo_pipeline.config import compose
+from dpo_pipeline.data.prompts import read_prompts
+from dpo_pipeline.data.sources import read_source
 from dpo_pipeline.dpo import run_dpo
+from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluate import run_evaluate
 from dpo_pipeline.pairs import run_pairs
 from dpo_pipeline.record import read_json
@@ -117,6 +120,21 @@ def test_a_recipe_runs_end_to_end(name, tiny_gpt2, tmp_path):
         assert results["best_of"]
     if run.evaluation.safety_file:
         assert results["safety"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "file"),
+    [
+        ("gpt2_instruction_preference", "instruction-data-with-preference.json"),
+        ("helpful_harmless", "xstest_prompts.csv"),
+    ],
+)
+def test_a_missing_file_of_a_recipe_is_fetched_by_the_line_in_the_error(typed, file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = compose([f"experiment={typed}"])
+    read = read_source if run.dataset.get("path") == file else read_prompts
+    with pytest.raises(PipelineError, match=rf"there is no .*{file}.*: fetch it by `curl -LO https://\S+/{file}`"):
+        read(file)
 
 
 @pytest.mark.parametrize("name", ["dpo_paper_sentiment", "dpo_paper_sentiment_small"])

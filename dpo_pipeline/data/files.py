@@ -8,6 +8,7 @@ import csv
 import gzip
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -15,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from dpo_pipeline.config import CONF
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.formatting import one_line
 
@@ -23,6 +25,14 @@ Rows = Iterator[tuple[str, Row]]  # each with its origin, such as `pairs.jsonl, 
 
 OTHER_ENDINGS = (".tsv", ".xlsx", ".xls", ".ods", ".zst", ".xz", ".bz2", ".zip", ".txt", ".arrow", ".parquet.gz")
 FORM = "give one JSON object for each row: one on each line, or all in one list"
+
+
+def remedy_of(path: str) -> str:
+    """What to type where a file is missing: the line of the recipe that fetches it, else to look at the path."""
+    for recipe in (CONF / "experiment").glob("*.yaml"):
+        if line := re.search(rf"curl -LO \S+/{re.escape(Path(path).name)}$", recipe.read_text("utf-8"), re.MULTILINE):
+            return f"fetch it by `{line[0]}`"
+    return "check the path"
 
 
 def read_file(file: Path, path: str) -> Rows:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_pipeline.data.columns import get_path
-from dpo_pipeline.data.files import Row, check_text, read_file
+from dpo_pipeline.data.files import Row, check_text, read_file, remedy_of
 from dpo_pipeline.data.messages import Prompt, parse_messages
 from dpo_pipeline.data.normalize import ASK, REPLY, normalize_row
 from dpo_pipeline.data.tokens import encode_rows
@@ -22,7 +22,7 @@ def read_prompts(path: str, columns: tuple[str, ...] = ()) -> list[Row]:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise PipelineError(f"there is no prompts file {path} (from {Path.cwd()}): check the path")
+        raise PipelineError(f"there is no prompts file {path} (from {Path.cwd()}): {remedy_of(path)}")
     rows = []
     for origin, raw in read_file(file, path):
         row = {name: check_text(get_path(raw, name, origin), f"{origin}: {name}") for name in columns}

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dpo_pipeline.data.files import FORM, OTHER_ENDINGS, Rows, number_rows, read_file, unreadable
+from dpo_pipeline.data.files import FORM, OTHER_ENDINGS, Rows, number_rows, read_file, remedy_of, unreadable
 from dpo_pipeline.errors import PipelineError, explain_disk
 from dpo_pipeline.formatting import one_line
 
@@ -37,7 +37,7 @@ def read_source(
     folder, card = local / (data_dir or ""), local / "README.md"
     looks_local = local.is_absolute() or path.startswith((".", "~")) or path.endswith((*FILE_ENDINGS, ".gz"))
     if not folder.is_dir() and (local.is_dir() or looks_local or path.count("/") > 1):
-        raise PipelineError(f"there is no file or folder {folder} (from {Path.cwd()}): check the path")
+        raise PipelineError(f"there is no file or folder {folder} (from {Path.cwd()}): {remedy_of(path)}")
     label = f"{path}, folder {data_dir}" if data_dir else path
     has_configs = data_dir is None and card.is_file() and card.read_text("utf-8", "replace").count("config_name:") > 1
     if local.is_dir() and not config and not has_configs:
