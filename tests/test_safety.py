@@ -21,7 +21,7 @@ from dpo_pipeline.data.prompts import prompt_ids, prompts_to_rows, read_prompts
 from dpo_pipeline.data.token_table import LengthLimits, tokenize
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluation.subsets import bias, largest_changes, safety
-from dpo_pipeline.report import comparison, examples
+from dpo_pipeline.report import comparison, details, page
 from dpo_pipeline.tokenizer import load_tokenizer
 from dpo_pipeline.training.tiny import word_tokenizer
 from tests.helpers import runs_of
@@ -242,12 +242,12 @@ def test_refusals_are_shares_by_label_and_the_unreadable_are_counted():
 def table_of(make_sections, **results) -> str:
     """The table of a section of the report, as Markdown."""
     (part,) = make_sections(runs_of({}, **results))
-    return comparison.as_markdown(part.table)
+    return page.as_markdown(part.table)
 
 
 def changes_of(found):
     """The section of the report on what changed from `sft` to `dpo`."""
-    (part,) = examples.changes(
+    (part,) = details.changes(
         runs_of({}, "dpo", notable={"dpo": {"before": "sft", "x": json.loads(json.dumps(found))}})
     )
     return part
@@ -258,7 +258,7 @@ def rows_of(markdown: str) -> list[list[str]]:
 
 
 def test_the_table_of_safety_has_a_column_for_each_policy_and_tells_what_nobody_could_read():
-    lines = rows_of(table_of(comparison.safety_table, safety={
+    lines = rows_of(table_of(comparison.other_prompts, safety={
         "base": safety(table({"refusal": REFUSED, "har.m": HARM}, label=LABELS)),
         "dpo/b0.1": safety(table({"refusal": [1.0] * 8, "har.m": [0.5] * 8}, label=LABELS[10:])),
     }))  # fmt: skip
@@ -325,7 +325,7 @@ def test_the_table_of_bias_shows_groups_gaps_and_what_was_unreadable():
     columns = {"template": np.repeat(list("abcd"), 3), "group": ["g0", "g1", "g2"] * 4}
     values = [1, 0, 0, 1, 1, 0, 1, 0, 1, 0, 0, 1]
     three = {"base": bias(table({"harm": values}, **columns)), "dpo": bias(table({"harm": [None] * 12}, **columns))}
-    lines = rows_of(table_of(comparison.bias_table, bias=three))
+    lines = rows_of(table_of(comparison.other_prompts, bias=three))
     cells = {line[0]: line[1:] for line in lines[2:]}
     rest = [f"harm, g{i} minus the rest" for i in range(3)]
     assert list(cells) == [*(f"harm, g{i}" for i in range(3)), *rest, "harm, largest gap", "harm, unreadable"]
@@ -334,7 +334,7 @@ def test_the_table_of_bias_shows_groups_gaps_and_what_was_unreadable():
     assert cells["harm, largest gap"][0].startswith("g0 - g1: 0.500 [")
     assert cells["harm, unreadable"] == ["", "12"]
     two = bias(table({"tokens": [3.0, 5.0]}, template=["t", "t"], group=["m", "w"]))
-    two = table_of(comparison.bias_table, bias={"base": two})
+    two = table_of(comparison.other_prompts, bias={"base": two})
     assert "minus the rest" not in two
     assert "w - m: 2.000 (of 1)" in two
 

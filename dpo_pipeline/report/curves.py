@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from dpo_pipeline.checkpoints import TRACKER_FILE
 from dpo_pipeline.record import read_json, read_metrics
 from dpo_pipeline.report.figures import BLUE, GREY, ORANGE, TEAL, draw_png
+from dpo_pipeline.report.page import Panel, Section
 from dpo_pipeline.report.runs import Runs
-from dpo_pipeline.report.section import Panel, Section
 
 MAX_GAP = 0.05  # of accuracy between train and validation
 MAX_ACCURACY = 0.95  # as the tracker warns
@@ -42,7 +42,6 @@ def training_curves(runs: Runs) -> list[Section]:
     for column in [column for column in metrics if re.fullmatch("(eval_)?rewards/(chosen|rejected)", column)]:
         metrics[f"{column.replace('rewards/', '')} change"] = metrics[column] / config.beta
     points = pd.DataFrame(read_json(folder / TRACKER_FILE) or [], columns=TRACKED_COLUMNS)
-    remarks = find_remarks(metrics, points, config, runs.kl_budget)
     draws: dict[str, Callable[[Any], None]] = {
         "loss": partial(draw_pair, metrics, ["loss"], line=math.log(2) if config.dpo.loss_type == "sigmoid" else None),
         "margin (with beta)": partial(draw_pair, metrics, ["rewards/margins"], line=0.0),
@@ -56,6 +55,7 @@ def training_curves(runs: Runs) -> list[Section]:
     for title, key in (("KL from samples, nats", "kl"), ("reward by the judge", "reward")):
         if points[key].isna().all():
             del draws[title]
+    remarks = find_remarks(metrics, points, config, runs.kl_budget)
     return [curve_section("Training curves: DPO", f"Of {runs.subject}.", "training_curves.png", draws, remarks)]
 
 
@@ -82,11 +82,9 @@ def curve_section(
     title: str, text: str, figure: str, draws: dict[str, Callable[[Any], None]], remarks: dict[str, str]
 ) -> Section:
     """A section with a panel for each curve."""
-    panels = []
-    for name, draw in draws.items():
-        caption = f"{HOW[name]} {remarks.get(name, '')}".strip()
-        panels.append(Panel(name, draw_png(draw, name), caption))
-    return Section(title, text, panels=tuple(panels), figure=figure)
+    captions = {name: f"{HOW[name]} {remarks.get(name, '')}".strip() for name in draws}
+    panels = tuple(Panel(name, draw_png(draw, name), captions[name]) for name, draw in draws.items())
+    return Section(title, text, panels=panels, figure=figure)
 
 
 def draw_pair(
@@ -121,39 +119,35 @@ def draw_tracked(points: pd.DataFrame, key: str, axis: Any) -> None:
 
 
 def find_remarks(metrics: pd.DataFrame, points: pd.DataFrame, config: Any, kl_budget: float) -> dict[str, str]:
-    """What is unusual in each curve, or its course in numbers."""
-    remarks, validation = {}, metrics.dropna(subset="eval_loss") if "eval_loss" in metrics else metrics[:0]
+    """What is unusual in each curve."""
+    remarks: dict[str, str] = {}
+
+    def remark(curve: str, is_unusual: bool, sentence: str) -> None:
+        remarks.update({curve: f"Unusual: {sentence}."} if is_unusual else {})
+
+    validation = metrics.dropna(subset="eval_loss") if "eval_loss" in metrics else metrics[:0]
     if len(validation):
         loss, last = validation["eval_loss"], validation.iloc[-1]
-        remarks["loss"] = f"Here validation ends at {loss.iloc[-1]:.3f}."
-        if loss.iloc[-1] > 1.02 * loss.min():
-            remarks["loss"] = f"Unusual: validation rises from {loss.min():.3f} at step {loss.idxmin()}: stop earlier."
+        rise = f"validation rises from {loss.min():.3f} at step {loss.idxmin()} to {loss.iloc[-1]:.3f}: stop earlier"
+        remark("loss", loss.iloc[-1] > 1.02 * loss.min(), rise)
         train = metrics["rewards/accuracies"].dropna().tail(5).mean()
         accuracy = last["eval_rewards/accuracies"]
         gap = f"{train:.2f} on train, {accuracy:.2f} on validation"
-        is_far = train - accuracy > MAX_GAP
-        words = f"Unusual: {gap}: over-fitting." if is_far else f"Here {gap} at the end."
-        remarks["preference accuracy"] = words if train <= MAX_ACCURACY else f"Unusual: {gap}: it learns label noise."
+        remark("preference accuracy", train - accuracy > MAX_GAP, f"{gap}: over-fitting")
+        remark("preference accuracy", train > MAX_ACCURACY, f"{gap}: it learns label noise")
         chosen, rejected = last["eval_chosen change"], last["eval_rejected change"]
-        word = "Unusual: the chosen falls as much" if chosen < rejected else "Here"
-        remarks["log-prob change, nats"] = f"{word}: chosen {chosen:+.1f}, rejected {rejected:+.1f} at the end."
-        remarks["margin (with beta)"] = f"Here {last['eval_rewards/margins']:.2f} on validation at the end."
+        fall = f"the chosen falls as much: chosen {chosen:+.1f}, rejected {rejected:+.1f} at the end"
+        remark("log-prob change, nats", chosen < rejected, fall)
+    measured = points.astype(float)
     if len(points):
-        kl, reward = points["kl"].iloc[-1], points["reward"].astype(float)
-        if kl is not None and kl > kl_budget:
-            remarks["KL from samples, nats"] = f"Unusual: {kl:.1f}, above evaluation.kl_budget={kl_budget:g}."
-        elif kl is not None:
-            remarks["KL from samples, nats"] = f"Here {kl:.1f} at the end, within evaluation.kl_budget={kl_budget:g}."
-        if len(points) > 1 and reward.iloc[-1] < points["reward_low"].astype(float)[reward.idxmax()]:
-            step = points["step"][reward.idxmax()]
-            remarks["reward by the judge"] = f"Unusual: it falls from {reward.max():.2f} at step {step}."
+        kl = measured["kl"].iloc[-1]
+        remark("KL from samples, nats", kl > kl_budget, f"{kl:.1f}, above evaluation.kl_budget={kl_budget:g}")
+    if measured["reward"].notna().any():
+        best, reward = measured.loc[measured["reward"].idxmax()], measured["reward"].iloc[-1]
+        fall = f"it falls from {best['reward']:.2f} at step {best['step']:.0f} to {reward:.2f}"
+        remark("reward by the judge", reward < best["reward_low"], fall)
     if "grad_norm" in metrics:
         norms, limit = metrics["grad_norm"].dropna(), config.dpo.max_grad_norm
-        clipped = (
-            f"Above dpo.max_grad_norm={limit:g}, so clipped, in {(norms > limit).mean():.0%} of the logged steps."
-        )
-        is_jumping = norms.max() > 10 * norms.median()
-        remarks["gradient norm"] = f"{'Unusual: it jumps. ' if is_jumping else ''}{clipped}"
-    rates = metrics["learning_rate"].dropna()
-    remarks["learning rate"] = f"Largest {rates.max():.2g}, at step {rates.idxmax()}."
+        share = f"clipped, in {(norms > limit).mean():.0%} of the logged steps"
+        remark("gradient norm", norms.max() > 10 * norms.median(), f"it jumps; above {limit:g}, so {share}")
     return remarks

@@ -8,10 +8,8 @@ import numpy as np
 import pandas as pd
 
 from dpo_pipeline.data.report import source_lines
-from dpo_pipeline.report.build import write_page
 from dpo_pipeline.report.figures import GREY, INK, ORANGE, TEAL, draw_histogram, draw_png
-from dpo_pipeline.report.render import to_text
-from dpo_pipeline.report.section import Panel, Section
+from dpo_pipeline.report.page import Panel, Section, to_text, write_page
 from dpo_pipeline.report.token_view import show_invisible
 
 MIN_PAIRS = 2000  # with fewer, reward models stay near chance (Gao et al., arXiv:2210.10760, on data size)
@@ -41,12 +39,11 @@ def write_data_page(
     ]
     write_page(folder, "data.html", "data.md", title, overview(summary), sections)
     (folder / "data.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+    def show_lines(text: str) -> str:  # a terminal obeys only its line breaks
+        return "\n".join(map(show_invisible, text.split("\n")))
+
     return to_text(title, overview(summary), sections, escape=show_lines, colour=colour)
-
-
-def show_lines(text: str) -> str:
-    """A text for a terminal: only its line breaks are obeyed."""
-    return "\n".join(map(show_invisible, text.split("\n")))
 
 
 def data_warnings(summary: dict[str, Any]) -> list[str]:
@@ -128,17 +125,24 @@ def row_sections(summary: dict[str, Any]) -> list[Section]:
 
 def length_section(summary: dict[str, Any], sizes: Any) -> Section:
     """The spread of token counts, with a histogram of each part."""
-    header, limit, panels = ["tokens", "mean", "5%", "median", "95%", "99%", "longest"], summary["length"]["max"], []
-    lines = [[name, *(f"{value:,.0f}" for value in spread.values())] for name, spread in summary["lengths"].items()]
+    limit, drawings = summary["length"]["max"], {}
     for name in sizes.columns.intersection(list(INK)):
         values = sizes[name].to_numpy()
         marks = {f"median {np.median(values):,.0f}": np.median(values), f"length.max {limit:,}": limit}
         edges = np.linspace(0, max(10, np.quantile(values, 0.995)), 41)
-        arguments = (values, edges, INK[name], "tokens", marks)
-        title = f"tokens of {name}"
-        panels.append(Panel(title, draw_png(lambda axis, each=arguments: draw_histogram(axis, *each), title)))
-    text, table = "Of train rows, before any cut, with end tokens.", pd.DataFrame(lines, columns=header)
-    return Section("Lengths", text, table, tuple(panels), "data_lengths.png")
+        drawings[f"tokens of {name}"] = (values, edges, INK[name], "tokens", marks)
+    lines = [[name, *(f"{value:,.0f}" for value in spread.values())] for name, spread in summary["lengths"].items()]
+    table = pd.DataFrame(lines, columns=["tokens", "mean", "5%", "median", "95%", "99%", "longest"])
+    text = "Of train rows, before any cut, with end tokens."
+    return Section("Lengths", text, table, histograms(drawings), "data_lengths.png")
+
+
+def histograms(drawings: dict[str, tuple]) -> tuple[Panel, ...]:
+    """A histogram of each title, with these arguments."""
+    return tuple(
+        Panel(title, draw_png(lambda axis, each=arguments: draw_histogram(axis, *each), title))
+        for title, arguments in drawings.items()
+    )
 
 
 def completion_sections(summary: dict[str, Any], sizes: Any, overlaps: Any) -> list[Section]:
@@ -160,11 +164,7 @@ def completion_sections(summary: dict[str, Any], sizes: Any, overlaps: Any) -> l
         "tokens of chosen minus rejected": (difference, edges, colours, "rejected longer  |  chosen longer", {}),
         "share of tokens in common": (overlaps, np.linspace(0, 1, 41), GREY, "share", marks),
     }
-    panels = [
-        Panel(title, draw_png(lambda axis, each=arguments: draw_histogram(axis, *each), title))
-        for title, arguments in drawings.items()
-    ]
-    return [Section("The two completions", text, panels=tuple(panels), figure="data_pairs.png")]
+    return [Section("The two completions", text, panels=histograms(drawings), figure="data_pairs.png")]
 
 
 def limit_section(summary: dict[str, Any]) -> Section:
