@@ -225,10 +225,10 @@ def test_of_many_policies_each_has_a_line_and_of_few_a_column():
     few = comparison.policy_table({"a": cells, "b": cells})
     assert list(few.columns) == ["", "a", "b"]
     assert list(few[""]) == [
-        "margin (with beta)", "KL from samples, nats", "stop rate", "score by truth", "wins over sft by truth",
-        "wins over sft by truth, temperature 0.5",
+        "stop rate", "score by truth", "wins over sft by truth", "wins over sft by truth, temperature 0.5",
+        "KL from samples, nats", "margin (with beta)",
     ]  # fmt: skip
-    assert page.format_cell(few["a"].iloc[-2]) == "1.000 (of 2)"
+    assert page.format_cell(few["a"].iloc[2]) == "1.000 (of 2)"
     assert "| 1.000 (of 2)" in page.as_markdown(few)
     assert list(comparison.policy_table(dict.fromkeys("abcde", own))[""]) == list("abcde")
 

@@ -22,7 +22,7 @@ from dpo_pipeline.cli import main
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluate import run_evaluate
-from dpo_pipeline.evaluation import gate, measure, plan, policies, statistics
+from dpo_pipeline.evaluation import gate, judging, measure, policies, statistics
 from dpo_pipeline.evaluation.eval_set import load_eval_sets
 from dpo_pipeline.judges import build, verdicts
 from dpo_pipeline.judges.judge import Judge
@@ -118,7 +118,7 @@ def test_win_rates_are_those_of_the_scores_by_hand(small, typed, evaluated):
 def test_the_noise_floor_of_a_judge_is_a_policy_against_a_second_draw_of_its_own(small, typed, evaluated):
     for name in ("dpo/none", "base"):
         folder = small(*typed).home / name
-        first, second = completions(folder), completions(folder, draw=plan.SECOND_DRAW)
+        first, second = completions(folder), completions(folder, draw=judging.SECOND_DRAW)
         assert first["text"].tolist() != second["text"].tolist()
         wins = sum((np.sign(first["score.truth"] - second["score.truth"]) + 1) / 2) / 6
         floor = evaluated["policies"][name]["own"]["noise_floor.truth"]
@@ -366,7 +366,7 @@ def test_paid_judges_are_asked_for_their_noise_floor_on_demand_alone(small, type
     assert "noise_floor.chat" not in run_evaluate(small(*once))["policies"]["dpo/none"]["own"]
     count = len(asked)
     own = run_evaluate(small(*once, "evaluation.noise_floor=all"))["policies"]["dpo/none"]["own"]
-    lines = [completions(small(*typed).home / "dpo/none", draw=draw)["text"] for draw in (0, plan.SECOND_DRAW)]
+    lines = [completions(small(*typed).home / "dpo/none", draw=draw)["text"] for draw in (0, judging.SECOND_DRAW)]
     wins = [(np.sign(len(a) - len(b)) + 1) / 2 for a, b in zip(*lines, strict=True)]
     assert own["noise_floor.chat"]["value"] == sum(wins) / 6
     assert {*zip(*lines, strict=True)} <= {*asked[count:]}  # in both orders
@@ -534,7 +534,7 @@ def test_check_measures_nothing(small, typed, evaluated, parts):
         (["name=none-such"], "there is no finished run in .*none-such: run `make sft dpo`"),
         (["evaluation.policy=/not/there"], "folder /not/there does not exist"),
         (["best_of.n=4", "best_of.judge=lenght"], "best_of.judge=lenght: it takes a judge .*did you mean length"),
-        (["best_of.n=4", "judge=[]"], "best_of.n=4: it takes a judge of judge="),
+        (["best_of.n=4", "judge=[]"], "best_of.n=4, .*: it takes a judge of judge="),
         (["evaluation.prompts_file=/not/there.csv"], "/not/there.csv"),
         (["evaluation.max_new_tokens=10000"], "leaves no room for a prompt in the model's context"),
         (["evaluation.opponent=demonstration", "dataset.test_rows=1", "dataset=json", "dataset.path={pairs}"], "."),
@@ -666,10 +666,10 @@ def gated(first, second, metric="score.truth", verdicts=(), sft=None):
         for row, value in enumerate(values)
     ]
     eval_set = SimpleNamespace(prompt_set=SimpleNamespace(name="test"))
-    comparison = measure.Comparison(eval_set, [], "base", [], completions=pd.DataFrame(lines))
-    new, old = (policies.Policy(name, "", None, sft=sft) for name in names)
     table = pd.DataFrame(verdicts, columns="policy judge label temperature row verdict distinct".split())
-    gate.check_gate(new, old, metric, comparison, table)
+    comparison = measure.Comparison(eval_set, [], "base", [], completions=pd.DataFrame(lines), verdicts=table)
+    new, old = (policies.Policy(name, "", None, sft=sft) for name in names)
+    gate.check_gate(new, old, metric, comparison)
 
 
 def test_the_gate_fails_where_the_paired_test_says_worse():

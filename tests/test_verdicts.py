@@ -197,7 +197,7 @@ def tournament(rng, strengths, prompts, missing=0.1):
     verdicts = {}
     for one, other in itertools.combinations(strengths, 2):
         said = judged(rng, np.full(prompts, strengths[one] - strengths[other]), ties=0.0)
-        verdicts[one, other] = [None if rng.random() < missing else verdict for verdict in said]
+        verdicts[one, other] = [math.nan if rng.random() < missing else verdict for verdict in said]
     return verdicts
 
 
@@ -206,7 +206,7 @@ STRENGTHS = {"a": 0.0, "b": 0.4, "c": -0.7, "d": 1.5, "e": 1.2}
 
 def test_ratings_maximise_the_likelihood():
     verdicts = tournament(np.random.default_rng(10), STRENGTHS, 60)
-    games = [(one, other, v) for (one, other), said in verdicts.items() for v in said if v is not None]
+    games = [(one, other, v) for (one, other), said in verdicts.items() for v in said if v == v]
     games += [(one, other, 0.5) for one, other in verdicts]  # the tie more
 
     def loss(found):
@@ -272,8 +272,9 @@ def test_one_that_wins_everything_and_one_that_loses_everything_have_finite_rati
         assert holds(found[name], found[name]["value"])
 
 
-def test_none_is_no_verdict_and_who_is_not_linked_to_the_anchor_is_left_out():
-    verdicts = {("a", "b"): [1.0, None, 0.0, 1.0], ("c", "b"): [None, 0.5, None, None], ("a", "d"): [None] * 4}
+def test_nan_is_no_verdict_and_who_is_not_linked_to_the_anchor_is_left_out():
+    nan = math.nan
+    verdicts = {("a", "b"): [1.0, nan, 0.0, 1.0], ("c", "b"): [nan, 0.5, nan, nan], ("a", "d"): [nan] * 4}
     verdicts |= {("x", "y"): [1.0, 0.0, 1.0, 1.0]}
     found = elo(verdicts, "a")
     assert list(found) == ["a", "b", "c"]
@@ -292,10 +293,9 @@ def test_a_chain_links_to_the_anchor_whatever_the_order_of_its_pairs():
         assert [each["value"] for each in found.values()] == pytest.approx([1000] * 5)
 
 
-def test_an_anchor_without_a_verdict_and_lists_of_different_lengths_are_refused():
-    for verdicts in ({}, {("b", "c"): [1.0]}, {("a", "b"): [None], ("b", "c"): [1.0]}):
-        with pytest.raises(ValueError, match="there is no verdict on a, the anchor of the ratings"):
-            elo(verdicts, "a")
+def test_an_anchor_without_a_verdict_rates_nobody_and_lists_of_different_lengths_are_refused():
+    for verdicts in ({}, {("b", "c"): [1.0]}, {("a", "b"): [math.nan], ("b", "c"): [1.0]}):
+        assert elo(verdicts, "a") == {}
     with pytest.raises(ValueError, match="inhomogeneous"):
         elo({("a", "b"): [1.0, 0.0], ("a", "c"): [1.0]}, "a")
 

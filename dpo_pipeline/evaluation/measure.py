@@ -44,12 +44,17 @@ class Request:
     first_draw: int = 0
 
 
+VERDICT_COLUMNS = "judge policy temperature opponent label row verdict distinct length_difference".split()
+
+
 @dataclass
 class Comparison:
-    """Policies, each before what it is measured against, on an eval set, and the two tables of what is measured.
+    """Policies, each before what it is measured against, on an eval set, and the tables of what is measured.
 
     All are measured against `base`, if there is one. A line of `pairs` is a pair under a policy; one of `completions`
-    a completion, where KL is taken with its log-prob under policy, base and reference: sums over tokens, in nats.
+    a completion, where KL is taken with its log-prob under policy, base and reference: sums over tokens, in nats. One
+    of `verdicts` compares two completions: 1, 0.5 or 0, NaN if unreadable; `label` is the opponent's role, or `pair`
+    between any two policies; `distinct` numbers the different pairs of texts.
     """
 
     eval_set: EvalSet
@@ -59,6 +64,9 @@ class Comparison:
     weights: dict[str, str] = field(default_factory=dict)  # sha256 by policy
     pairs: pd.DataFrame = field(default_factory=pd.DataFrame)
     completions: pd.DataFrame = field(default_factory=pd.DataFrame)
+    verdicts: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=VERDICT_COLUMNS))
+    judge_counts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)  # by what failed
 
     @property
     def shown_policies(self) -> list[Policy]:

@@ -62,23 +62,22 @@ def length_controlled(
     return with_quantiles(1 / (1 + np.exp(-intercepts)), int(numbers.max()) + 1)
 
 
-def elo(verdicts: dict[tuple[str, str], list[float | None]], anchor: str) -> dict[str, Estimate]:
+def elo(verdicts: dict[tuple[str, str], list[float]], anchor: str) -> dict[str, Estimate]:
     """Bradley-Terry strengths of all policies from their pairwise verdicts, on the Elo scale, `anchor` at 1000.
 
-    The verdicts of a pair are by prompt, None without one; `n` is the number of prompts that a policy was judged on.
+    The verdicts of a pair are by prompt, NaN without one; `n` is the number of prompts that a policy was judged on.
     Each pair gets one more tie, half a win for either (Jeffreys' prior), so that the rating of a policy that wins
     everything is finite: between two policies it is 400 log10((wins + 1/2) / (losses + 1/2)). A policy that is linked
-    to the anchor by no chain of verdicts is left out. Raises ValueError for an anchor without a verdict, and for lists
-    of different lengths.
+    to the anchor by no chain of verdicts is left out. Raises ValueError for lists of different lengths.
     """
-    judged_pairs = {pair: values for pair, values in verdicts.items() if any(value is not None for value in values)}
+    pairs = [pair for pair, values in verdicts.items() if not np.isnan(values).all()]
     linked = {anchor}
-    for _ in judged_pairs:  # no chain has more links
-        linked |= {name for pair in judged_pairs if linked & {*pair} for name in pair}
-    if len(linked) == 1:
-        raise ValueError(f"there is no verdict on {anchor}, the anchor of the ratings")
-    names, wins = sorted(linked), np.array([*judged_pairs.values()], float)  # [pairs, prompts]
-    features = np.array([[float(name == one) - (name == other) for name in names] for one, other in judged_pairs])
+    for _ in pairs:  # no chain has more links
+        linked |= {name for pair in pairs if linked & {*pair} for name in pair}
+    if linked == {anchor}:
+        return {}
+    names, wins = sorted(linked), np.array([verdicts[pair] for pair in pairs])  # [pairs, prompts]
+    features = np.array([[float(name == one) - (name == other) for name in names] for one, other in pairs])
     weights = prompt_weights(wins.shape[1])
     prior = np.random.default_rng(1).gamma(0.5, size=(2, len(weights), len(wins)))
     prior[:, 0] = 0.5
