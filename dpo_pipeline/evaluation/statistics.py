@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from dpo_pipeline import estimates
 from dpo_pipeline.estimates import Estimate
@@ -27,7 +28,7 @@ def win_rate(verdicts: Sequence[float], distinct: Sequence[int] | None = None) -
     every prompt has been compared once. Below ten of them there is no interval; if all verdicts are equal, so that a
     bootstrap has no width, it is Wilson's. Raises ValueError for no verdicts.
     """
-    numbers = np.arange(len(verdicts)) if distinct is None else np.unique(distinct, return_inverse=True)[1]
+    numbers = np.arange(len(verdicts)) if distinct is None else pd.factorize(np.asarray(distinct))[0]
     wins, counts = np.bincount(numbers, verdicts), np.bincount(numbers)
     rate = estimates.ratio(wins, counts)
     if len({*verdicts}) == 1:
@@ -50,7 +51,7 @@ def length_controlled(
     if len(verdicts) != len(length_differences):
         raise ValueError(f"{len(verdicts)} verdicts on {len(length_differences)} length differences")
     wins, lengths = np.asarray(verdicts, float), np.asarray(length_differences, float)
-    numbers = np.arange(len(wins)) if distinct is None else np.unique(distinct, return_inverse=True)[1]
+    numbers = np.arange(len(wins)) if distinct is None else pd.factorize(np.asarray(distinct))[0]
     decided = [len({*numbers[wins == verdict]}) for verdict in (1, 0)]
     if min(decided) < MIN_DISTINCT or not lengths.min() <= 0 <= lengths.max():
         return None
