@@ -53,7 +53,7 @@ def run_pairs(run: Run) -> Path | None:
 
 def write_pairs(run: Run, table: Any, prompt_rows: list[Any], name: str, judge: Any, label: str) -> Path:
     """Score the completions of a table by the judge of this name, and write their pairs; raises PipelineError."""
-    from dpo_pipeline.judges.verdicts import scores
+    from dpo_pipeline.judges.judge import scores
 
     settings = run.pairs
     table["score"] = scores(judge, list(table["completion"]), run.verdicts, f"scores by {name}")

@@ -24,7 +24,8 @@ from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluate import run_evaluate
 from dpo_pipeline.evaluation import gate, judging, measure, policies, statistics
 from dpo_pipeline.evaluation.eval_set import load_eval_sets
-from dpo_pipeline.judges import build, verdicts
+from dpo_pipeline.judges import build
+from dpo_pipeline.judges import judge as judging_calls
 from dpo_pipeline.judges.judge import Judge
 from dpo_pipeline.report import comparison
 from tests.commands import run, run_two_ranks
@@ -603,13 +604,13 @@ def test_the_command_itself(small, typed, evaluated):
 
 
 def test_verdicts_of_a_scoring_judge_are_not_asked_twice(small, typed, evaluated, monkeypatch):
-    asked, results = [], verdicts.cached_results
+    asked, results = [], judging_calls.cached_results
 
     def counted(judge, kind, items, *rest):
         asked.append(len(items))
         return results(judge, kind, items, *rest)
 
-    monkeypatch.setattr(verdicts, "cached_results", counted)
+    monkeypatch.setattr(judging_calls, "cached_results", counted)
     run_evaluate(small(*typed, "variant=none"))
     assert len(asked) == 2  # one call for each judge, of all sides together
 

@@ -22,8 +22,7 @@ from dpo_pipeline.config import CONF, compose, instantiate_node
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.judges.build import build_judges
 from dpo_pipeline.judges.chat import chat, parse_verdict
-from dpo_pipeline.judges.judge import Completion, Judge
-from dpo_pipeline.judges.verdicts import choices, scores
+from dpo_pipeline.judges.judge import Completion, Judge, choices, scores
 
 OPTIONS = sorted(file.stem for file in (CONF / "judge").glob("openai*.yaml"))
 CHOOSING = ["openai", "openai_tldr_concise", "openai_tldr_simple"]
@@ -372,7 +371,7 @@ def test_a_question_that_is_refused_is_none_and_the_others_stand(serve, tmp_path
 def test_a_reply_without_a_verdict_is_counted_and_not_cached(serve, tmp_path, caplog):
     server = serve(lambda question, number: "I cannot say." if "odd" in question else "4")
     assert scores(rating(server), completions(["odd", "even", "odd one"]), tmp_path, "judge") == [None, 4, None]
-    assert caplog.messages == ["judge: 2 of 3 replies hold no verdict; the next evaluation asks again"]
+    assert caplog.messages == ["judge: 2 of 3 replies hold no verdict: the next run asks again"]
     (line,) = cached_lines(tmp_path)
     server.use(lambda question, number: "2")
     assert scores(rating(server), completions(["odd", "even", "odd one"]), tmp_path, "judge") == [2, 4, 2]

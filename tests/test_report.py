@@ -367,8 +367,9 @@ def test_an_overlay_is_typed_with_a_name_and_changes_no_run(tmp_path):
 
 
 def test_curves_are_those_of_the_metrics_on_axes_that_make_sense(home, drawn):
-    (part,), axes = drawn(curves, lambda: curves.training_curves(load(home)))
-    assert [panel.title for panel in part.panels] == list(axes) == list(curves.HOW)[:8]
+    (part, sft), axes = drawn(curves, lambda: curves.training_curves(load(home)))
+    assert [panel.title for panel in part.panels] == list(axes)[:8] == list(curves.CURVES["dpo"])
+    assert [panel.title for panel in sft.panels] == ["SFT loss", "perplexity of validation"]
     assert part.figure == "training_curves.png"
     change = {line.get_label(): line.get_ydata()[-1] for line in axes["log-prob change, nats"].lines[1:]}
     expected = {"chosen, train": -1, "chosen, validation": -1, "rejected, train": -5, "rejected, validation": -5}
@@ -390,7 +391,7 @@ def unusual(home: Path, kl_budget: float = 10.0, points=None, **changes) -> str:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if points:
         write_json(folder / "reward_kl_tracker.json", points)
-    (part,) = curves.training_curves(load(home, kl_budget, "dpo/sigmoid-beta0.1-seed0"))
+    part, _ = curves.training_curves(load(home, kl_budget, "dpo/sigmoid-beta0.1-seed0"))
     return " ".join(panel.caption for panel in part.panels if "Unusual" in panel.caption)
 
 

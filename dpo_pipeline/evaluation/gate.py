@@ -47,8 +47,8 @@ def gated_policies(
     metrics += [f"score.{judge}" for judge in judges if judges[judge].score]
     metrics += [f"win_rate.{judge}.{label}{suffix}" for judge in judges for label in labels for suffix in suffixes]
     if run.gate.metric not in metrics:
-        near = nearest(run.gate.metric, metrics)
-        raise PipelineError(f"gate.metric={run.gate.metric}: type one of {', '.join(metrics)}{near}")
+        options = f"{', '.join(metrics)}{nearest(run.gate.metric, metrics)}"
+        raise PipelineError(f"gate.metric={run.gate.metric}: type one of {options}")
     return shown[name], other
 
 
@@ -58,15 +58,12 @@ def check_gate(policy: Policy, opponent: Policy, metric: str, comparison: Compar
     first, second = (values_by_row(each.name, metric, reference, comparison) for each in (policy, opponent))
     if second.empty and policy.sft == opponent.name:  # its own wins over itself
         second = first.assign(value=0.5)
-    both = first.merge(second, left_index=True, right_index=True, suffixes=("_first", "_second")).dropna()
-    # Rows with the same texts are one comparison.
-    both = both.groupby(["distinct_first", "distinct_second"]).mean()
+    both = first.join(second, how="inner", lsuffix="_first", rsuffix="_second").dropna()
+    both = both.groupby(["distinct_first", "distinct_second"]).mean()  # rows with the same texts are one comparison
     if both.empty:
-        raise PipelineError(
-            f"gate: {metric} of {policy.name} and {opponent.name} has no row in common: nothing to test"
-        )
-    test = paired_test(both["value_first"].tolist(), both["value_second"].tolist())
-    means = [format_estimate(mean(both[f"value_{side}"].tolist())) for side in ("first", "second")]
+        raise PipelineError(f"gate: {metric} of {policy.name} and {opponent.name} has no row in common")
+    values = [both["value_first"].tolist(), both["value_second"].tolist()]
+    test, means = paired_test(*values), [format_estimate(mean(each)) for each in values]
     is_worse = test["difference"]["value"] < 0 and test["p"] < LEVEL
     sentence = (
         f"gate: {policy.name} is {'' if is_worse else 'not '}worse than {opponent.name} by {metric}: {means[0]} "

@@ -13,9 +13,8 @@ from dpo_pipeline.errors import PipelineError, nearest
 from dpo_pipeline.evaluation.eval_set import EvalSet, PromptSet
 from dpo_pipeline.evaluation.measure import Comparison, Request
 from dpo_pipeline.evaluation.policies import Policy
-from dpo_pipeline.judges.judge import Judge
+from dpo_pipeline.judges.judge import Judge, choices, scores
 from dpo_pipeline.judges.refusal import refusal
-from dpo_pipeline.judges.verdicts import choices, scores
 from dpo_pipeline.schema import Run
 
 log = logging.getLogger(__name__)

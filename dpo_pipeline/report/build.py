@@ -16,7 +16,7 @@ from dpo_pipeline.schema import Run
 log = logging.getLogger(__name__)
 
 SECTIONS = (
-    *(verdict.verdict, comparison.comparison, frontier.frontier, curves.training_curves, curves.sft_curves),
+    *(verdict.verdict, comparison.comparison, frontier.frontier, curves.training_curves),
     *(betas.temperatures, betas.all_variants, details.completions, details.changes),
     *(comparison.all_estimates, comparison.accuracy_by_kind, comparison.by_judges, comparison.other_prompts),
     details.run_facts,

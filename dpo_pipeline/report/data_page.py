@@ -31,10 +31,9 @@ def write_data_page(
     sections = [
         Section("Warnings", "\n".join(f"- {sentence}" for sentence in summary["warnings"]) or "Nothing to warn of."),
         *row_sections(summary),
-        length_section(summary, sizes),
-        *completion_sections(summary, sizes, overlaps),
+        *length_sections(summary, sizes, overlaps),
         limit_section(summary),
-        repeat_section(summary),
+        Section("Repeats and leakage", table=pd.DataFrame(count_faults(summary), columns=["", "rows"], dtype=object)),
         Section("Three rows, token by token", tokens=tuple(examples)),
     ]
     write_page(folder, "data.html", "data.md", title, overview(summary), sections)
@@ -102,6 +101,17 @@ def dropped_rows(summary: dict[str, Any], reason: str) -> int:
     return sum(source["dropped"].get(reason, 0) for source in summary["sources"].values())
 
 
+def count_faults(summary: dict[str, Any]) -> list[tuple[str, int]]:
+    """How many rows and prompts occur more than once, and how many completions are odd."""
+    reasons = ("exact duplicate", "contradiction", "prompt also in test")
+    counts = {f"rows dropped: {reason}": dropped_rows(summary, reason) for reason in reasons}
+    counts["train rows that differ in case and spaces alone"] = summary["repeats"]["alike"]
+    for split, origins in summary["leaked"].items():
+        counts[f"{split} rows with a prompt of train except for case and spaces"] = len(origins)
+    counts |= {f"train rows whose completions {name}": len(origins) for name, origins in summary["odd"].items()}
+    return [*counts.items(), ("different prompts in train", summary["repeats"]["prompts"])]
+
+
 def overview(summary: dict[str, Any]) -> str:
     """The most important numbers on one line."""
     rows, epoch, bias = summary["rows"], summary["epoch"], summary["longer_chosen"]
@@ -123,8 +133,8 @@ def row_sections(summary: dict[str, Any]) -> list[Section]:
     return parts
 
 
-def length_section(summary: dict[str, Any], sizes: Any) -> Section:
-    """The spread of token counts, with a histogram of each part."""
+def length_sections(summary: dict[str, Any], sizes: Any, overlaps: Any) -> list[Section]:
+    """The spread of token counts; and how the two completions of a pair differ in length, and how much they share."""
     limit, drawings = summary["length"]["max"], {}
     for name in sizes.columns.intersection(list(INK)):
         values = sizes[name].to_numpy()
@@ -134,21 +144,9 @@ def length_section(summary: dict[str, Any], sizes: Any) -> Section:
     lines = [[name, *(f"{value:,.0f}" for value in spread.values())] for name, spread in summary["lengths"].items()]
     table = pd.DataFrame(lines, columns=["tokens", "mean", "5%", "median", "95%", "99%", "longest"])
     text = "Of train rows, before any cut, with end tokens."
-    return Section("Lengths", text, table, histograms(drawings), "data_lengths.png")
-
-
-def histograms(drawings: dict[str, tuple]) -> tuple[Panel, ...]:
-    """A histogram of each title, with these arguments."""
-    return tuple(
-        Panel(title, draw_png(lambda axis, each=arguments: draw_histogram(axis, *each), title))
-        for title, arguments in drawings.items()
-    )
-
-
-def completion_sections(summary: dict[str, Any], sizes: Any, overlaps: Any) -> list[Section]:
-    """How the two completions of a pair differ in length, and how much they share; nothing for SFT rows."""
+    parts = [Section("Lengths", text, table, histograms(drawings), "data_lengths.png")]
     if (bias := summary["longer_chosen"]) is None:
-        return []
+        return parts
     text = (
         f"The longer completion is chosen in {bias['value']:.1%} of pairs [{bias['low']:.1%}, {bias['high']:.1%}] "
         "(ties count half): the accuracy of a judge of length alone."
@@ -164,7 +162,15 @@ def completion_sections(summary: dict[str, Any], sizes: Any, overlaps: Any) -> l
         "tokens of chosen minus rejected": (difference, edges, colours, "rejected longer  |  chosen longer", {}),
         "share of tokens in common": (overlaps, np.linspace(0, 1, 41), GREY, "share", marks),
     }
-    return [Section("The two completions", text, panels=histograms(drawings), figure="data_pairs.png")]
+    return [*parts, Section("The two completions", text, None, histograms(drawings), "data_pairs.png")]
+
+
+def histograms(drawings: dict[str, tuple]) -> tuple[Panel, ...]:
+    """A histogram of each title, with these arguments."""
+    return tuple(
+        Panel(title, draw_png(lambda axis, each=arguments: draw_histogram(axis, *each), title))
+        for title, arguments in drawings.items()
+    )
 
 
 def limit_section(summary: dict[str, Any]) -> Section:
@@ -181,15 +187,3 @@ def limit_section(summary: dict[str, Any]) -> Section:
         f"prompt keeps {cut_to}, and counts once for each completion. The model can read {length['context']:,} tokens."
     )
     return Section("What length.max cuts", text, pd.DataFrame(lines, columns=header))
-
-
-def repeat_section(summary: dict[str, Any]) -> Section:
-    """Rows and prompts that occur more than once, and completions that are odd."""
-    reasons = ("exact duplicate", "contradiction", "prompt also in test")
-    counts = {f"rows dropped: {reason}": dropped_rows(summary, reason) for reason in reasons}
-    counts["train rows that differ in case and spaces alone"] = summary["repeats"]["alike"]
-    for split, origins in summary["leaked"].items():
-        counts[f"{split} rows with a prompt of train except for case and spaces"] = len(origins)
-    counts |= {f"train rows whose completions {name}": len(origins) for name, origins in summary["odd"].items()}
-    counts["different prompts in train"] = summary["repeats"]["prompts"]
-    return Section("Repeats and leakage", table=pd.DataFrame(list(counts.items()), columns=["", "rows"], dtype=object))
