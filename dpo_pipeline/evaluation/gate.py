@@ -58,7 +58,7 @@ def check_gate(policy: Policy, opponent: Policy, metric: str, comparison: Compar
     first, second = (values_by_row(each.name, metric, reference, comparison) for each in (policy, opponent))
     if second.empty and policy.sft == opponent.name:  # its own wins over itself
         second = first.assign(value=0.5)
-    both = first.join(second, how="inner", lsuffix="_first", rsuffix="_second").dropna()
+    both = first.merge(second, left_index=True, right_index=True, suffixes=("_first", "_second")).dropna()
     both = both.groupby(["distinct_first", "distinct_second"]).mean()  # rows with the same texts are one comparison
     if both.empty:
         raise PipelineError(f"gate: {metric} of {policy.name} and {opponent.name} has no row in common")

@@ -45,11 +45,8 @@ def length_controlled(
 
     In the spirit of AlpacaEval 2 (arXiv:2404.04475), with its length term alone, in standard deviations, without its
     tanh; a ridge on the slope keeps it finite if the longer completion always wins. None where the fit would say
-    nothing: fewer than ten distinct wins or losses, or all differences on one side of 0. Raises ValueError for lists
-    of different lengths.
+    nothing: fewer than ten distinct wins or losses, or all differences on one side of 0.
     """
-    if len(verdicts) != len(length_differences):
-        raise ValueError(f"{len(verdicts)} verdicts on {len(length_differences)} length differences")
     wins, lengths = np.asarray(verdicts, float), np.asarray(length_differences, float)
     numbers = np.arange(len(wins)) if distinct is None else pd.factorize(np.asarray(distinct))[0]
     decided = [len({*numbers[wins == verdict]}) for verdict in (1, 0)]
@@ -69,7 +66,7 @@ def elo(verdicts: dict[tuple[str, str], list[float]], anchor: str) -> dict[str, 
     The verdicts of a pair are by prompt, NaN without one; `n` is the number of prompts that a policy was judged on.
     Each pair gets one more tie, half a win for either (Jeffreys' prior), so that the rating of a policy that wins
     everything is finite: between two policies it is 400 log10((wins + 1/2) / (losses + 1/2)). A policy that is linked
-    to the anchor by no chain of verdicts is left out. Raises ValueError for lists of different lengths.
+    to the anchor by no chain of verdicts is left out.
     """
     pairs = [pair for pair, values in verdicts.items() if not np.isnan(values).all()]
     linked = {anchor}
@@ -129,8 +126,7 @@ def log_odds(wins: Any, losses: Any, features: Any, ridge: list[float]) -> Any:
 def paired_test(first: list[float], second: list[float]) -> dict[str, Any]:
     """The mean `difference` of two policies' scores of the same prompts, and the `p` of the sign-flip test of it.
 
-    p is two-sided: exact up to 13 prompts, else from 9,999 seeded draws. Raises ValueError for no scores, or for lists
-    of different lengths.
+    p is two-sided: exact up to 13 prompts, else from 9,999 seeded draws. Raises ValueError for no scores.
     """
     from scipy.stats import permutation_test
 
@@ -155,13 +151,9 @@ def expected_best(picks: list[float], values: list[float], k: int) -> float:
 
     `picks` are the scores of the judge that picks, `values` those that its pick is measured by. It counts the subsets
     in which a completion is picked (the estimator of WebGPT's Best-of-N, arXiv:2112.09332, and of pass@k,
-    arXiv:2107.03374); completions of equal score share theirs. Raises ValueError for k outside 1 to n, and for lists
-    of different lengths.
+    arXiv:2107.03374); completions of equal score share theirs.
     """
-    n, ranked = len(picks), sorted(picks)
-    if not 1 <= k <= n:
-        raise ValueError(f"the best of {k} out of {n}")
-    terms = []
+    n, ranked, terms = len(picks), sorted(picks), []
     for pick, value in zip(picks, values, strict=True):
         below, up_to = bisect_left(ranked, pick), bisect_right(ranked, pick)
         subsets = math.comb(up_to, k) - math.comb(below, k)
