@@ -1,7 +1,6 @@
 """A page: its sections, the words and numbers in their tables, and the same as HTML, Markdown and terminal text."""
 
 import base64
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from dpo_pipeline.formatting import escape_controls, format_estimate, format_number, markdown_table, render_template
+from dpo_pipeline.record import write_file
 from dpo_pipeline.report.figures import join_pngs
 from dpo_pipeline.report.token_view import format_tokens
 
@@ -141,8 +141,5 @@ def write_page(folder: Path, page: str, markdown: str, title: str, lead: str, se
     """Write sections as HTML and as Markdown, and their figures, each file atomically and none before all are made."""
     files = {page: to_html(title, lead, sections).encode(), markdown: to_markdown(title, lead, sections).encode()}
     files |= {part.figure: join_pngs([panel.png for panel in part.panels]) for part in sections if part.panels}
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        partial_file = folder / f"{name}.{os.getpid()}.partial"
-        partial_file.write_bytes(content)
-        os.replace(partial_file, folder / name)
+        write_file(folder / name, content)
