@@ -26,8 +26,7 @@ DEFAULT_BETA = float(OmegaConf.load(CONF / "config.yaml").beta)
 class Policy:
     """A saved policy: its name in tables, its weights, the folder of its results, and what it is compared with.
 
-    `reference` names its own reference, `sft` the SFT policy that it is to beat. One that is not shown only serves
-    as a reference.
+    `reference` names its own reference, `sft` the SFT policy to beat. One that is not shown only serves as reference.
     """
 
     name: str
@@ -114,8 +113,7 @@ def dpo_with_references(
     A start that is another DPO of this name brings its own. `sft_opponent` names the SFT policy to beat if it did not
     start from one; by default, what it started from. A second folder of a name in `used_names` gets a suffix.
     """
-    used_names = {} if used_names is None else used_names
-    chain: list[Policy] = []
+    used_names, chain = {} if used_names is None else used_names, []
     config: Any = OmegaConf.load(folder / "config.yaml")
     if config.policy == "base":
         start = base_policy(run, sft_opponent)
