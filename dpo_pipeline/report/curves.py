@@ -22,7 +22,7 @@ CURVES = {  # by stage and title: the columns of the metrics, and how to read th
     "dpo": {
         "loss": ("loss", "Falls; a sigmoid loss starts at ln 2 = 0.693. Validation that rises again is over-fitting."),
         "margin (with beta)": ("rewards/margins", "Reward of chosen minus rejected. It grows as long as DPO learns."),
-        "preference accuracy": ("rewards/accuracies", "Pairs with a positive margin. Label noise bounds it below 1."),
+        "preference accuracy": ("rewards/accuracies", "Share of pairs with a margin above 0; label noise bounds it."),
         "log-prob change, nats": ("chosen rejected", "Against the reference. Both may fall, the rejected faster."),
         "KL from samples, nats": ("kl", "From the reference, on sampled completions: what the gain costs."),
         "reward by the judge": ("reward", "Of sampled completions. It falls where the policy over-optimizes."),

@@ -44,8 +44,9 @@ def frontier(runs: Runs) -> list[Section]:
     text = (
         "A thin line is the path of a run over training, on validation prompts from step 0; a large point the final "
         "policy on test prompts, with 95% intervals. Up and left is better; a hollow point is one that another has "
-        "beaten with less KL. The KL of Best-of-N is its upper bound; a run of overlay= ends in a large point too."
+        "beaten with less KL."
     )
+    text += " The KL of Best-of-N is its upper bound." if "best_of" in runs.results else ""
     if left_out := len(runs.measured) - sum(track["style"] == "-" for track in tracks):
         text += f" Left out: {left_out} with another reference."
     return [Section(f"{name.title()}-KL frontier", text, panels=(panel,), figure=f"{name}_kl_frontier.png")]
