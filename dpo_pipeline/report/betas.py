@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from dpo_pipeline.record import read_json
 from dpo_pipeline.report.comparison import SHORT_KEYS, caption, policy_table
 from dpo_pipeline.report.figures import GREY, SIZE, WIDE, draw_png, plot_estimates, shorten
 from dpo_pipeline.report.page import Panel, Section, label_of
@@ -29,6 +30,8 @@ def all_variants(runs: Runs) -> list[Section]:
     table = pd.concat([*tables, gaps.set_axis(["", "without numbers"], axis="columns")], ignore_index=True)
     text, _ = recommend(measured, target, runs.kl_budget)
     short = "\n".join([text, *(f"Without numbers: {': '.join(gap)}" for gap in gaps.head(MAX_GAPS).to_numpy())])
+    if differences := list_differences(runs):
+        text += "\n\nThey differ, beside beta and seed, in:\n" + "\n".join(differences)
     for first in measured[:1].itertuples():
         text = f"{caption(runs.policies[f'dpo/{first.name}'], first.reference)}\n\n{text}"
     panels = beta_panels(measured, target) if test else ()
@@ -37,6 +40,16 @@ def all_variants(runs: Runs) -> list[Section]:
         table = policy_table(chosen_from, [*dict.fromkeys(["kl", "margin_nats", target])], max_columns=0)
         parts.append(Section("Validation, by which beta is chosen", table=table))
     return parts
+
+
+def list_differences(runs: Runs) -> list[str]:
+    """A line for each variant with the keys in which the variants differ, beta and seed apart: names may be hashes."""
+    manifests = {name: read_json(runs.home / "dpo" / name / "manifest.json") for name in runs.variants["name"]}
+    identities = pd.DataFrame({name: manifest["identity"] for name, manifest in manifests.items() if manifest})
+    identities = identities.drop(["beta", "seed"], errors="ignore").map(lambda value: str(value)[:40])
+    identities = identities[identities.nunique(axis=1) > 1]
+    lines = {name: ", ".join(f"{key}={value}" for key, value in column.items()) for name, column in identities.items()}
+    return [f"- {name}: {line}" for name, line in lines.items() if line]
 
 
 def beta_panels(variants: pd.DataFrame, target: str) -> tuple[Panel, ...]:
