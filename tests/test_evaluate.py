@@ -534,7 +534,8 @@ def test_the_command_shows_at_most_forty_lines_and_writes_all_tables(small, type
     assert "All against the base model: 20 test pairs and 6 sampled completions of reviews" in done.stdout
     (head,) = (line for line in printed if "preference accuracy" in line)
     labels = [cell.strip() for cell in head.split("|")[2:-1]]
-    assert labels[2:] == ["KL from samples, nats", "completion length, tokens", "stop rate", "wins over sft by truth"]
+    assert labels[2:-1] == ["KL from samples, nats", "completion length, tokens", "stop rate"]
+    assert labels[-1].startswith("wins over sft by ")
     assert Path(done.stdout.split("Report:  ")[1].split(",")[0]).is_file()
     text = (small(*typed).home / "report" / "report.md").read_text()
     titles = re.findall("^## (.*)$", text, flags=re.MULTILINE)
@@ -663,8 +664,10 @@ def test_a_gate_on_win_rates_is_of_the_same_prompts_and_counts_a_comparison_once
 
 def test_the_second_time_nothing_is_measured_and_another_temperature_only_samples(small, typed, evaluated, parts):
     run = small(*typed, "best_of.n=4", "variant=none")
-    assert run_evaluate(run) == evaluated
+    again = run_evaluate(run)
     assert parts == []
+    for name, policy in evaluated["policies"].items():  # other tests may have asked other judges
+        assert again["policies"][name] == policy | {"own": again["policies"][name]["own"] | policy["own"]}
     results = run_evaluate(small(*typed, "evaluation.temperatures=[0.5]"))
     assert parts == [f"{name}/completions" for name in ("none", "r8", "full", "r8", "base")]
     own = results["policies"]["dpo/none"]["own"]
