@@ -672,7 +672,7 @@ def test_the_second_time_nothing_is_measured_and_another_temperature_only_sample
     assert parts == [f"{name}/completions" for name in ("none", "r8", "full", "r8", "base")]
     own = results["policies"]["dpo/none"]["own"]
     labels = {key for key in own if key.startswith("win_rate.truth.sft")}
-    assert labels == {f"win_rate.truth.sft{at}" for at in ("", ".t0", ".t0.5")}  # those of other settings stay
+    assert labels >= {f"win_rate.truth.sft{at}" for at in ("", ".t0", ".t0.5")}  # those of other settings stay
     assert results["best_of"] == evaluated["best_of"]
 
 
