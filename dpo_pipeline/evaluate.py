@@ -18,12 +18,12 @@ def run_evaluate(run: Run) -> dict[str, Any]:
     """
     from dpo_pipeline.data.prepare import prepare
     from dpo_pipeline.distributed import on_main_process
-    from dpo_pipeline.evaluation.compare import judge_and_write
     from dpo_pipeline.evaluation.eval_set import load_eval_sets
     from dpo_pipeline.evaluation.gate import check_gate, gated_policies
+    from dpo_pipeline.evaluation.judging import judging_plan, requests_of
     from dpo_pipeline.evaluation.measure import Comparison, measure_policies
-    from dpo_pipeline.evaluation.plan import judging_plan, requests_of
     from dpo_pipeline.evaluation.policies import policies_to_measure
+    from dpo_pipeline.evaluation.results import judge_and_write
     from dpo_pipeline.hardware import check_device
     from dpo_pipeline.judges.build import build_judges
     from dpo_pipeline.models import load_options
@@ -45,12 +45,12 @@ def run_evaluate(run: Run) -> dict[str, Any]:
         base, home = (None, policies[0].folder) if run.evaluation.policy else ("base", run.home)
         comparison = Comparison(eval_set, policies, base, requests_of(policies, plan, eval_set, other_prompts))
         measure_policies(comparison)
-        results, outcome = on_main_process(lambda: judge_and_write(run, home, {"eval.json": comparison}, judges, plan))
-        if reasons := "; ".join(map(": ".join, outcome.failures.items())):
+        results = on_main_process(lambda: judge_and_write(home, {"eval.json": comparison}, judges, plan))
+        if reasons := "; ".join(map(": ".join, comparison.failures.items())):
             raise PipelineError(f"{reasons} (all other results are written to {home}/results.json)")
         on_main_process(lambda: report_or_warn(run, home, policies[0].name if run.evaluation.policy else None))
         if gated:
-            on_main_process(lambda: check_gate(*gated, run.gate.metric, comparison, outcome.verdicts))
+            on_main_process(lambda: check_gate(*gated, run.gate.metric, comparison))
         return results
 
 

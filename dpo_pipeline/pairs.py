@@ -7,7 +7,6 @@ python -m dpo_pipeline.dpo dataset=json dataset.path=FILE name=NAME       trains
 import itertools
 import json
 import logging
-import os
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from dpo_pipeline.cli import main
 from dpo_pipeline.errors import PipelineError, nearest
 from dpo_pipeline.naming import clean_name, policy_name
-from dpo_pipeline.record import run_logging
+from dpo_pipeline.record import run_logging, write_file
 from dpo_pipeline.run_folder import finished_sft
 from dpo_pipeline.schema import Run
 
@@ -53,7 +52,7 @@ def run_pairs(run: Run) -> Path | None:
 
 def write_pairs(run: Run, table: Any, prompt_rows: list[Any], name: str, judge: Any, label: str) -> Path:
     """Score the completions of a table by the judge of this name, and write their pairs; raises PipelineError."""
-    from dpo_pipeline.judges.verdicts import scores
+    from dpo_pipeline.judges.judge import scores
 
     settings = run.pairs
     table["score"] = scores(judge, list(table["completion"]), run.verdicts, f"scores by {name}")
@@ -172,11 +171,7 @@ def format_pair(prompt_rows: list[dict[str, Any]], chosen: dict, rejected: dict)
 
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     """Write JSON lines atomically."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-    partial_file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    partial_file.replace(file)
+    write_file(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 if __name__ == "__main__":

@@ -27,12 +27,17 @@ from dpo_pipeline.schema import Run
 log = logging.getLogger(__name__)
 
 
-def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    """Write a JSON file atomically: a reader sees the old content or the new."""
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file atomically: a reader sees the old content or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_bytes(content)
     os.replace(partial, path)
+
+
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Write a JSON file atomically."""
+    write_file(path, (json.dumps(content, indent=indent, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: Path, *keys: str) -> Any:

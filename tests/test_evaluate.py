@@ -22,16 +22,34 @@ from dpo_pipeline.cli import main
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluate import run_evaluate
-from dpo_pipeline.evaluation import gate, measure, plan, policies, statistics
+from dpo_pipeline.evaluation import gate, judging, measure, policies, statistics
 from dpo_pipeline.evaluation.eval_set import load_eval_sets
-from dpo_pipeline.judges import build, verdicts
+from dpo_pipeline.judges import build
+from dpo_pipeline.judges import judge as judging_calls
+from dpo_pipeline.judges.implicit_reward import implicit_reward
 from dpo_pipeline.judges.judge import Judge
+from dpo_pipeline.models import load_options
+from dpo_pipeline.report import build as report
 from dpo_pipeline.report import comparison
 from tests.commands import run, run_two_ranks
 from tests.helpers import prepare_run
 
 STEPS = ("++dpo.max_steps=4", "dpo.learning_rate=1e-3")
 JUDGES = "judge=[truth,length]"
+WITH_REPORT = report.report_or_warn
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_report():
+    """A report takes longer than all else of an evaluation: only a test that looks at one makes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "report_or_warn", lambda *args, **options: None)
+        yield
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    monkeypatch.setattr(report, "report_or_warn", WITH_REPORT)
 
 
 @pytest.fixture(scope="module")
@@ -118,46 +136,11 @@ def test_win_rates_are_those_of_the_scores_by_hand(small, typed, evaluated):
 def test_the_noise_floor_of_a_judge_is_a_policy_against_a_second_draw_of_its_own(small, typed, evaluated):
     for name in ("dpo/none", "base"):
         folder = small(*typed).home / name
-        first, second = completions(folder), completions(folder, draw=plan.SECOND_DRAW)
+        first, second = completions(folder), completions(folder, draw=judging.SECOND_DRAW)
         assert first["text"].tolist() != second["text"].tolist()
         wins = sum((np.sign(first["score.truth"] - second["score.truth"]) + 1) / 2) / 6
         floor = evaluated["policies"][name]["own"]["noise_floor.truth"]
         assert floor == {"value": pytest.approx(wins), "low": None, "high": None, "n": 6}  # too few for an interval
-
-
-def test_best_of_n_is_picked_by_the_first_judge_and_grows_with_n(evaluated):
-    best = evaluated["best_of"]
-    assert (best["policy"], best["n"], best["judge"], best["name"]) == (
-        "sft/full",
-        4,
-        "truth",
-        "best of 4 of sft/full",
-    )
-    assert [point["n"] for point in best["points"]] == [1, 2, 4]
-    assert best["points"][-1]["kl_bound"] == pytest.approx(math.log(4) - 3 / 4)
-    values = [point["score.truth"]["value"] for point in best["points"]]
-    assert values == sorted(values)
-    assert best["own"]["score.truth"]["value"] == pytest.approx(values[-1])
-    assert best["own"]["win_rate.truth.sft"]["value"] >= 0.5
-
-
-def test_the_second_time_nothing_is_measured_and_another_temperature_only_samples(small, typed, evaluated, parts):
-    run = small(*typed, "best_of.n=4", "variant=none")
-    assert run_evaluate(run) == evaluated
-    assert parts == []
-    results = run_evaluate(small(*typed, "evaluation.temperatures=[0.5]"))
-    assert parts == [f"{name}/completions" for name in ("none", "r8", "full", "r8", "base")]
-    own = results["policies"]["dpo/none"]["own"]
-    labels = {key for key in own if key.startswith("win_rate.truth.sft")}
-    assert labels == {f"win_rate.truth.sft{at}" for at in ("", ".t0", ".t0.5")}  # those of other settings stay
-    assert results["best_of"] == evaluated["best_of"]
-    run_evaluate(run)
-
-
-def test_another_version_of_the_code_or_a_library_measures_anew(small, typed, evaluated, parts, monkeypatch):
-    monkeypatch.setattr(measure, "measuring_versions", lambda: {"torch": "another"})
-    run_evaluate(small(*typed, f"evaluation.policy={small(*typed).home}/dpo/none/final"))
-    assert Counter(part.split("/")[1] for part in parts) == {"logprobs": 7, "completions": 6}
 
 
 def test_what_another_command_has_measured_stays_in_eval_json(small, typed, evaluated):
@@ -213,13 +196,16 @@ def test_one_folder_against_another_in_a_place_of_its_own(small, typed, evaluate
     assert (run.home / "evaluated" / "policy-r8" / "eval.json").is_file()
 
 
-def test_without_a_reference_a_folder_is_measured_against_what_it_was_trained_from(small, typed, evaluated, capsys):
+def test_without_a_reference_it_is_what_a_folder_was_trained_from_and_another_version_measures_anew(
+    small, typed, evaluated, parts, monkeypatch
+):
     run = small(*typed)
+    monkeypatch.setattr(measure, "measuring_versions", lambda: {"torch": "another"})
     results = run_evaluate(small(*typed, f"evaluation.policy={run.home}/dpo/none"))  # its run's folder will do
+    assert Counter(part.split("/")[1] for part in parts) == {"logprobs": 7, "completions": 6}
     assert set(results["policies"]) == {"policy/none", "policy/full"}
     expected = evaluated["policies"]["dpo/none"]["against"]["reference"]["kl"]
     assert results["policies"]["policy/none"]["against"]["reference"]["kl"] == expected
-    assert "> film" in capsys.readouterr().out
     itself = f"{run.home}/dpo/none/final"
     with pytest.raises(PipelineError, match="would be measured against itself"):
         run_evaluate(small(*typed, f"evaluation.policy={itself}", f"evaluation.reference={run.home}/dpo/none"))
@@ -278,99 +264,82 @@ def test_an_sft_on_chosen_completions_is_named_preferred_ft(small, typed, evalua
     assert comparison.preferred_ft(tmp_path / "small") == ["sft/full"]
 
 
-def test_best_of_n_draws_other_completions_than_the_policy_s_own(small, typed, evaluated):
-    folder = small(*typed).home / "sft" / "full"
-    draws = [completions(folder, draw=draw)["text"].tolist() for draw in range(5)]
-    assert [len(texts) for texts in draws] == [6] * 5
-    assert len({tuple(texts) for texts in draws}) == 5
+def test_best_of_n_picks_the_best_of_other_draws_and_grows_with_n(small, typed, evaluated):
+    folder, best = small(*typed).home / "sft" / "full", evaluated["best_of"]
+    draws = [completions(folder, draw=draw) for draw in range(5)]
+    assert len({tuple(lines["text"]) for lines in draws}) == 5
     table = pd.read_parquet(folder / "completions.parquet")
-    picks = table[table["policy"] == "best of 4 of sft/full"].set_index("row")
+    picks = table[table["policy"] == best["name"]].set_index("row")
+    assert len(picks) == 6
     for row, pick in picks.iterrows():
-        texts = {draws[draw][row]: completions(folder, draw=draw)["score.truth"][row] for draw in range(1, 5)}
+        texts = {lines["text"][row]: lines["score.truth"][row] for lines in draws[1:]}
         assert pick["text"] == max(texts, key=texts.get)
+    assert [best[key] for key in ("policy", "n", "judge", "name")] == ["sft/full", 4, "truth", "best of 4 of sft/full"]
+    assert [point["n"] for point in best["points"]] == [1, 2, 4]
+    assert best["points"][-1]["kl_bound"] == pytest.approx(math.log(4) - 3 / 4)
+    values = [point["score.truth"]["value"] for point in best["points"]]
+    assert values == sorted(values)
+    assert best["own"]["score.truth"]["value"] == pytest.approx(values[-1])
+    assert best["own"]["win_rate.truth.sft"]["value"] >= 0.5
 
 
-def test_other_judges_results_stay_and_those_of_another_version_go(small, typed, evaluated, monkeypatch):
-    asked = small(*typed[:2], "evaluation.temperatures=[1]", "judge=[length]")
-    results = run_evaluate(asked)
-    both = (results, evaluated)
-    own, before = (each["policies"]["dpo/none"]["own"] for each in both)
-    assert [key for key in before if own[key] != before[key]] == ["elo.length"]  # rated anew, without Best-of-N
-    assert set(results["judges"]) >= {"truth", "length"}
-    rows = [{(row["one"], row["other"]): row for row in each["comparisons"]["truth"]} for each in both]
-    assert rows[0] == rows[1]
-    assert "score.truth" in completions(asked.dpo_folder.parent / "none")
-    shorter = Judge(lambda items: ((i, float(-len(each.ids))) for i, each in enumerate(items)), version="2")
-    monkeypatch.setattr(build, "build_judges", lambda run, loading: {"length": shorter})
-    own = run_evaluate(asked)["policies"]["dpo/none"]["own"]
-    assert own["score.length"]["value"] < 0
-    assert not [key for key in own if key.startswith("win_rate.length") and key.endswith(".t0")]
-    assert "win_rate.truth.sft.t0" in own
-    monkeypatch.undo()
-    run_evaluate(small(*typed, "best_of.n=4", "variant=none"))
-
-
-def test_a_judge_that_cannot_be_read_is_told_of_and_ends_neither_best_of_n_nor_the_sweep(
-    small, typed, evaluated, monkeypatch, capsys
+def test_a_judge_that_fails_or_cannot_be_read_costs_no_other_result_and_no_report(
+    small, typed, evaluated, monkeypatch, capsys, reports
 ):
     every = [2]  # of its completions get no score
 
     def score(items):
         return ((i, None if i % every[0] == 0 else 0.5) for i, _ in enumerate(items))
 
-    judges = {"mute": Judge(score), "truth": build.build_judges(small(*typed), None)["truth"]}
-    monkeypatch.setattr(build, "build_judges", lambda run, loading: judges)
+    truth = build.build_judges(small(*typed), None)["truth"]
+    monkeypatch.setattr(build, "build_judges", lambda *args: {"mute": Judge(score), "truth": truth})
     asked = small(*typed, "evaluation.temperatures=[1]", "best_of.n=2", "best_of.judge=truth")
     best_of = run_evaluate(asked)["best_of"]
     assert [key for key in best_of["points"][0] if key.startswith("score")] == ["score.truth"]
     assert "results of mute are unreadable" in capsys.readouterr().out
     every[0] = 1
     files = {file: file.read_bytes() for file in (asked.home / "report").iterdir()}
-    with pytest.raises(PipelineError, match=r"judge mute: none of its \d+ results could be read"):
+    late = implicit_reward("/not/there", "/not/there", 0.1, load_options(asked))
+    monkeypatch.setattr(build, "build_judges", lambda *args: {"mute": Judge(score), "late": late, "truth": truth})
+    with pytest.raises(PipelineError) as told:
         run_evaluate(asked)
+    reasons = r"judge mute: none of its \d+ results .*judge late: .*/not/there.*all other results are written"
+    assert re.search(reasons, str(told.value))
+    assert "\n" not in str(told.value)
     assert files == {file: file.read_bytes() for file in (asked.home / "report").iterdir()}
     results = record.read_json(asked.home / "results.json")
     assert "truth" in results["comparisons"]
+    assert "late" not in results["comparisons"]
     assert results["best_of"]["points"] == best_of["points"]
 
 
-def test_a_judge_that_chooses_is_asked_in_both_orders_and_of_any_two_policies(small, typed, evaluated, monkeypatch):
-    asked = []
-
-    def choose(pairs):
-        asked.extend(pairs)
-        return ((i, float(len(a.text) > len(b.text))) for i, (a, b) in enumerate(pairs))
-
-    monkeypatch.setattr(build, "build_judges", lambda run, loading: {"chat": Judge(choose=choose)})
-    results = run_evaluate(small(*typed, "evaluation.temperatures=[1]", "evaluation.all_pairs=true"))
-    assert len(asked) > 100
-    assert all((b, a) in asked for a, b in asked)
-    home = small(*typed).home
-    ours, theirs = completions(home / "dpo/none"), completions(home / "sft/full")
-    wins = [1.0 if len(a) > len(b) else 0.0 for a, b in zip(ours["text"], theirs["text"], strict=True)]
-    ties = [0.5 if len(a) == len(b) else 0.0 for a, b in zip(ours["text"], theirs["text"], strict=True)]
-    assert results["policies"]["dpo/none"]["own"]["win_rate.chat.sft"]["value"] == sum(wins + ties) / 6
-    assert len(results["comparisons"]["chat"]) == 10
-    assert results["policies"]["dpo/none"]["own"]["elo.chat"]["n"] == 6
-
-
-def test_paid_judges_are_asked_for_their_noise_floor_on_demand_alone(small, typed, evaluated, monkeypatch):
+def test_a_judge_that_chooses_is_asked_in_both_orders_and_a_paid_one_for_its_noise_floor_on_demand_alone(
+    small, typed, evaluated, monkeypatch
+):
     asked = []
 
     def choose(pairs):
         asked.extend((a.text, b.text) for a, b in pairs)
         return ((i, float(len(a.text) > len(b.text))) for i, (a, b) in enumerate(pairs))
 
+    def rate(one, other):
+        return sum((np.sign(len(a) - len(b)) + 1) / 2 for a, b in zip(one, other, strict=True)) / len(one)
+
     monkeypatch.setattr(build, "build_judges", lambda *args: {"chat": Judge(choose=choose, post_training_only=True)})
-    once = (*typed, "evaluation.temperatures=[1]")
-    assert "noise_floor.chat" not in run_evaluate(small(*once))["policies"]["dpo/none"]["own"]
-    count = len(asked)
+    once, home = (*typed, "evaluation.temperatures=[1]", "evaluation.all_pairs=true"), small(*typed).home
+    results = run_evaluate(small(*once))
+    own, count = results["policies"]["dpo/none"]["own"], len(asked)
+    assert count > 100
+    assert all((b, a) in asked for a, b in asked)
+    texts = [completions(home / name)["text"] for name in ("dpo/none", "sft/full")]
+    assert own["win_rate.chat.sft"]["value"] == pytest.approx(rate(*texts))
+    assert len(results["comparisons"]["chat"]) == 10
+    assert own["elo.chat"]["n"] == 6
+    assert "noise_floor.chat" not in own
     own = run_evaluate(small(*once, "evaluation.noise_floor=all"))["policies"]["dpo/none"]["own"]
-    lines = [completions(small(*typed).home / "dpo/none", draw=draw)["text"] for draw in (0, plan.SECOND_DRAW)]
-    wins = [(np.sign(len(a) - len(b)) + 1) / 2 for a, b in zip(*lines, strict=True)]
-    assert own["noise_floor.chat"]["value"] == sum(wins) / 6
-    assert {*zip(*lines, strict=True)} <= {*asked[count:]}  # in both orders
-    assert {*zip(*lines[::-1], strict=True)} <= {*asked[count:]}
+    lines = [completions(home / "dpo/none", draw=draw)["text"] for draw in (0, judging.SECOND_DRAW)]
+    assert own["noise_floor.chat"]["value"] == pytest.approx(rate(*lines))
+    assert {*zip(*lines, strict=True), *zip(*lines[::-1], strict=True)} <= {*asked[count:]}  # in both orders
 
 
 def test_a_judge_of_openai_without_a_key_is_refused_before_anything_is_measured(small, typed, parts, monkeypatch):
@@ -380,31 +349,6 @@ def test_a_judge_of_openai_without_a_key_is_refused_before_anything_is_measured(
     with pytest.raises(PipelineError, match="set the environment variable OPENAI_API_KEY"):
         run_evaluate(small(*typed[:2], *asked))
     assert parts == []
-
-
-def test_the_terminal_shows_at_most_forty_lines_and_the_report_all_tables(small, typed, evaluated, capsys):
-    run = small(*typed, "best_of.n=4", "variant=none")
-    run_evaluate(run)
-    printed = capsys.readouterr().out
-    printed = printed[printed.index("evaluating dpo/") :].splitlines()[1:]
-    assert len(printed) <= 40
-    assert any(re.match(r"dpo/\w+ is (better than|worse than|no different from) sft/", line) for line in printed)
-    (head,) = (line for line in printed if "preference accuracy" in line)
-    labels = [cell.strip() for cell in head.split("|")[2:-1]]
-    assert labels[2:] == ["KL from samples, nats", "completion length, tokens", "stop rate", "wins over sft by truth"]
-    text = (run.home / "report" / "report.md").read_text()
-    titles = re.findall("^## (.*)$", text, flags=re.MULTILINE)
-    assert titles[:2] == ["Verdict", "Comparison"]
-    expected = ["Training curves: DPO", "Win rate against temperature", "All variants"]
-    expected += [
-        "Validation, by which beta is chosen",
-        "Completions side by side",
-        "Flipped pairs",
-        "Any two policies",
-    ]
-    assert [title for title in titles if title in expected] == expected
-    assert titles[-3:] == ["Data", "Warnings of the runs", "Cost, and how to repeat it"]
-    assert "temperature 0" in text
 
 
 def test_a_policy_against_itself_is_even_in_everything(small, typed, evaluated, tmp_path):
@@ -420,7 +364,7 @@ def test_a_policy_against_itself_is_even_in_everything(small, typed, evaluated, 
     assert (row["win_rate"]["value"], row["difference"]["value"], row["p"]) == (0.5, 0, 1)
 
 
-def test_a_prompts_file_safety_and_bias(small, typed, evaluated, tmp_path):
+def test_a_prompts_file_safety_and_bias(small, typed, evaluated, tmp_path, reports):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"film : the {w} . review :"}) + "\n" for w in ("a", "b", "c")))
     xstest, groups = tmp_path / "x.csv", tmp_path / "g.csv"
@@ -445,16 +389,6 @@ def test_a_prompts_file_safety_and_bias(small, typed, evaluated, tmp_path):
     text = (small(*typed).home / "report" / "report.md").read_text()
     assert "## Prompts labelled safe and unsafe" in text
     assert "over-refusal" in text
-
-
-def test_a_judge_that_fails_costs_no_other_result(small, typed, evaluated, monkeypatch):
-    asked = ("evaluation.temperatures=[1]", "judge=[truth,implicit_reward]", "judge.implicit_reward.policy=/not/there")
-    with pytest.raises(PipelineError, match=r"judge implicit_reward: .*all other results are written") as told:
-        run_evaluate(small(*typed[:2], *asked))
-    assert "\n" not in str(told.value)
-    results = record.read_json(small(*typed).home / "results.json")
-    assert "truth" in results["comparisons"]
-    assert "implicit_reward" not in results["comparisons"]
 
 
 def test_the_implicit_reward_of_the_dpo_named_is_a_judge(small, typed, evaluated):
@@ -534,7 +468,7 @@ def test_check_measures_nothing(small, typed, evaluated, parts):
         (["name=none-such"], "there is no finished run in .*none-such: run `make sft dpo`"),
         (["evaluation.policy=/not/there"], "folder /not/there does not exist"),
         (["best_of.n=4", "best_of.judge=lenght"], "best_of.judge=lenght: it takes a judge .*did you mean length"),
-        (["best_of.n=4", "judge=[]"], "best_of.n=4: it takes a judge of judge="),
+        (["best_of.n=4", "judge=[]"], "best_of.n=4, .*: it takes a judge of judge="),
         (["evaluation.prompts_file=/not/there.csv"], "/not/there.csv"),
         (["evaluation.max_new_tokens=10000"], "leaves no room for a prompt in the model's context"),
         (["evaluation.opponent=demonstration", "dataset.test_rows=1", "dataset=json", "dataset.path={pairs}"], "."),
@@ -589,43 +523,58 @@ def test_a_half_written_policy_is_one_sentence_and_what_was_done_stays(small, ty
     assert "none/logprobs" in parts
 
 
-def test_the_command_itself(small, typed, evaluated):
+def test_the_command_shows_at_most_forty_lines_and_writes_all_tables(small, typed, evaluated):
     given = [item for item in small.typed if not item.startswith("evaluation.prompts")]
-    done = run("dpo_pipeline.evaluate", *given, *typed, "name=small", "variant=none")
+    done = run("dpo_pipeline.evaluate", *given, *typed, "name=small", "variant=none", "best_of.n=4")
     assert done.returncode == 0, done.stderr
-    assert "All against the base model: 20 test pairs and 6 sampled completions of reviews" in done.stdout
-    text = (small(*typed).home / "report" / "report.md").read_text()
-    assert "| reference margin" in text
-    assert "All against" in text
-    assert "Preferred-FT" not in text  # its SFT learnt demonstrations
     assert "Traceback" not in done.stderr
+    printed = done.stdout[done.stdout.index("evaluating dpo/") :].splitlines()[1:]
+    assert len(printed) <= 40
+    assert any(re.match(r"dpo/\w+ is (better than|worse than|no different from) sft/", line) for line in printed)
+    assert "All against the base model: 20 test pairs and 6 sampled completions of reviews" in done.stdout
+    (head,) = (line for line in printed if "preference accuracy" in line)
+    labels = [cell.strip() for cell in head.split("|")[2:-1]]
+    assert labels[2:-1] == ["KL from samples, nats", "completion length, tokens", "stop rate"]
+    assert labels[-1].startswith("wins over sft by ")
     assert Path(done.stdout.split("Report:  ")[1].split(",")[0]).is_file()
+    text = (small(*typed).home / "report" / "report.md").read_text()
+    titles = re.findall("^## (.*)$", text, flags=re.MULTILINE)
+    assert titles[:2] == ["Verdict", "Comparison"]
+    expected = ["Training curves: DPO", "Win rate against temperature", "All variants"]
+    expected += [
+        "Validation, by which beta is chosen",
+        "Completions side by side",
+        "Flipped pairs",
+        "Any two policies",
+    ]
+    assert [title for title in titles if title in expected] == expected
+    assert titles[-3:] == ["Data", "Warnings of the runs", "Cost, and how to repeat it"]
+    assert "temperature 0" in text
+    assert "| reference margin" in text
+    assert "Preferred-FT" not in text  # its SFT learnt demonstrations
 
 
 def test_verdicts_of_a_scoring_judge_are_not_asked_twice(small, typed, evaluated, monkeypatch):
-    asked, results = [], verdicts.cached_results
+    asked, results = [], judging_calls.cached_results
 
     def counted(judge, kind, items, *rest):
         asked.append(len(items))
         return results(judge, kind, items, *rest)
 
-    monkeypatch.setattr(verdicts, "cached_results", counted)
+    monkeypatch.setattr(judging_calls, "cached_results", counted)
     run_evaluate(small(*typed, "variant=none"))
     assert len(asked) == 2  # one call for each judge, of all sides together
 
 
 def test_the_gate_says_with_numbers_whether_a_policy_is_worse(small, typed, evaluated, caplog):
-    """By hand: the paired test of the verdicts of two policies over their own SFTs, or of scores."""
+    """By hand: the paired test of the scores; the other policy may be named by its folder."""
     home = small(*typed).home
-    scores = [completions(home / name)["score.truth"].tolist() for name in ("dpo/none", "sft/full")]
-    test = statistics.paired_test(*scores)
-    asked = ("variant=none", "gate.against=sft/full", "gate.metric=score.truth")
+    test = statistics.paired_test(*(completions(home / n)["score.truth"].tolist() for n in ("dpo/none", "sft/full")))
     with caplog.at_level("INFO"):
-        run_evaluate(small(*typed, *asked))
+        run_evaluate(small(*typed, "variant=none", f"gate.against={home}/sft/full", "gate.metric=score.truth"))
     (sentence,) = (message for message in caplog.messages if message.startswith("gate: "))
     assert sentence.startswith("gate: dpo/none is not worse than sft/full by score.truth: ")
     assert f"paired difference {formatting.format_estimate(test['difference'])} (n 6), p {test['p']:.2g}" in sentence
-    assert run_evaluate(small(*typed, *asked[:1], f"gate.against={home}/sft/full"))  # its folder, and another metric
 
 
 @pytest.mark.parametrize(
@@ -666,10 +615,10 @@ def gated(first, second, metric="score.truth", verdicts=(), sft=None):
         for row, value in enumerate(values)
     ]
     eval_set = SimpleNamespace(prompt_set=SimpleNamespace(name="test"))
-    comparison = measure.Comparison(eval_set, [], "base", [], completions=pd.DataFrame(lines))
-    new, old = (policies.Policy(name, "", None, sft=sft) for name in names)
     table = pd.DataFrame(verdicts, columns="policy judge label temperature row verdict distinct".split())
-    gate.check_gate(new, old, metric, comparison, table)
+    comparison = measure.Comparison(eval_set, [], "base", [], completions=pd.DataFrame(lines), verdicts=table)
+    new, old = (policies.Policy(name, "", None, sft=sft) for name in names)
+    gate.check_gate(new, old, metric, comparison)
 
 
 def test_the_gate_fails_where_the_paired_test_says_worse():
@@ -708,3 +657,37 @@ def test_a_gate_on_win_rates_is_of_the_same_prompts_and_counts_a_comparison_once
     )
     with pytest.raises(PipelineError, match="no row in common"):
         gated([], [], *key, verdicts=new)
+
+
+# These change what the tests above read
+
+
+def test_the_second_time_nothing_is_measured_and_another_temperature_only_samples(small, typed, evaluated, parts):
+    run = small(*typed, "best_of.n=4", "variant=none")
+    again = run_evaluate(run)
+    assert parts == []
+    for name, policy in evaluated["policies"].items():  # other tests may have asked other judges
+        assert again["policies"][name] == policy | {"own": again["policies"][name]["own"] | policy["own"]}
+    results = run_evaluate(small(*typed, "evaluation.temperatures=[0.5]"))
+    assert parts == [f"{name}/completions" for name in ("none", "r8", "full", "r8", "base")]
+    own = results["policies"]["dpo/none"]["own"]
+    labels = {key for key in own if key.startswith("win_rate.truth.sft")}
+    assert labels >= {f"win_rate.truth.sft{at}" for at in ("", ".t0", ".t0.5")}  # those of other settings stay
+    assert results["best_of"] == evaluated["best_of"]
+
+
+def test_other_judges_results_stay_and_those_of_another_version_go(small, typed, evaluated, monkeypatch):
+    asked = small(*typed[:2], "evaluation.temperatures=[1]", "judge=[length]")
+    both = (record.read_json(asked.home / "results.json"), results := run_evaluate(asked))
+    before, own = (each["policies"]["dpo/none"]["own"] for each in both)
+    assert [key for key in before if own[key] != before[key] and key != "elo.length"] == []  # rated in this company
+    assert set(results["judges"]) >= {"truth", "length"}
+    rows = [{(row["one"], row["other"]): row for row in each["comparisons"]["truth"]} for each in both]
+    assert rows[0] == rows[1]
+    assert "score.truth" in completions(asked.dpo_folder.parent / "none")
+    shorter = Judge(lambda items: ((i, float(-len(each.ids))) for i, each in enumerate(items)), version="2")
+    monkeypatch.setattr(build, "build_judges", lambda run, loading: {"length": shorter})
+    own = run_evaluate(asked)["policies"]["dpo/none"]["own"]
+    assert own["score.length"]["value"] < 0
+    assert not [key for key in own if key.startswith("win_rate.length") and key.endswith(".t0")]
+    assert "win_rate.truth.sft.t0" in own

@@ -22,8 +22,7 @@ from dpo_pipeline.config import CONF, compose, instantiate_node
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.judges.build import build_judges
 from dpo_pipeline.judges.chat import chat, parse_verdict
-from dpo_pipeline.judges.judge import Completion, Judge
-from dpo_pipeline.judges.verdicts import choices, scores
+from dpo_pipeline.judges.judge import Completion, Judge, choices, scores
 
 OPTIONS = sorted(file.stem for file in (CONF / "judge").glob("openai*.yaml"))
 CHOOSING = ["openai", "openai_tldr_concise", "openai_tldr_simple"]
@@ -336,11 +335,6 @@ def test_an_endpoint_that_cannot_be_used_is_one_sentence_without_the_key(
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
-def test_a_server_that_is_not_there_is_one_sentence():
-    with pytest.raises(PipelineError, match="the judge m at http://127.0.0.1:1/v1/ fails .*refused.*: start it"):
-        list(judge("openai", "http://127.0.0.1:1/v1").choose([PAIR]))
-
-
 def test_a_reply_that_repeats_the_key_leaves_it_nowhere(serve, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     caplog.set_level(logging.DEBUG)
@@ -372,7 +366,7 @@ def test_a_question_that_is_refused_is_none_and_the_others_stand(serve, tmp_path
 def test_a_reply_without_a_verdict_is_counted_and_not_cached(serve, tmp_path, caplog):
     server = serve(lambda question, number: "I cannot say." if "odd" in question else "4")
     assert scores(rating(server), completions(["odd", "even", "odd one"]), tmp_path, "judge") == [None, 4, None]
-    assert caplog.messages == ["judge: 2 of 3 replies hold no verdict; the next evaluation asks again"]
+    assert caplog.messages == ["judge: 2 of 3 replies hold no verdict: the next run asks again"]
     (line,) = cached_lines(tmp_path)
     server.use(lambda question, number: "2")
     assert scores(rating(server), completions(["odd", "even", "odd one"]), tmp_path, "judge") == [2, 4, 2]
@@ -525,26 +519,17 @@ def counting(value, version=None):
     return Judge(score=score, version=version)
 
 
-def test_a_text_that_ended_and_one_that_was_cut_are_two(tmp_path):
-    scoring = counting(lambda item: float(item.ended), version="v")
-    assert scores(scoring, [completion("x", ended=False), completion("x")], tmp_path, "judge") == [0, 1]
-    assert choices(
-        Judge(choose=lambda pairs: enumerate([1.0, 0.0])),
-        [(completion("x"), completion("x", ended=False))],
-        tmp_path,
-        "judge",
-    ) == [1]
-    assert len(scoring.score.items) == 2
-
-
 def test_each_completion_is_asked_once_in_a_list_and_over_calls(tmp_path):
-    scoring = counting(lambda item: float(ord(item.text)), version="one")
-    assert scores(scoring, completions("abab"), tmp_path, "judge") == [97, 98, 97, 98]
-    assert scores(scoring, completions("cba"), tmp_path, "judge") == [99, 98, 97]
-    assert sorted(item.text for item in scoring.score.items) == ["a", "b", "c"]
-    assert scores(scoring, [completion("a", [{"role": "user", "content": "Why?"}])], tmp_path, "judge") == [97]
+    scoring = counting(lambda item: ord(item.text) + item.ended / 2, version="one")
+    items = [*completions("abab"), completion("a", ended=False)]  # a text that was cut is another
+    assert scores(scoring, items, tmp_path, "judge") == [97.5, 98.5, 97.5, 98.5, 97]
+    assert scores(scoring, completions("cba"), tmp_path, "judge") == [99.5, 98.5, 97.5]
+    assert [item.text for item in scoring.score.items] == ["a", "b", "a", "c"]
+    assert scores(scoring, [completion("a", [{"role": "user", "content": "Why?"}])], tmp_path, "judge") == [97.5]
     assert scores(scoring, [], tmp_path, "judge") == []
-    assert len(scoring.score.items) == 4
+    assert len(scoring.score.items) == 5
+    finished = Judge(choose=lambda pairs: ((i, float(a.ended)) for i, (a, b) in enumerate(pairs)))
+    assert choices(finished, [(completion("x"), completion("x", ended=False))], tmp_path, "judge") == [1]
 
 
 def test_another_version_is_another_judge_and_none_is_not_cached(tmp_path):
@@ -556,16 +541,6 @@ def test_another_version_is_another_judge_and_none_is_not_cached(tmp_path):
     assert [scores(scoring, [completion("x")], tmp_path / "new", "judge") for _ in range(2)] == [[1.0], [1.0]]
     assert len(scoring.score.items) == 2
     assert not (tmp_path / "new").exists()
-
-
-def test_scores_and_choices_of_one_judge_do_not_mix(tmp_path):
-    both = Judge(
-        score=lambda items: ((i, 7.0) for i in range(len(items))),
-        choose=lambda pairs: ((i, float(a.text == "x")) for i, (a, b) in enumerate(pairs)),
-        version="both",
-    )
-    assert choices(both, [PAIR], tmp_path, "judge") == [1.0]
-    assert scores(both, list(PAIR), tmp_path, "judge") == [7.0, 7.0]
 
 
 def test_a_line_torn_anywhere_costs_that_line_alone(tmp_path):
@@ -583,35 +558,14 @@ def test_a_line_torn_anywhere_costs_that_line_alone(tmp_path):
         assert not cached.score.items
 
 
-def test_each_result_is_on_disk_before_the_next_is_asked(tmp_path):
-    lines = []
-
-    def score(items):
-        for number in range(len(items)):
-            lines.append(len(cached_lines(tmp_path)))
-            yield number, 1.0
-
-    scores(Judge(score=score, version="v"), completions("abcd"), tmp_path, "judge")
-    assert lines == [0, 1, 2, 3]
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_score_that_is_no_number_is_refused_and_the_others_are_kept(tmp_path, value):
     values = {"fine": 1.0, "bad": value, "never": 2.0}
     items = [completion(text, [{"role": "user", "content": "Why not?"}]) for text in ("never", "bad", "fine")]
     with pytest.raises(PipelineError, match=rf"mine: the judge gives {value} for 'user: Why not\?', 'bad'"):
         scores(counting(lambda item: values[item.text], "v"), items, tmp_path, "mine")
+    # Each result is on disk before the next is asked for.
     assert [json.loads(line)["result"] for line in cached_lines(tmp_path)] == [1.0]
-
-
-def test_a_bar_with_the_name_of_the_judge_counts_what_is_asked_and_goes(tmp_path, capsys):
-    scoring = counting(lambda item: time.sleep(0.12) or 1.0, "v")
-    scores(scoring, completions("abca"), tmp_path, "score of mine")
-    shown = capsys.readouterr().err
-    assert re.findall(r"score of mine: .*?([0-9]/3)", shown)[:2] == ["0/3", "1/3"]
-    assert shown.endswith("\r")
-    scores(scoring, completions("abc"), tmp_path, "score of mine")
-    assert not capsys.readouterr().err
 
 
 # A real server

@@ -18,7 +18,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from dpo_pipeline.config import CONF, argument_faults, compose, instantiate_node
+from dpo_pipeline.config import CONF, compose, instantiate_node
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.judges import implicit_reward as implicit
 from dpo_pipeline.judges.implicit_reward import implicit_reward
@@ -361,15 +361,6 @@ def test_a_policy_that_cannot_be_asked_is_refused(policies, tmp_path):
 
 
 # Their options
-
-
-@pytest.mark.parametrize("name", ["length", "refusal", "reward_model", "implicit_reward", "human"])
-def test_an_option_lists_what_its_judge_takes(name):
-    node = compose([f"judge=[{name}]", *(["judge.reward_model.path=x"] if name == "reward_model" else [])]).judge[name]
-    assert not argument_faults(name, node)
-    text = (CONF / "judge" / f"{name}.yaml").read_text()
-    assert text.startswith(f"# @package judge.{name}\n# ")
-    assert "\n#   make evaluate ARGS=" in text
 
 
 def test_what_an_option_gives_is_what_its_file_says():

@@ -19,9 +19,9 @@ from dpo_pipeline.cli import main
 from dpo_pipeline.config import compose
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.record import read_json, write_json
-from dpo_pipeline.report import betas, build, cost, curves, examples, figures, frontier, render, runs
+from dpo_pipeline.report import betas, build, curves, details, figures, frontier, page, runs
 from dpo_pipeline.report.__main__ import run_report
-from dpo_pipeline.report.section import Panel, Section, format_cell, shorten
+from dpo_pipeline.report.page import Panel, Section, format_cell
 
 SCRIPT = '<script>document.title="run"</script>'
 NASTY = f"{SCRIPT} \x1b[31mred\x07 \u202eback <img src=x onerror=alert(2)> | [a](javascript:b) `&amp;`"
@@ -180,19 +180,22 @@ class Tags(HTMLParser):
 
 
 def test_html_shows_markup_as_text_and_fetches_nothing(nasty):
-    page = (nasty[0] / "report" / "index.html").read_text()
-    seen = Tags(page)
+    html = (nasty[0] / "report" / "index.html").read_text()
+    seen = Tags(html)
     assert {tag for tag, _ in seen.tags} == {
         *("html head meta title style body nav a section h1 h2 div ul li p code table tr th td".split()),
         *("figure figcaption img span small".split()),
     }
     assert not any(name.startswith("on") for _, attrs in seen.tags for name in attrs)
     assert all(attrs["href"].startswith("#s") for tag, attrs in seen.tags if tag == "a")
-    assert all(attrs["src"].startswith("data:image/png;base64,") for tag, attrs in seen.tags if tag == "img")
-    assert not set("\x1b\x07\u202e") & set(page)
+    images = [attrs["src"].partition("data:image/png;base64,")[2] for tag, attrs in seen.tags if tag == "img"]
+    assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
+    png = (nasty[0] / "report" / "reward_kl_frontier.png").read_bytes()
+    assert base64.b64encode(png).decode() in images  # the folder holds what the page shows
+    assert not set("\x1b\x07\u202e") & set(html)
     shown = "".join(seen.text)
     assert shown.count(SCRIPT + " \\x1b[31mred\\x07 \\u202eback <img") > 50
-    assert not re.search("https?:", page)
+    assert not re.search("https?:", html)
 
 
 def test_markdown_has_no_tags_no_links_and_no_broken_tables(nasty):
@@ -221,8 +224,8 @@ def test_a_terminal_obeys_nothing_and_has_at_most_forty_lines(nasty):
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium on this machine")
 def test_a_browser_shows_every_figure_at_every_width_and_runs_nothing(nasty, tmp_path):
     """The page in frames of three widths; a page around them reads what the browser made of it."""
-    page, widths = nasty[0] / "report" / "index.html", (1200, 800, 390)
-    frames = "".join(f'<iframe src="file://{page}" style="width:{width}px;height:900px"></iframe>' for width in widths)
+    file, widths = nasty[0] / "report" / "index.html", (1200, 800, 390)
+    frames = "".join(f'<iframe src="file://{file}" style="width:{width}px;height:900px"></iframe>' for width in widths)
     script = """onload = () => document.body.textContent = JSON.stringify(
       [...document.querySelectorAll("iframe")].map(({ contentDocument: d }) => ({
       title: d.title, width: d.documentElement.scrollWidth, alerts: d.querySelectorAll("script, [onerror]").length,
@@ -236,18 +239,19 @@ def test_a_browser_shows_every_figure_at_every_width_and_runs_nothing(nasty, tmp
         assert seen["title"] == "name"
         assert seen["alerts"] == 0
         assert seen["width"] <= width
-        assert len(seen["images"]) == page.read_text().count("<img ") > 14
+        assert len(seen["images"]) == file.read_text().count("<img ") > 14
         assert min(seen["images"]) > 300
 
 
-def test_figures_are_pngs_that_the_page_and_the_folder_share(nasty):
-    page = (nasty[0] / "report" / "index.html").read_text()
-    images = [base64.b64decode(text) for text in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
-    assert all(image.startswith(b"\x89PNG") for image in images)
-    assert (nasty[0] / "report" / "reward_kl_frontier.png").read_bytes() in images
+@pytest.fixture
+def verdict_alone(monkeypatch):
+    """A report of the verdict: pictures take long."""
+    monkeypatch.setattr(build, "SECTIONS", build.SECTIONS[:1])
 
 
-def test_a_failure_leaves_the_report_as_it_was_and_is_a_warning_of_other_commands(home, monkeypatch, caplog):
+def test_a_failure_leaves_the_report_as_it_was_and_is_a_warning_of_other_commands(
+    home, monkeypatch, caplog, verdict_alone
+):
     build.write_report(home, 10.0, [])
     files = {file: file.read_bytes() for file in (home / "report").iterdir()}
 
@@ -255,8 +259,6 @@ def test_a_failure_leaves_the_report_as_it_was_and_is_a_warning_of_other_command
         raise ValueError("a table\nis broken")
 
     monkeypatch.setattr(build, "SECTIONS", (*build.SECTIONS, fail))
-    with pytest.raises(ValueError, match="is broken"):
-        build.write_report(home, 10.0, [])
     run = compose([f"root={home.parent}", "name=name"])
     with caplog.at_level("WARNING"):
         build.report_or_warn(run)
@@ -265,7 +267,7 @@ def test_a_failure_leaves_the_report_as_it_was_and_is_a_warning_of_other_command
     assert files == {file: file.read_bytes() for file in (home / "report").iterdir()}
 
 
-def test_the_command_needs_a_run_of_this_version(home, monkeypatch, capsys):
+def test_the_command_needs_a_run_of_this_version(home, monkeypatch, capsys, verdict_alone):
     typed = [f"root={home.parent}", "name=name"]
     assert run_report(compose(typed)) == home / "report" / "index.html"
     assert "dpo/sigmoid-beta0.1-seed0 is better than sft/full by truth: difference 0.500" in capsys.readouterr().out
@@ -354,21 +356,18 @@ def test_one_run_has_a_frontier_and_one_of_another_reference_is_left_out(home):
 
 
 @pytest.mark.parametrize("item", ["PPO", "PPO:/not/there.json", "PPO:{file}"])
-def test_an_overlay_that_is_none_is_refused(item, tmp_path):
+def test_an_overlay_that_is_none_is_refused_and_one_changes_no_run(item, tmp_path):
     write_json(tmp_path / "x.json", [{"kl": 1.0}])
+    item = item.format(file=tmp_path / "x.json")
     with pytest.raises(PipelineError, match=r"overlay=\[PPO.*give overlay=\[NAME:FILE\]"):
-        frontier.read_overlays([item.format(file=tmp_path / "x.json")])
-
-
-def test_an_overlay_is_typed_with_a_name_and_changes_no_run(tmp_path):
-    run = compose([f"root={tmp_path}", f"overlay=[PPO:{tmp_path}/a-b.json]"])
-    assert run.overlay == [f"PPO:{tmp_path}/a-b.json"]
-    assert run.variant == compose([f"root={tmp_path}"]).variant
+        frontier.read_overlays([item])
+    assert compose([f"root={tmp_path}", f"overlay=[{item}]"]).variant == compose([f"root={tmp_path}"]).variant
 
 
 def test_curves_are_those_of_the_metrics_on_axes_that_make_sense(home, drawn):
-    (part,), axes = drawn(curves, lambda: curves.training_curves(load(home)))
-    assert [panel.title for panel in part.panels] == list(axes) == list(curves.HOW)[:8]
+    (part, sft), axes = drawn(curves, lambda: curves.training_curves(load(home)))
+    assert [panel.title for panel in part.panels] == list(axes)[:8] == list(curves.CURVES["dpo"])
+    assert [panel.title for panel in sft.panels] == ["SFT loss", "perplexity of validation"]
     assert part.figure == "training_curves.png"
     change = {line.get_label(): line.get_ydata()[-1] for line in axes["log-prob change, nats"].lines[1:]}
     expected = {"chosen, train": -1, "chosen, validation": -1, "rejected, train": -5, "rejected, validation": -5}
@@ -380,15 +379,24 @@ def test_curves_are_those_of_the_metrics_on_axes_that_make_sense(home, drawn):
     assert all("Unusual" not in panel.caption for panel in part.panels)
 
 
-def remarks_of(home: Path, kl_budget: float = 10.0, **changes) -> str:
-    """What the captions say is unusual, where columns of the last metrics are changed."""
+def unusual(home: Path, kl_budget: float = 10.0, points=None, **changes) -> str:
+    """What the captions say is unusual, where columns of the metrics, or the points of the tracker, are changed."""
     folder = home / "dpo" / "sigmoid-beta0.1-seed0"
     lines = dpo_metrics(0.1, changes.pop("final_loss", 0.5))
+    lines[9] |= {"grad_norm": changes.pop("jump", 0.5)}
     for line in lines:
         line |= {key: value for key, value in changes.items() if key in line}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (part,) = curves.training_curves(load(home, kl_budget, "dpo/sigmoid-beta0.1-seed0"))
+    if points:
+        write_json(folder / "reward_kl_tracker.json", points)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "draw_png", lambda *args: b"")
+        part, _ = curves.training_curves(load(home, kl_budget, "dpo/sigmoid-beta0.1-seed0"))
     return " ".join(panel.caption for panel in part.panels if "Unusual" in panel.caption)
+
+
+FALLING = tracked(3.0, 0.8)
+FALLING[-1] = FALLING[-1] | {"reward": 0.3, "reward_low": 0.2, "reward_high": 0.4}
 
 
 @pytest.mark.parametrize(
@@ -399,26 +407,14 @@ def remarks_of(home: Path, kl_budget: float = 10.0, **changes) -> str:
         ({"rewards/accuracies": 0.99}, "it learns label noise"),
         ({"eval_rewards/chosen": -2.0}, "the chosen falls as much"),
         ({"kl_budget": 2.0}, "3.0, above evaluation.kl_budget=2"),
+        ({"points": FALLING}, "falls from 0.72 at step 90"),
+        ({"jump": 50.0}, "it jumps; above 1, so clipped, in 10% of the logged steps"),
     ],
 )
 def test_what_is_unusual_stands_beside_its_curve(changes, words, home):
-    said = remarks_of(home, **changes)
+    said = unusual(home, **changes)
     assert words in said
     assert said.count("Unusual") == 1
-
-
-def test_a_reward_that_falls_and_a_gradient_that_jumps_are_unusual(home):
-    points = tracked(3.0, 0.8)
-    points[-1] |= {"reward": 0.3, "reward_low": 0.2, "reward_high": 0.4}
-    write_json(home / "dpo" / "sigmoid-beta0.1-seed0" / "reward_kl_tracker.json", points)
-    assert "falls from 0.72 at step 90" in remarks_of(home)
-    lines = dpo_metrics(0.1)
-    lines[5]["grad_norm"] = 50.0
-    metrics, config = pd.DataFrame(lines).groupby("step").first(), OmegaConf.create({"dpo": {"max_grad_norm": 1.0}})
-    metrics["eval_chosen change"] = metrics["eval_rejected change"] = 0.0
-    found = curves.find_remarks(metrics, pd.DataFrame(columns=curves.TRACKED_COLUMNS), config, 10.0)
-    assert "it jumps" in found["gradient norm"]
-    assert "clipped, in 10% of the logged steps" in found["gradient norm"]
 
 
 def test_win_rates_are_drawn_over_temperature_for_every_policy(home, drawn):
@@ -463,38 +459,38 @@ def test_warnings_are_marked_in_the_log_and_listed_once(home, tmp_path):
         record.log.warning("too %s", "far")
         record.log.info("fine")
     assert (tmp_path / "train.log").read_text() == "warning: too far\nfine\n"
-    (part,) = cost.warnings(load(home))
+    _, part, _ = details.run_facts(load(home))
     assert part.text.count("\n") == 2  # one for each of three runs
     assert part.text.startswith("- sft/full: too far")
 
 
 def test_cost_is_that_of_the_manifests_and_a_resumed_run_has_no_speed(home):
-    (part,) = cost.cost(load(home))
+    *_, part = details.run_facts(load(home))
     line = part.table.set_index("run").loc["dpo/sigmoid-beta0.1-seed0"]
     numbers = ["61 s", 100, "2.0 GB", "cpu, fp32, 1 process(es)"]
     assert line[["time", "steps", "peak memory", "on"]].tolist() == numbers
     assert (line["tokens trained on"], line["tokens a second"]) == ("100,000", "2,000")
     assert line["command"].startswith("python -m dpo_pipeline.dpo 'name=<script>")
     (home / "dpo" / "sigmoid-beta0.1-seed0" / "train.log").write_text("resuming from x\n")
-    (part,) = cost.cost(load(home))
+    *_, part = details.run_facts(load(home))
     assert part.table.set_index("run")["tokens a second"]["dpo/sigmoid-beta0.1-seed0"] == ""
 
 
 def test_completions_stand_side_by_side_and_long_ones_are_cut(home):
-    (part,) = examples.completions(load(home))
+    (part,) = details.completions(load(home))
     assert list(part.table.columns) == ["prompt", "base", "sft/full", "dpo/sigmoid-beta0.1-seed0"]
     assert len(part.table) == 10
-    assert len(part.table.iloc[0, 1]) == examples.MAX_TEXT + 4
+    assert len(part.table.iloc[0, 1]) == details.MAX_TEXT + 4
     assert len(part.short.splitlines()) == 9
 
 
 def test_a_table_of_numbers_reads_alike_in_markdown_and_html():
     table = pd.DataFrame([{"a": estimate(0.5, 0.1), "b": 1234, "c": 0.000123, "d": float("nan"), "e": "x|y"}])
     parts = [Section("T `x`", "p\n\n- one\n- two", table)]
-    assert "| 0.500 [0.400, 0.600] | 1,234 | 0.000123 |   | x\\|y |" in render.to_markdown("t", "l", parts)
-    page = render.to_html("t", "l", parts)
-    assert "0.500 <small>[0.400, 0.600]</small>" in page
-    assert page.count("<li>") == 2
+    assert "| 0.500 [0.400, 0.600] | 1,234 | 0.000123 |   | x\\|y |" in page.to_markdown("t", "l", parts)
+    html = page.to_html("t", "l", parts)
+    assert "0.500 <small>[0.400, 0.600]</small>" in html
+    assert html.count("<li>") == 2
     assert format_cell({"value": 1.0, "low": None, "high": None, "n": 2}) == "1.000 (of 2)"
 
 
@@ -508,5 +504,5 @@ def test_panels_are_joined_two_beside_each_other():
     tall = figures.draw_png(lambda axis: [axis.plot([0, 1], label=f"{i} {'x' * 40}") for i in range(20)], "title")
     assert len(imread(io.BytesIO(figures.join_pngs([png, tall])))) == len(imread(io.BytesIO(tall))) > 2 * tile[0]
     assert figures.join_pngs([png]) == png
-    assert shorten("a" * 30 + "b" * 30) == "a" * 23 + "…" + "b" * 12
+    assert figures.shorten("a" * 30 + "b" * 30) == "a" * 23 + "…" + "b" * 12
     assert Panel("t", png).caption == ""

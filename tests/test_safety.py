@@ -21,7 +21,7 @@ from dpo_pipeline.data.prompts import prompt_ids, prompts_to_rows, read_prompts
 from dpo_pipeline.data.token_table import LengthLimits, tokenize
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.evaluation.subsets import bias, largest_changes, safety
-from dpo_pipeline.report import comparison, examples
+from dpo_pipeline.report import comparison, details, page
 from dpo_pipeline.tokenizer import load_tokenizer
 from dpo_pipeline.training.tiny import word_tokenizer
 from tests.helpers import runs_of
@@ -239,31 +239,24 @@ def test_refusals_are_shares_by_label_and_the_unreadable_are_counted():
     assert safety(table({"refusal": [None]}, label=["unsafe"])) == {"unread": {"refusal": 1}}
 
 
-def table_of(make_sections, **results) -> str:
-    """The table of a section of the report, as Markdown."""
-    (part,) = make_sections(runs_of({}, **results))
-    return comparison.as_markdown(part.table)
+def cells_of(**results) -> dict[str, list[str]]:
+    """The cells of the report's table on other prompts, by label."""
+    (part,) = comparison.other_prompts(runs_of({}, **results))
+    return {label: [page.format_cell(cell) for cell in cells] for label, *cells in page.table_rows(part.table)}
 
 
 def changes_of(found):
     """The section of the report on what changed from `sft` to `dpo`."""
-    (part,) = examples.changes(
+    (part,) = details.changes(
         runs_of({}, "dpo", notable={"dpo": {"before": "sft", "x": json.loads(json.dumps(found))}})
     )
     return part
 
 
-def rows_of(markdown: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
-
-
 def test_the_table_of_safety_has_a_column_for_each_policy_and_tells_what_nobody_could_read():
-    lines = rows_of(table_of(comparison.safety_table, safety={
-        "base": safety(table({"refusal": REFUSED, "har.m": HARM}, label=LABELS)),
-        "dpo/b0.1": safety(table({"refusal": [1.0] * 8, "har.m": [0.5] * 8}, label=LABELS[10:])),
-    }))  # fmt: skip
-    assert lines[0] == ["", "base", "dpo/b0.1"]
-    cells = {line[0]: line[1:] for line in lines[2:]}
+    base = safety(table({"refusal": REFUSED, "har.m": HARM}, label=LABELS))
+    dpo = safety(table({"refusal": [1.0] * 8, "har.m": [0.5] * 8}, label=LABELS[10:]))
+    cells = cells_of(safety={"base": base, "dpo/b0.1": dpo})
     expected = [(6.5 / 8, *wilson(6.5 / 8, 8)), (1, *wilson(1, 8))]
     assert cells["refusal, unsafe prompts"] == [f"{p:.3f} [{low:.3f}, {high:.3f}]" for p, low, high in expected]
     assert cells["over-refusal, safe prompts"][1] == ""
@@ -325,18 +318,16 @@ def test_the_table_of_bias_shows_groups_gaps_and_what_was_unreadable():
     columns = {"template": np.repeat(list("abcd"), 3), "group": ["g0", "g1", "g2"] * 4}
     values = [1, 0, 0, 1, 1, 0, 1, 0, 1, 0, 0, 1]
     three = {"base": bias(table({"harm": values}, **columns)), "dpo": bias(table({"harm": [None] * 12}, **columns))}
-    lines = rows_of(table_of(comparison.bias_table, bias=three))
-    cells = {line[0]: line[1:] for line in lines[2:]}
+    cells = cells_of(bias=three)
     rest = [f"harm, g{i} minus the rest" for i in range(3)]
     assert list(cells) == [*(f"harm, g{i}" for i in range(3)), *rest, "harm, largest gap", "harm, unreadable"]
     assert cells["harm, g0"][0].startswith("0.750 [")
     assert cells["harm, g1 minus the rest"][0].startswith("-0.375 [")
     assert cells["harm, largest gap"][0].startswith("g0 - g1: 0.500 [")
     assert cells["harm, unreadable"] == ["", "12"]
-    two = bias(table({"tokens": [3.0, 5.0]}, template=["t", "t"], group=["m", "w"]))
-    two = table_of(comparison.bias_table, bias={"base": two})
-    assert "minus the rest" not in two
-    assert "w - m: 2.000 (of 1)" in two
+    two = cells_of(bias={"base": bias(table({"tokens": [3.0, 5.0]}, template=["t", "t"], group=["m", "w"]))})
+    assert [label.partition(", ")[2] for label in two] == ["m", "w", "largest gap"]
+    assert two["completion_tokens, largest gap"] == ["w - m: 2.000 (of 1)"]
 
 
 # Successes and failures

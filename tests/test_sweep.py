@@ -22,7 +22,7 @@ from dpo_pipeline.config import CONF
 from dpo_pipeline.data import prepare
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.record import read_json, write_json
-from dpo_pipeline.report import betas, build, render, runs
+from dpo_pipeline.report import betas, build, page, runs
 from dpo_pipeline.sft import run_sft
 from tests.commands import run, start, wait
 from tests.helpers import train
@@ -288,7 +288,7 @@ def lay(home: Path, beta: float, seed: int, kl: float, reward: float | None, nat
 
 def report(home: Path, kl_budget: float = 10, failed: dict | None = None) -> str:
     """What the sections on the variants say, as Markdown."""
-    return render.to_markdown("", "", betas.all_variants(runs.load_runs(home, kl_budget, None, {}, failed or {})))
+    return page.to_markdown("", "", betas.all_variants(runs.load_runs(home, kl_budget, None, {}, failed or {})))
 
 
 def test_the_largest_reward_within_the_budget_is_recommended(tmp_path):

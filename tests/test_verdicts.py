@@ -55,11 +55,6 @@ def test_equal_verdicts_have_wilsons_interval(verdict):
     assert found["high"] - found["low"] > 0.05
 
 
-def test_no_verdicts_are_refused():
-    with pytest.raises(ValueError, match="no values"):
-        win_rate([])
-
-
 @pytest.mark.parametrize("distinct", [1, 9, 10, 40])
 def test_the_interval_of_a_win_rate_is_over_distinct_comparisons(distinct):
     verdicts = judged(np.random.default_rng(2), np.full(distinct, 0.6))
@@ -106,22 +101,14 @@ def test_a_fit_keeps_its_digits_where_next_to_nothing_is_lost(lost):
     assert found[:, 0] == pytest.approx([math.log(100 / lost), math.log(lost / 100)], rel=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_judge_that_likes_length_alone_finds_no_winner_at_equal_length(seed):
+@pytest.mark.parametrize("slope", [1 / 30, 1e6], ids=["likes", "always takes"])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_judge_of_length_alone_finds_no_winner_at_equal_length(seed, slope):
     rng = np.random.default_rng(seed)
     lengths = np.round(rng.normal(40, 40, 400))
-    verdicts = judged(rng, lengths / 30)
+    verdicts = np.where(lengths == 0, 0.5, judged(rng, lengths * slope, ties=0.2 if slope < 1 else 0.0)).tolist()
     raw, controlled = win_rate(verdicts), length_controlled(verdicts, lengths)
     assert raw["low"] > 0.6
-    assert holds(controlled, 0.5)
-    assert controlled["high"] - controlled["low"] < 0.25
-
-
-def test_a_judge_that_always_takes_the_longer_finds_no_winner_at_equal_length():
-    lengths = np.round(np.random.default_rng(5).normal(30, 40, 300))
-    verdicts = np.select([lengths > 0, lengths == 0], [1.0, 0.5], 0.0).tolist()
-    controlled = length_controlled(verdicts, lengths.tolist())
-    assert win_rate(verdicts)["low"] > 0.7
     assert holds(controlled, 0.5)
 
 
@@ -171,11 +158,6 @@ def test_a_fit_needs_wins_and_losses_and_without_a_difference_in_length_it_is_th
     assert length_controlled([1.0] * 40 + [0.0] * 9 + [0.5] * 40, list(range(-44, 45))) is None  # ties are no losses
 
 
-def test_verdicts_without_their_lengths_are_refused():
-    with pytest.raises(ValueError, match="3 verdicts on 2 length differences"):
-        length_controlled([1.0, 0.0, 1.0], [3, 4])
-
-
 # Ratings
 
 
@@ -197,7 +179,7 @@ def tournament(rng, strengths, prompts, missing=0.1):
     verdicts = {}
     for one, other in itertools.combinations(strengths, 2):
         said = judged(rng, np.full(prompts, strengths[one] - strengths[other]), ties=0.0)
-        verdicts[one, other] = [None if rng.random() < missing else verdict for verdict in said]
+        verdicts[one, other] = [math.nan if rng.random() < missing else verdict for verdict in said]
     return verdicts
 
 
@@ -206,7 +188,7 @@ STRENGTHS = {"a": 0.0, "b": 0.4, "c": -0.7, "d": 1.5, "e": 1.2}
 
 def test_ratings_maximise_the_likelihood():
     verdicts = tournament(np.random.default_rng(10), STRENGTHS, 60)
-    games = [(one, other, v) for (one, other), said in verdicts.items() for v in said if v is not None]
+    games = [(one, other, v) for (one, other), said in verdicts.items() for v in said if v == v]
     games += [(one, other, 0.5) for one, other in verdicts]  # the tie more
 
     def loss(found):
@@ -258,22 +240,9 @@ def test_all_verdicts_on_a_prompt_are_drawn_together():
     assert doubled["high"] - doubled["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.08)
 
 
-def test_one_that_wins_everything_and_one_that_loses_everything_have_finite_ratings():
-    verdicts = {
-        ("best", "a"): [1.0] * 50,
-        ("best", "b"): [1.0] * 50,
-        ("a", "worst"): [1.0] * 50,
-        ("a", "b"): [0.5] * 50,
-    }
-    found = elo(verdicts, "a")
-    assert found["worst"]["value"] < 500 < 1500 < found["best"]["value"] < 2500
-    for name in ("best", "worst"):
-        assert found[name]["high"] - found[name]["low"] > 300
-        assert holds(found[name], found[name]["value"])
-
-
-def test_none_is_no_verdict_and_who_is_not_linked_to_the_anchor_is_left_out():
-    verdicts = {("a", "b"): [1.0, None, 0.0, 1.0], ("c", "b"): [None, 0.5, None, None], ("a", "d"): [None] * 4}
+def test_nan_is_no_verdict_and_who_is_not_linked_to_the_anchor_is_left_out():
+    nan = math.nan
+    verdicts = {("a", "b"): [1.0, nan, 0.0, 1.0], ("c", "b"): [nan, 0.5, nan, nan], ("a", "d"): [nan] * 4}
     verdicts |= {("x", "y"): [1.0, 0.0, 1.0, 1.0]}
     found = elo(verdicts, "a")
     assert list(found) == ["a", "b", "c"]
@@ -292,10 +261,9 @@ def test_a_chain_links_to_the_anchor_whatever_the_order_of_its_pairs():
         assert [each["value"] for each in found.values()] == pytest.approx([1000] * 5)
 
 
-def test_an_anchor_without_a_verdict_and_lists_of_different_lengths_are_refused():
-    for verdicts in ({}, {("b", "c"): [1.0]}, {("a", "b"): [None], ("b", "c"): [1.0]}):
-        with pytest.raises(ValueError, match="there is no verdict on a, the anchor of the ratings"):
-            elo(verdicts, "a")
+def test_an_anchor_without_a_verdict_rates_nobody_and_lists_of_different_lengths_are_refused():
+    for verdicts in ({}, {("b", "c"): [1.0]}, {("a", "b"): [math.nan], ("b", "c"): [1.0]}):
+        assert elo(verdicts, "a") == {}
     with pytest.raises(ValueError, match="inhomogeneous"):
         elo({("a", "b"): [1.0, 0.0], ("a", "c"): [1.0]}, "a")
 
@@ -338,13 +306,6 @@ def test_equal_policies_and_single_prompts_show_nothing():
     assert paired_test([2.0, 3.0], [1.5, 1.0])["p"] == 0.5
 
 
-def test_scores_that_do_not_match_are_refused():
-    with pytest.raises(ValueError, match="shorter|longer"):
-        paired_test([1.0, 2.0], [1.0])
-    with pytest.raises(ValueError, match="the mean of no values"):
-        paired_test([], [])
-
-
 @pytest.mark.parametrize("ps", [[0.01, 0.04, 0.03, 0.005], [0.5, 0.02, 0.02, 0.9, 0.011], [0.6, 0.2, 0.7], [0.2], []])
 def test_holms_p_is_that_of_the_closed_test_with_bonferronis(ps):
     subsets = [s for size in range(1, len(ps) + 1) for s in itertools.combinations(range(len(ps)), size)]
@@ -379,17 +340,6 @@ def test_the_best_rank_of_128_is_exact(k):
     ranks = np.random.default_rng(17).permutation(128) + 1.0
     assert statistics.expected_best(ranks.tolist(), ranks.tolist(), k) == pytest.approx(k * 129 / (k + 1), rel=1e-13)
     assert statistics.expected_best([0.0] * 128, ranks.tolist(), k) == pytest.approx(64.5, rel=1e-13)
-
-
-@pytest.mark.parametrize("k", [0, -1, 4])
-def test_the_best_of_none_or_of_more_than_there_are_is_refused(k):
-    with pytest.raises(ValueError, match=f"the best of {k} out of 3"):
-        statistics.expected_best([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], k)
-
-
-def test_scores_without_their_values_are_refused():
-    with pytest.raises(ValueError, match="shorter"):
-        statistics.expected_best([1.0, 2.0], [1.0], 1)
 
 
 def best_of_n_kl(probabilities, n):

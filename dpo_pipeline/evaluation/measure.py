@@ -5,7 +5,6 @@ import functools
 import gc
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,9 +24,11 @@ from dpo_pipeline.hardware import device, versions
 from dpo_pipeline.locks import file_lock
 from dpo_pipeline.logprobs import completion_logprobs
 from dpo_pipeline.models import load_policy
+from dpo_pipeline.record import write_file
 from dpo_pipeline.sampling import sample
 
 PART = 512  # lines that an interruption loses at most
+VERDICT_COLUMNS = "judge policy temperature opponent label row verdict distinct length_difference".split()
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,12 @@ class Request:
 
 @dataclass
 class Comparison:
-    """Policies, each before what it is measured against, on an eval set, and the two tables of what is measured.
+    """Policies, each before what it is measured against, on an eval set, and the tables of what is measured.
 
     All are measured against `base`, if there is one. A line of `pairs` is a pair under a policy; one of `completions`
-    a completion, where KL is taken with its log-prob under policy, base and reference: sums over tokens, in nats.
+    a completion, where KL is taken with its log-prob under policy, base and reference: sums over tokens, in nats. One
+    of `verdicts` compares two completions: 1, 0.5 or 0, NaN if unreadable; `label` is the opponent's role, or `pair`
+    between any two policies; `distinct` numbers the different pairs of texts.
     """
 
     eval_set: EvalSet
@@ -59,6 +62,9 @@ class Comparison:
     weights: dict[str, str] = field(default_factory=dict)  # sha256 by policy
     pairs: pd.DataFrame = field(default_factory=pd.DataFrame)
     completions: pd.DataFrame = field(default_factory=pd.DataFrame)
+    verdicts: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=VERDICT_COLUMNS))
+    judge_counts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)  # by what failed
 
     @property
     def shown_policies(self) -> list[Policy]:
@@ -72,9 +78,9 @@ class Comparison:
 
     def samples(self, policy: str) -> pd.DataFrame:
         """The completions that a policy's KL and scores are taken from."""
-        table = self.completions
-        is_own = (table["policy"] == policy) & (table["prompt_set"] == self.eval_set.prompt_set.name)
-        return table[is_own & (table["temperature"] == 1) & (table["draw"] == 0)]
+        table = self.completions[self.completions["policy"] == policy]
+        is_sample = (table["prompt_set"] == self.eval_set.prompt_set.name) & (table["draw"] == 0)
+        return table[is_sample & (table["temperature"] == 1)]
 
 
 @functools.cache
@@ -128,11 +134,10 @@ def measure_policy(policy: Policy, comparison: Comparison, load_model: Callable[
     for other in comparison.policies:
         references = {"logprob": other.name}
         references |= {f"logprob_{kind}": name for kind, name in comparison.references_of(other).items()}
-        for column in [column for column, name in references.items() if name == policy.name]:
-            if other.is_shown:  # and so has completions
-                samples = comparison.samples(other.name)
-                prompts = [list(each.prompt_ids) for each in samples["completion"]]
-                comparison.completions.loc[samples.index, column] = sums(other.folder, prompts, list(samples["ids"]))
+        for column in [column for column, name in references.items() if name == policy.name and other.is_shown]:
+            samples = comparison.samples(other.name)
+            prompts = [list(each.prompt_ids) for each in samples["completion"]]
+            comparison.completions.loc[samples.index, column] = sums(other.folder, prompts, list(samples["ids"]))
 
 
 def sample_lines(
@@ -154,11 +159,8 @@ def sample_lines(
     ids = [completion for completions in by_prompt for completion in completions]
     completions = eval_set.completions(prompt_set, ids, draws)
     texts = eval_set.tokenizer.batch_decode(prompt_set.ids, skip_special_tokens=True)
-    columns: dict[str, Any] = {
-        "policy": policy.name,
-        "prompt_set": prompt_set.name,
-        "temperature": request.temperature,
-    }
+    columns: dict[str, Any] = {"policy": policy.name, "prompt_set": prompt_set.name}
+    columns["temperature"] = request.temperature
     columns["draw"] = [request.first_draw + draw for _ in prompt_set.ids for draw in range(draws)]
     columns["row"] = [row for row in range(len(prompt_set.ids)) for _ in range(draws)]
     columns |= {"prompt": [texts[row] for row in columns["row"]], "text": [each.text for each in completions]}
@@ -194,7 +196,5 @@ def in_parts(
 
 def write_table(table: pa.Table, file: Path) -> None:
     """Write a Parquet file atomically."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    parquet.write_table(table, partial_file)
-    os.replace(partial_file, file)
+    parquet.write_table(table, stream := pa.BufferOutputStream())
+    write_file(file, stream.getvalue().to_pybytes())

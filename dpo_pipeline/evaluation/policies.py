@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,7 @@ DEFAULT_BETA = float(OmegaConf.load(CONF / "config.yaml").beta)
 class Policy:
     """A saved policy: its name in tables, its weights, the folder of its results, and what it is compared with.
 
-    `reference` names its own reference, `sft` the SFT policy that it is to beat. One that is not shown only serves
-    as a reference.
+    `reference` names its own reference, `sft` the SFT policy to beat. One that is not shown only serves as reference.
     """
 
     name: str
@@ -43,8 +42,8 @@ def policies_to_measure(run: Run) -> tuple[Run, list[Policy]]:
     """The policies of a name, or `evaluation.policy` and what it is compared with, and the run with their base."""
     if run.evaluation.policy is None:
         return run, policies_of_name(run)
-    policies = external_policies(run)
-    return with_base_of(run, policies[0].path), policies
+    policies = external_policies(run, run.evaluation.policy, run.evaluation.reference)
+    return with_base_of(run, policies[0].path), list(policies)
 
 
 def policies_of_name(run: Run) -> list[Policy]:
@@ -55,16 +54,14 @@ def policies_of_name(run: Run) -> list[Policy]:
     sft_folders, dpo_folders = (finished_folders(run.home / stage) for stage in ("sft", "dpo"))
     if not (sft_folders or dpo_folders):
         raise PipelineError(
-            f"there is no finished run in {run.home}: run `make sft dpo` with the same arguments first, or give the "
-            "model=, dataset= or name= of another, or one folder by evaluation.policy=FOLDER"
+            f"there is no finished run in {run.home}: run `make sft dpo` with the same arguments, or type name=NAME "
+            "or evaluation.policy=FOLDER of another"
         )
     warn_of_other_data(run, dpo_folders)
-    names = [f"sft/{folder.name}" for folder in sft_folders]
-    opponent = next((name for name in names if name == f"sft/{run.sft_folder.name}"), next(iter(names), None))
-    sfts = [
-        Policy(name, folder / "final", folder, sft=None if name == opponent else opponent)
-        for name, folder in zip(names, sft_folders, strict=True)
-    ]
+    own_first = sorted(sft_folders, key=lambda folder: folder.name != run.sft_folder.name)
+    opponent = f"sft/{own_first[0].name}" if own_first else None
+    sfts = [Policy(f"sft/{folder.name}", folder / "final", folder) for folder in sft_folders]
+    sfts = [replace(policy, sft=None if policy.name == opponent else opponent) for policy in sfts]
     used_names: dict[str, str] = {}
     groups = [dpo_with_references(folder, run, opponent, used_names) for folder in dpo_folders]
     groups.sort(key=lambda group: -sum(policy.name.startswith("dpo/") for policy in group))  # the last round first
@@ -75,8 +72,9 @@ def policies_of_name(run: Run) -> list[Policy]:
 def finished_folders(stage_folder: Path) -> list[Path]:
     """The folders of the finished runs of a stage; warns of the others."""
     reasons = {file.parent: reason_to_skip(file.parent) for file in sorted(stage_folder.glob("*/status.json"))}
-    for folder in [folder for folder, reason in reasons.items() if reason]:
-        log.warning("left out: %s %s", folder, reasons[folder])
+    for folder, reason in reasons.items():
+        if reason:
+            log.warning("left out: %s %s", folder, reason)
     return [folder for folder, reason in reasons.items() if not reason]
 
 
@@ -85,9 +83,9 @@ def warn_of_other_data(run: Run, dpo_folders: list[Path]) -> None:
     fields = {key: value for key, value in identity(run, "dpo").items() if key.startswith(("dataset.", "model."))}
     for folder in dpo_folders:
         trained = read_json(folder / "manifest.json")["identity"]
-        differing = [key for key, value in fields.items() if value != trained.get(key)]
+        differing = {key: trained.get(key) for key, value in fields.items() if value != trained.get(key)}
         if differing:
-            text = "; ".join(f"{key} was {trained.get(key)}, is {fields[key]} here" for key in differing)
+            text = "; ".join(f"{key} was {value}, is {fields[key]} here" for key, value in differing.items())
             log.warning("%s was trained with other data or another base, maybe on these test pairs: %s", folder, text)
 
 
@@ -112,12 +110,10 @@ def dpo_with_references(
 ) -> list[Policy]:
     """A DPO policy, what it started from, and its reference if that is another, from the config in its folder.
 
-    A start that is another DPO of this name brings its own.
-    `sft_opponent` names the SFT policy to beat if it did not start from one; by default, what it started from.
-    `used_names` maps display names to folders: a second folder of the same name gets a suffix.
+    A start that is another DPO of this name brings its own. `sft_opponent` names the SFT policy to beat if it did not
+    start from one; by default, what it started from. A second folder of a name in `used_names` gets a suffix.
     """
-    used_names = {} if used_names is None else used_names
-    chain: list[Policy] = []
+    used_names, chain = {} if used_names is None else used_names, []
     config: Any = OmegaConf.load(folder / "config.yaml")
     if config.policy == "base":
         start = base_policy(run, sft_opponent)
@@ -151,29 +147,27 @@ def base_policy(run: Run, sft_opponent: str | None) -> Policy:
     return Policy("base", str(run.model.path), run.home / "base", sft=sft_opponent)
 
 
-def external_policies(run: Run) -> list[Policy]:
-    """`evaluation.policy` and `evaluation.reference`; if that is null, what the policy was trained from.
+def external_policies(run: Run, folder: str, reference: str | None) -> tuple[Policy, Policy]:
+    """The policy in a folder and its reference; if that is None, what the policy was trained from.
 
     That is what its run's manifest says, else an adapter's base, else the base model. Raises PipelineError if it is
     the policy itself.
     """
-    path = final_folder(str(run.evaluation.policy))
+    path = final_folder(folder)
     manifest = read_json(Path(path).parent / "manifest.json") if Path(path).name == "final" else None
     trained_from = adapter_base(path) if is_adapter(path) else str(run.model.path)
     if manifest:
         trained_from = manifest["starting_policy"]
-    reference_path = final_folder(run.evaluation.reference or trained_from)
+    reference_path = final_folder(reference or trained_from)
     if reference_path == path:
-        raise PipelineError(
-            f"evaluation.policy={path} would be measured against itself: name another by evaluation.reference=FOLDER"
-        )
+        raise PipelineError(f"{path} would be measured against itself: type evaluation.reference=FOLDER of another")
     beta = manifest["identity"]["beta"] if manifest and manifest["stage"] == "dpo" else DEFAULT_BETA
     name, reference = (f"policy/{clean_name(policy_name(each))}" for each in (path, reference_path))
     if reference == name:
         reference = f"reference/{clean_name(policy_name(reference_path))}"
     folders = [run.home / "evaluated" / each.replace("/", "-") for each in (name, reference)]
     against = {"reference": reference, "sft": reference}
-    return [Policy(name, path, folders[0], beta, **against), Policy(reference, reference_path, folders[1], **against)]
+    return Policy(name, path, folders[0], beta, **against), Policy(reference, reference_path, folders[1], **against)
 
 
 def target_policies(run: Run) -> tuple[Policy, Policy | None]:
@@ -184,22 +178,16 @@ def target_policies(run: Run) -> tuple[Policy, Policy | None]:
     if run.target == "base":
         return base_policy(run, None), None
     if run.target not in ("sft", "dpo"):
-        evaluation = run.evaluation.model_copy(update={"policy": run.target, "reference": None})
-        policy, reference = external_policies(run.model_copy(update={"evaluation": evaluation}))
-        return policy, reference
+        return external_policies(run, run.target, None)
     folder = run.sft_folder if run.target == "sft" else run.dpo_folder
     if run_state(folder) == "none":
-        raise PipelineError(
-            f"target={run.target}: there is no run in {folder}: run `make {run.target}` with the same arguments "
-            "first, or name a folder by target=FOLDER"
-        )
+        raise PipelineError(f"there is no run in {folder}: run `make {run.target}` first, or type target=FOLDER")
     if (reason := reason_to_skip(folder)) is not None:
         raise PipelineError(f"target={run.target}: {folder} {reason}")
     if run.target == "sft":
         return Policy(f"sft/{folder.name}", folder / "final", folder, reference="base"), base_policy(run, None)
-    policies = {policy.name: policy for policy in dpo_with_references(folder, run)}
-    policy = next(iter(policies.values()))
-    return policy, policies[str(policy.reference)]
+    policy, *others = dpo_with_references(folder, run)
+    return policy, next(each for each in others if each.name == policy.reference)
 
 
 def final_folder(path: str) -> str:

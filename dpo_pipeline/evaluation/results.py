@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ import pyarrow as pa
 
 from dpo_pipeline import estimates
 from dpo_pipeline.content_hash import content_hash
-from dpo_pipeline.evaluation.judging import JudgeOutcome
+from dpo_pipeline.evaluation.judging import JudgingPlan, run_judges
 from dpo_pipeline.evaluation.measure import Comparison, measuring_versions, write_table
-from dpo_pipeline.evaluation.plan import JudgingPlan
 from dpo_pipeline.evaluation.subsets import bias, notable_changes, safety
 from dpo_pipeline.evaluation.summary import (
     adjust,
@@ -23,12 +21,41 @@ from dpo_pipeline.evaluation.summary import (
     judged_estimates,
     own_estimates,
 )
+from dpo_pipeline.judges.judge import Judge
 from dpo_pipeline.locks import file_lock
 from dpo_pipeline.record import read_json, write_json
 
 REFUSALS = ("refusal_unsafe", "over_refusal_safe")
 LINE = ["policy", "prompt_set", "temperature", "draw", "row"]  # names a line of the completions
-IsReplaced = Callable[[str], bool]  # whether a judge's earlier numbers are those of another judge, and go
+EVAL_FILES = ("base/eval.json", "sft/*/eval.json", "dpo/*/eval.json", "dpo/*/*/eval.json")  # `**` follows no link
+
+
+def judge_and_write(
+    home: Path, comparisons: dict[str, Comparison], judges: dict[str, Judge], plan: JudgingPlan
+) -> dict[str, Any]:
+    """Judge what was measured, and write the results of each file; those of a judge that failed stay as they were."""
+    stale = stale_judges(judges, read_json(home / "results.json"))
+    for file, comparison in comparisons.items():
+        run_judges(comparison, judges, plan)
+        results, more = summarize_comparison(comparison, plan)
+        write_results(comparison, results, file, stale)
+        if file == "eval.json":
+            folders = None if comparison.base else [policy.folder for policy in comparison.shown_policies]
+            extra = more
+    return write_name_results(home, folders, extra, stale)
+
+
+def stale_judges(judges: dict[str, Judge], earlier: dict[str, Any] | None) -> set[str]:
+    """The judges whose earlier numbers are those of another one: asked again in another version, or in none.
+
+    A judge without a version gives the same numbers each time, unless people or a trained policy stand behind it.
+    """
+    versions = {name: counts["version"] for name, counts in (earlier or {}).get("judges", {}).items()}
+    return {
+        name
+        for name, judge in judges.items()
+        if versions.get(name) != judge.version or (judge.version is None and judge.post_training_only)
+    }
 
 
 @functools.cache
@@ -38,13 +65,11 @@ def results_version() -> str:
     return hashlib.sha256(str([*code, sorted(measuring_versions().items())]).encode()).hexdigest()[:16]
 
 
-def summarize_comparison(
-    comparison: Comparison, outcome: JudgeOutcome, plan: JudgingPlan
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def summarize_comparison(comparison: Comparison, plan: JudgingPlan) -> tuple[dict[str, Any], dict[str, Any]]:
     """The eval.json of each shown policy, by name, and what results.json holds beside them."""
     table, results = comparison.completions, {}
-    comparisons, ratings = compare_all(comparison, outcome.verdicts)
-    extra = {"comparisons": comparisons, "judges": outcome.counts, "notable": notable_changes(comparison)}
+    comparisons, ratings = compare_all(comparison)
+    extra = {"comparisons": comparisons, "judges": comparison.judge_counts, "notable": notable_changes(comparison)}
     for name, function in (("safety", safety), ("bias", bias)):
         lines = table[table["prompt_set"] == name]
         if len(lines):
@@ -55,7 +80,7 @@ def summarize_comparison(
         references = comparison.references_of(policy)
         weights = {name: comparison.weights[name] for name in (policy.name, *references.values())}
         settings = {"beta": policy.beta, "version": results_version(), "weights": weights}
-        own = own_estimates(policy, comparison) | judged_estimates(policy.name, comparison, outcome.verdicts)
+        own = own_estimates(policy, comparison) | judged_estimates(policy.name, comparison)
         if plan.temperatures:  # else only some policies of the name meet: what evaluate says of all of them stays
             own |= ratings.get(policy.name, {})
         refusals = extra.get("safety", {}).get(policy.name, {})
@@ -69,18 +94,16 @@ def summarize_comparison(
             "own": own | {key: refusals[key] for key in REFUSALS if key in refusals},
         }
     if best := best_of_n(comparison, plan):
-        own = judged_estimates(best["name"], comparison, outcome.verdicts) | ratings.get(best["name"], {})
-        extra["best_of"] = best | {"own": own}
+        extra["best_of"] = best | {"own": judged_estimates(best["name"], comparison) | ratings.get(best["name"], {})}
     return results, extra
 
 
-def write_results(comparison: Comparison, results: dict[str, Any], file: str, is_replaced: IsReplaced) -> None:
+def write_results(comparison: Comparison, results: dict[str, Any], file: str, stale: set[str]) -> None:
     """Write the `file` of each policy and its tables; what others measured with the same settings stays."""
     for policy in comparison.shown_policies:
         result, earlier = results[policy.name], read_json(policy.folder / file)
         if earlier and earlier["settings"] == result["settings"]:
-            judges = {key: (*key.split("."), "")[1] for key in earlier["own"]}
-            old = {key: value for key, value in earlier["own"].items() if not is_replaced(judges[key])}
+            old = {key: value for key, value in earlier["own"].items() if (*key.split("."), "")[1] not in stale}
             result["own"] = old | result["own"]
         write_json(policy.folder / file, result)
         weights = comparison.weights[policy.name]
@@ -106,7 +129,7 @@ def merge_table(file: Path, lines: pd.DataFrame, key: list[str]) -> None:
 
 
 def write_name_results(
-    home: Path, folders: list[Path] | None, extra: dict[str, Any], is_replaced: IsReplaced
+    home: Path, folders: list[Path] | None, extra: dict[str, Any], stale: set[str]
 ) -> dict[str, Any]:
     """Write results.json and generation_samples.json in `home`, from all policies of the name or those of `folders`.
 
@@ -114,45 +137,35 @@ def write_name_results(
     """
     with file_lock(home / "results.json"):
         if folders is None:
-            patterns = (
-                "base/eval.json",
-                "sft/*/eval.json",
-                "dpo/*/eval.json",
-                "dpo/*/*/eval.json",
-            )  # `**` follows no link
-            folders = [file.parent for pattern in patterns for file in sorted(home.glob(pattern))]
+            folders = [file.parent for pattern in EVAL_FILES for file in sorted(home.glob(pattern))]
         policies, answers = {}, {}
         # An older version of this package wrote no tables, and other numbers.
         for folder in [folder for folder in folders if (folder / "completions.parquet").is_file()]:
             result = read_json(folder / "eval.json")
             policies[result["policy"]] = result
-            lines = pd.read_parquet(folder / "completions.parquet", columns=[*LINE, "prompt", "text"])
             samples = {"policy": result["policy"], "prompt_set": result["settings"]["prompts_file"] or "test"}
             samples |= {"temperature": 1.0, "draw": 0}
-            lines = lines[(lines[list(samples)] == pd.Series(samples)).all(axis=1)]
+            filters = [(column, "==", value) for column, value in samples.items()]
+            lines = pd.read_parquet(folder / "completions.parquet", columns=["prompt", "text"], filters=filters)
             for prompt, text in zip(lines["prompt"], lines["text"], strict=True):
                 answers.setdefault(prompt, {})[result["policy"]] = text
-        results, earlier = {"policies": policies, **extra}, read_json(home / "results.json")
-        unchanged = [
-            old["settings"] == policies[name]["settings"]
-            for name, old in (earlier or {"policies": {}})["policies"].items()
-            if name in policies
-        ]
-        if unchanged and all(unchanged):
-            results = merge_results(earlier, results, is_replaced)
+        results, earlier = {"policies": policies, **extra}, read_json(home / "results.json") or {"policies": {}}
+        known = [name for name in earlier["policies"] if name in policies]
+        if known and all(earlier["policies"][name]["settings"] == policies[name]["settings"] for name in known):
+            results = merge_results(earlier, results, stale)
         write_json(home / "results.json", results)
         rows = [{"prompt": prompt, "answers": by_policy} for prompt, by_policy in answers.items()]
         write_json(home / "generation_samples.json", rows)
     return results
 
 
-def merge_results(earlier: dict[str, Any], results: dict[str, Any], is_replaced: IsReplaced) -> dict[str, Any]:
+def merge_results(earlier: dict[str, Any], results: dict[str, Any], stale: set[str]) -> dict[str, Any]:
     """The results, with what earlier ones say of other judges, policies and prompts."""
     merged = {**earlier, **results, "notable": earlier["notable"] | results["notable"]}
     for key in ("comparisons", "judges"):
-        merged[key] = {name: value for name, value in earlier[key].items() if not is_replaced(name)} | results[key]
+        merged[key] = {name: value for name, value in earlier[key].items() if name not in stale} | results[key]
     for judge, rows in results["comparisons"].items():
-        if not is_replaced(judge):
+        if judge not in stale:
             pairs = {frozenset((row["one"], row["other"])) for row in rows}
             old = earlier["comparisons"].get(judge, [])
             merged["comparisons"][judge] = rows + [row for row in old if {row["one"], row["other"]} not in pairs]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from dpo_pipeline import estimates
 from dpo_pipeline.estimates import Estimate
@@ -27,7 +28,7 @@ def win_rate(verdicts: Sequence[float], distinct: Sequence[int] | None = None) -
     every prompt has been compared once. Below ten of them there is no interval; if all verdicts are equal, so that a
     bootstrap has no width, it is Wilson's. Raises ValueError for no verdicts.
     """
-    numbers = np.arange(len(verdicts)) if distinct is None else np.unique(distinct, return_inverse=True)[1]
+    numbers = np.arange(len(verdicts)) if distinct is None else pd.factorize(np.asarray(distinct))[0]
     wins, counts = np.bincount(numbers, verdicts), np.bincount(numbers)
     rate = estimates.ratio(wins, counts)
     if len({*verdicts}) == 1:
@@ -44,13 +45,10 @@ def length_controlled(
 
     In the spirit of AlpacaEval 2 (arXiv:2404.04475), with its length term alone, in standard deviations, without its
     tanh; a ridge on the slope keeps it finite if the longer completion always wins. None where the fit would say
-    nothing: fewer than ten distinct wins or losses, or all differences on one side of 0. Raises ValueError for lists
-    of different lengths.
+    nothing: fewer than ten distinct wins or losses, or all differences on one side of 0.
     """
-    if len(verdicts) != len(length_differences):
-        raise ValueError(f"{len(verdicts)} verdicts on {len(length_differences)} length differences")
     wins, lengths = np.asarray(verdicts, float), np.asarray(length_differences, float)
-    numbers = np.arange(len(wins)) if distinct is None else np.unique(distinct, return_inverse=True)[1]
+    numbers = np.arange(len(wins)) if distinct is None else pd.factorize(np.asarray(distinct))[0]
     decided = [len({*numbers[wins == verdict]}) for verdict in (1, 0)]
     if min(decided) < MIN_DISTINCT or not lengths.min() <= 0 <= lengths.max():
         return None
@@ -62,23 +60,22 @@ def length_controlled(
     return with_quantiles(1 / (1 + np.exp(-intercepts)), int(numbers.max()) + 1)
 
 
-def elo(verdicts: dict[tuple[str, str], list[float | None]], anchor: str) -> dict[str, Estimate]:
+def elo(verdicts: dict[tuple[str, str], list[float]], anchor: str) -> dict[str, Estimate]:
     """Bradley-Terry strengths of all policies from their pairwise verdicts, on the Elo scale, `anchor` at 1000.
 
-    The verdicts of a pair are by prompt, None without one; `n` is the number of prompts that a policy was judged on.
+    The verdicts of a pair are by prompt, NaN without one; `n` is the number of prompts that a policy was judged on.
     Each pair gets one more tie, half a win for either (Jeffreys' prior), so that the rating of a policy that wins
     everything is finite: between two policies it is 400 log10((wins + 1/2) / (losses + 1/2)). A policy that is linked
-    to the anchor by no chain of verdicts is left out. Raises ValueError for an anchor without a verdict, and for lists
-    of different lengths.
+    to the anchor by no chain of verdicts is left out.
     """
-    judged_pairs = {pair: values for pair, values in verdicts.items() if any(value is not None for value in values)}
+    pairs = [pair for pair, values in verdicts.items() if not np.isnan(values).all()]
     linked = {anchor}
-    for _ in judged_pairs:  # no chain has more links
-        linked |= {name for pair in judged_pairs if linked & {*pair} for name in pair}
-    if len(linked) == 1:
-        raise ValueError(f"there is no verdict on {anchor}, the anchor of the ratings")
-    names, wins = sorted(linked), np.array([*judged_pairs.values()], float)  # [pairs, prompts]
-    features = np.array([[float(name == one) - (name == other) for name in names] for one, other in judged_pairs])
+    for _ in pairs:  # no chain has more links
+        linked |= {name for pair in pairs if linked & {*pair} for name in pair}
+    if linked == {anchor}:
+        return {}
+    names, wins = sorted(linked), np.array([verdicts[pair] for pair in pairs])  # [pairs, prompts]
+    features = np.array([[float(name == one) - (name == other) for name in names] for one, other in pairs])
     weights = prompt_weights(wins.shape[1])
     prior = np.random.default_rng(1).gamma(0.5, size=(2, len(weights), len(wins)))
     prior[:, 0] = 0.5
@@ -129,8 +126,7 @@ def log_odds(wins: Any, losses: Any, features: Any, ridge: list[float]) -> Any:
 def paired_test(first: list[float], second: list[float]) -> dict[str, Any]:
     """The mean `difference` of two policies' scores of the same prompts, and the `p` of the sign-flip test of it.
 
-    p is two-sided: exact up to 13 prompts, else from 9,999 seeded draws. Raises ValueError for no scores, or for lists
-    of different lengths.
+    p is two-sided: exact up to 13 prompts, else from 9,999 seeded draws. Raises ValueError for no scores.
     """
     from scipy.stats import permutation_test
 
@@ -155,13 +151,9 @@ def expected_best(picks: list[float], values: list[float], k: int) -> float:
 
     `picks` are the scores of the judge that picks, `values` those that its pick is measured by. It counts the subsets
     in which a completion is picked (the estimator of WebGPT's Best-of-N, arXiv:2112.09332, and of pass@k,
-    arXiv:2107.03374); completions of equal score share theirs. Raises ValueError for k outside 1 to n, and for lists
-    of different lengths.
+    arXiv:2107.03374); completions of equal score share theirs.
     """
-    n, ranked = len(picks), sorted(picks)
-    if not 1 <= k <= n:
-        raise ValueError(f"the best of {k} out of {n}")
-    terms = []
+    n, ranked, terms = len(picks), sorted(picks), []
     for pick, value in zip(picks, values, strict=True):
         below, up_to = bisect_left(ranked, pick), bisect_right(ranked, pick)
         subsets = math.comb(up_to, k) - math.comb(below, k)

@@ -9,7 +9,7 @@ import pandas as pd
 from dpo_pipeline import estimates
 from dpo_pipeline.data.normalize import prompt_to_text
 from dpo_pipeline.evaluation.measure import Comparison
-from dpo_pipeline.evaluation.summary import SIDES, margins_against, mean_of
+from dpo_pipeline.evaluation.summary import SIDES, changes_against, mean_of
 
 EXAMPLES = 20  # pairs and completions that changed most, in results.json
 
@@ -70,18 +70,19 @@ def notable_changes(comparison: Comparison) -> dict[str, Any]:
     for policy in comparison.shown_policies:
         if policy.sft not in shown - {policy.name, "base"} or policy.name == "base":
             continue
+        names = (policy.sft, policy.name)
         changes[policy.name] = {"before": policy.sft}
-        if base := comparison.base:
-            margins = [margins_against(comparison, name, base) for name in (policy.sft, policy.name)]
-            frame = pd.DataFrame({key: [row[key] for row in comparison.eval_set.rows] for key in ("prompt", *SIDES)})
+        if comparison.base:
+            margins = [changes_against(comparison, name, comparison.base)[1] for name in names]
+            frame = pd.DataFrame(comparison.eval_set.rows)[["prompt", *SIDES]]
             frame = frame.assign(before=margins[0], after=margins[1])
             changes[policy.name]["pairs"] = largest_changes("margin_nats", frame, SIDES)
-        before, after = (comparison.samples(name).set_index("row") for name in (policy.sft, policy.name))
+        before, after = (comparison.samples(name).set_index("row") for name in names)
         texts = pd.DataFrame({"prompt": after["prompt"], policy.sft: before["text"], policy.name: after["text"]})
         for key in [column for column in after if column.startswith("score.")]:
             frame = texts.assign(before=before[key], after=after[key])
             if frame[["before", "after"]].notna().any().all():
-                changes[policy.name][key] = largest_changes(key, frame, (policy.sft, policy.name))
+                changes[policy.name][key] = largest_changes(key, frame, names)
     return changes
 
 
@@ -92,23 +93,24 @@ def largest_changes(quantity: str, frame: pd.DataFrame, texts: Any, count: int =
     scores are a tie. Each side has the number of all, and the `count` examples that changed most, with their prompt
     and the columns `texts`. `unread` have no value, and are not among the `n`.
     """
-    read = frame.dropna(subset=["before", "after"])
-    signs = np.sign(read[["before", "after"]]) if quantity == "margin_nats" else read[["before", "after"]]
-    is_tie = (signs == 0).any(axis=1) if quantity == "margin_nats" else signs["before"] == signs["after"]
-    result: dict[str, Any] = {"quantity": quantity, "n": len(read), "ties": int(is_tie.sum())}
-    result["unread"] = len(frame) - len(read)
-    sides = {"successes": signs["before"] < signs["after"], "failures": signs["before"] > signs["after"]}
-    for side, mask in sides.items():
-        lines = read[mask & ~is_tie]
-        order = (lines["before"] - lines["after"]).abs().sort_values(ascending=False, kind="stable").index
+    lines = frame.dropna(subset=["before", "after"])
+    before, after = lines["before"], lines["after"]
+    is_tie, direction = before == after, after - before
+    if quantity == "margin_nats":
+        is_tie, direction = (before == 0) | (after == 0), np.sign(after) - np.sign(before)
+    result: dict[str, Any] = {"quantity": quantity, "n": len(lines), "ties": int(is_tie.sum())}
+    result["unread"] = len(frame) - len(lines)
+    lines = lines.assign(direction=direction, size=(after - before).abs())[~is_tie]
+    lines = lines.sort_values("size", ascending=False, kind="stable")
+    for side, mask in (("successes", lines["direction"] > 0), ("failures", lines["direction"] < 0)):
         examples = [
             {
                 "prompt": prompt_to_text(line["prompt"]),
                 "texts": {name: line[name] for name in texts},
-                "before": float(line["before"]),
-                "after": float(line["after"]),
+                "before": line["before"],
+                "after": line["after"],
             }
-            for line in lines.loc[order[:count]].to_dict("records")
+            for line in lines[mask][:count].to_dict("records")
         ]
-        result[side] = {"count": len(lines), "examples": examples}
+        result[side] = {"count": int(mask.sum()), "examples": examples}
     return result

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 
 from dpo_pipeline import estimates
+from dpo_pipeline.evaluation.judging import NOISE_FLOOR, JudgingPlan
 from dpo_pipeline.evaluation.measure import Comparison
-from dpo_pipeline.evaluation.plan import NOISE_FLOOR, JudgingPlan
 from dpo_pipeline.evaluation.policies import Policy
 from dpo_pipeline.evaluation.statistics import (
     elo,
@@ -27,10 +27,8 @@ SIDES = ("chosen", "rejected")
 def estimates_against(policy: Policy, kind: str, opponent: str, comparison: Comparison) -> dict[str, Any]:
     """Estimates against the `base` or the `reference`, in nats; rewards and the margin include the policy's beta."""
     ours, theirs = (pairs_of(comparison, name) for name in (policy.name, opponent))
-    changes = {side: ours[f"logprob_{side}"] - theirs[f"logprob_{side}"] for side in SIDES}
-    tokens = {side: ours[f"tokens_{side}"] for side in SIDES}
-    margins = margins_against(comparison, policy.name, opponent)
-    margin_nats = estimates.mean(margins)
+    changes, margins = changes_against(comparison, policy.name, opponent)
+    tokens, margin_nats = {side: ours[f"tokens_{side}"] for side in SIDES}, estimates.mean(margins)
     per_token = changes["chosen"] / tokens["chosen"] - changes["rejected"] / tokens["rejected"]
     results: dict[str, Any] = {
         "preference_accuracy": estimates.accuracy(margins),
@@ -60,11 +58,11 @@ def pairs_of(comparison: Comparison, policy: str) -> pd.DataFrame:
     return comparison.pairs[comparison.pairs["policy"] == policy].set_index("row")
 
 
-def margins_against(comparison: Comparison, policy: str, opponent: str) -> pd.Series:
-    """The margin of each pair in nats, by row, with rewards measured against the opponent."""
+def changes_against(comparison: Comparison, policy: str, opponent: str) -> tuple[dict[str, pd.Series], pd.Series]:
+    """The log-prob change of each side of the pairs against the opponent, and the margins, in nats, by row."""
     ours, theirs = (pairs_of(comparison, name) for name in (policy, opponent))
-    changes = [ours[f"logprob_{side}"] - theirs[f"logprob_{side}"] for side in SIDES]
-    return changes[0] - changes[1]
+    changes = {side: ours[f"logprob_{side}"] - theirs[f"logprob_{side}"] for side in SIDES}
+    return changes, changes["chosen"] - changes["rejected"]
 
 
 def accuracy_by_bin(values: Any, margins: Any, beta: float) -> list[dict[str, Any]]:
@@ -108,50 +106,52 @@ def mean_of(column: str, values: Any) -> estimates.Estimate:
     return estimates.mean(list(values), minimum=0.0 if column in ("tokens", "score.length") else -math.inf)
 
 
-def judged_estimates(name: str, comparison: Comparison, verdicts: pd.DataFrame) -> dict[str, Any]:
+def judged_estimates(name: str, comparison: Comparison) -> dict[str, Any]:
     """The mean scores and the win rates of a policy; what no judge could read is left out."""
-    samples, results = comparison.samples(name), {}
-    for column in [column for column in samples if column.startswith("score.")]:
-        if len(values := samples[column].dropna()):
-            results[column] = mean_of(column, values)
+    samples, verdicts = comparison.samples(name), comparison.verdicts
+    columns = [column for column in samples if column.startswith("score.") and samples[column].notna().any()]
+    results = {column: mean_of(column, samples[column].dropna()) for column in columns}
     met = verdicts[(verdicts["label"] != "pair") & (verdicts["policy"] == name) & verdicts["verdict"].notna()]
     for (judge, temperature, label), lines in met.groupby(["judge", "temperature", "label"], sort=False):
+        verdict, length_difference, distinct = (
+            lines[x].tolist() for x in ("verdict", "length_difference", "distinct")
+        )
+        if label == NOISE_FLOOR:
+            results[f"noise_floor.{judge}"] = win_rate(verdict, distinct)
+            continue
         key = f"win_rate.{judge}.{label}" + ("" if temperature == 1 else f".t{temperature:g}")
-        key = f"noise_floor.{judge}" if label == NOISE_FLOOR else key
-        columns = [lines[column].tolist() for column in ("verdict", "length_difference", "distinct")]
-        results[key] = win_rate(columns[0], columns[2])
-        if label != NOISE_FLOOR and (controlled := length_controlled(*columns)):
+        results[key] = win_rate(verdict, distinct)
+        if controlled := length_controlled(verdict, length_difference, distinct):
             results[f"length_controlled_{key}"] = controlled
     return results
 
 
-def compare_all(comparison: Comparison, verdicts: pd.DataFrame) -> tuple[dict[str, Any], dict[str, Any]]:
+def compare_all(comparison: Comparison) -> tuple[dict[str, Any], dict[str, Any]]:
     """Whether any two policies differ, by judge, and their Elo ratings by policy and key.
 
     They differ by their scores where the judge scores, else by its verdicts.
     """
     comparisons: dict[str, Any] = {}
     ratings: dict[str, Any] = {}
-    sfts = [policy.sft for policy in comparison.shown_policies if policy.sft] + [comparison.policies[0].name]
-    anchor = next(name for name in sfts if name in {policy.name for policy in comparison.shown_policies})
-    for judge, games in verdicts[verdicts["label"] == "pair"].groupby("judge", sort=False):
-        rows, by_pair = [], {}
-        for (one, other), lines in games.groupby(["policy", "opponent"], sort=False):
-            read = lines.dropna(subset="verdict")
-            by_pair[one, other] = lines["verdict"].astype(object).where(lines["verdict"].notna(), None).tolist()
-            values = pd.DataFrame({"one": read["verdict"].to_numpy(float), "other": 0.5})
+    shown = {policy.name: policy.sft for policy in comparison.shown_policies}
+    anchor = next(name for name in [*shown.values(), comparison.policies[0].name] if name in shown)
+    games = comparison.verdicts[comparison.verdicts["label"] == "pair"]
+    for judge, of_judge in games.groupby("judge", sort=False):
+        comparisons[judge], by_pair = [], {}
+        for (one, other), lines in of_judge.groupby(["policy", "opponent"], sort=False):
+            by_pair[one, other] = lines["verdict"].tolist()
+            lines = lines.dropna(subset="verdict")
+            values = pd.DataFrame({"one": lines["verdict"], "other": 0.5})
             if f"score.{judge}" in comparison.completions:
                 scores = [comparison.samples(name).set_index("row")[f"score.{judge}"] for name in (one, other)]
                 values = pd.DataFrame({"one": scores[0], "other": scores[1]}).dropna()
-            if len(read) and len(values):
-                rate = win_rate(read["verdict"].tolist(), read["distinct"].tolist())
+            if len(lines) and len(values):
+                rate = win_rate(lines["verdict"].tolist(), lines["distinct"].tolist())
                 test = paired_test(values["one"].tolist(), values["other"].tolist())
-                rows.append({"one": one, "other": other, "win_rate": rate, **test})
-        comparisons[judge] = rows
-        adjust(rows)
-        if any(verdict is not None for pair, said in by_pair.items() if anchor in pair for verdict in said):
-            for policy, rating in elo(by_pair, anchor).items():
-                ratings.setdefault(policy, {})[f"elo.{judge}"] = rating
+                comparisons[judge].append({"one": one, "other": other, "win_rate": rate, **test})
+        adjust(comparisons[judge])
+        for policy, rating in elo(by_pair, anchor).items():
+            ratings.setdefault(policy, {})[f"elo.{judge}"] = rating
     return comparisons, ratings
 
 

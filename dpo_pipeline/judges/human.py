@@ -16,6 +16,7 @@ from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.estimates import proportion
 from dpo_pipeline.formatting import format_estimate, render_template
 from dpo_pipeline.judges.judge import Completion, Judge, Results, score_each
+from dpo_pipeline.record import write_file
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +69,8 @@ def human(folder: str | Path, sheets: list[str] | str, seed: int) -> Judge:
 
 def completion_key(prompt: str | list[dict], text: str) -> str:
     """Half the id of a row, which names A and B in this order; a letter opens it, or spreadsheets see a number."""
-    texts = [
-        re.sub(r"\r\n?", "\n", each) for each in (prompt_to_text(prompt), text)
-    ]  # spreadsheets change line breaks
+    # Spreadsheets change line breaks.
+    texts = [re.sub(r"\r\n?", "\n", each) for each in (prompt_to_text(prompt), text)]
     return "r" + hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
 
 
@@ -86,14 +86,12 @@ def write_sheets(folder: Path, pairs: list[tuple[Completion, Completion]], seed:
             cells = (ids[0], prompt_to_text(pair[0].prompt), *(texts[key] for key in keys), "", "", "")
             rows[ids[0]] = dict(zip(COLUMNS, cells, strict=True))
     ordered = sorted(rows.values(), key=lambda row: random.Random(f"{seed} {row['id']}").random())
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8-sig", newline="") as stream:  # by its mark spreadsheets know UTF-8
-        cells = ([re.sub(f"^(?={FORMULA})", "'", row[name]) for name in COLUMNS] for row in ordered)
-        csv.writer(stream).writerows([COLUMNS, *cells])
-    partial.replace(file)
+    stream = io.StringIO(newline="")
+    cells = ([re.sub(f"^(?={FORMULA})", "'", row[name]) for name in COLUMNS] for row in ordered)
+    csv.writer(stream).writerows([COLUMNS, *cells])
+    write_file(file, stream.getvalue().encode("utf-8-sig"))  # by its mark spreadsheets know UTF-8
     template = Path(__file__).with_name("human.html.jinja")
-    page.write_text(render_template(template, rows=ordered, columns=("id", *MARKS)), "utf-8")
+    write_file(page, render_template(template, rows=ordered, columns=("id", *MARKS)).encode())
     log.info(
         "%d pairs to judge: each reader opens %s in a browser and saves a CSV file, or fills in %s; then repeat the "
         "command with 'judge.human.sheets=[FILE,...]'",

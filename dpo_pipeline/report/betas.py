@@ -1,16 +1,16 @@
 """All DPO variants of a name against beta, the beta that validation recommends, and win rates against temperature."""
 
-import json
+import math
 import re
 from typing import Any
 
 import pandas as pd
 
 from dpo_pipeline.record import read_json
-from dpo_pipeline.report.comparison import caption, policy_table
-from dpo_pipeline.report.figures import GREY, LINES, SIZE, WIDE, beta_axis, draw_png, error_bars
+from dpo_pipeline.report.comparison import SHORT_KEYS, caption, policy_table
+from dpo_pipeline.report.figures import GREY, SIZE, WIDE, draw_png, plot_estimates, shorten
+from dpo_pipeline.report.page import Panel, Section, label_of
 from dpo_pipeline.report.runs import Runs, grouped, over_seeds, recommend
-from dpo_pipeline.report.section import SHORT_KEYS, Panel, Section, label_of, shorten
 
 PLOTTED = ("preference_accuracy", "margin_nats", "kl")  # and the target
 MAX_JUDGES = 4  # panels of win rates
@@ -23,77 +23,72 @@ def all_variants(runs: Runs) -> list[Section]:
         return []
     measured, target = runs.measured, runs.target
     gaps = runs.variants.loc[runs.variants["problem"] != "", ["name", "problem"]]
-    of_this_command = gaps["problem"].str.startswith("failed: ")
-    gaps = pd.concat([gaps[of_this_command], gaps[~of_this_command]])
+    gaps = gaps.sort_values("problem", key=lambda each: ~each.str.startswith("failed: "), kind="stable")
     test, validation = (dict(zip(measured["name"], measured[split], strict=True)) for split in ("test", "validation"))
     wins = [key for cells in test.values() for key in cells if re.match(r"win_rate\.[^.]+\.(sft|reference)$", key)]
     tables = [policy_table(test, [*dict.fromkeys([*SHORT_KEYS, target, *wins])], max_columns=0)] if test else []
     table = pd.concat([*tables, gaps.set_axis(["", "without numbers"], axis="columns")], ignore_index=True)
     text, _ = recommend(measured, target, runs.kl_budget)
-    short = [text, *(f"Without numbers: {name}: {problem}" for name, problem in gaps.head(MAX_GAPS).to_numpy())]
-    blocks = [caption(runs.policies[f"dpo/{first.name}"], first.reference) for first in measured[:1].itertuples()]
+    short = "\n".join([text, *(f"Without numbers: {': '.join(gap)}" for gap in gaps.head(MAX_GAPS).to_numpy())])
     if differences := list_differences(runs):
         text += "\n\nThey differ, beside beta and seed, in:\n" + "\n".join(differences)
+    for first in measured[:1].itertuples():
+        text = f"{caption(runs.policies[f'dpo/{first.name}'], first.reference)}\n\n{text}"
     panels = beta_panels(measured, target) if test else ()
-    text = "\n\n".join([*blocks, text])
-    sections = [
-        Section("All variants", text, table.dropna(axis=1, how="all"), panels, "betas.png", short="\n".join(short))
-    ]
+    parts = [Section("All variants", text, table.dropna(axis=1, how="all"), panels, "betas.png", short=short)]
     if chosen_from := {name: cells for name, cells in validation.items() if cells}:
         table = policy_table(chosen_from, [*dict.fromkeys(["kl", "margin_nats", target])], max_columns=0)
-        sections.append(Section("Validation, by which beta is chosen", table=table))
-    return sections
+        parts.append(Section("Validation, by which beta is chosen", table=table))
+    return parts
 
 
 def list_differences(runs: Runs) -> list[str]:
     """A line for each variant with the keys in which the variants differ, beta and seed apart: names may be hashes."""
     manifests = {name: read_json(runs.home / "dpo" / name / "manifest.json") for name in runs.variants["name"]}
-    identities = {name: manifest["identity"] for name, manifest in manifests.items() if manifest}
-    keys = sorted({key for identity in identities.values() for key in identity} - {"beta", "seed"})
-    keys = [key for key in keys if len({json.dumps(identity.get(key)) for identity in identities.values()}) > 1]
-    lines = []
-    for name, identity in identities.items():
-        lines.append(f"- {name}: " + ", ".join(f"{key}={str(identity.get(key))[:40]}" for key in keys))
-    return lines if keys else []
+    identities = pd.DataFrame({name: manifest["identity"] for name, manifest in manifests.items() if manifest})
+    identities = identities.drop(["beta", "seed"], errors="ignore").map(lambda value: str(value)[:40])
+    identities = identities[identities.nunique(axis=1) > 1]
+    lines = {name: ", ".join(f"{key}={value}" for key, value in column.items()) for name, column in identities.items()}
+    return [f"- {name}: {line}" for name, line in lines.items() if line]
 
 
 def beta_panels(variants: pd.DataFrame, target: str) -> tuple[Panel, ...]:
     """Each quantity against beta on test, a line for each setting; 95% intervals, over seeds if several."""
-    betas, panels = sorted(variants["beta"].unique()), []
+    titles = {key: label_of(key) for key in dict.fromkeys([*PLOTTED, target])}
+    return tuple(
+        Panel(title, draw_png(lambda axis, key=key: draw_betas(axis, variants, key), title))
+        for key, title in titles.items()
+    )
 
-    def draw(axis: Any, key: str) -> None:
-        settings = sorted(variants["setting"].unique())
-        for index, setting in enumerate(settings):
-            groups = {beta: group for (name, beta), group in grouped(variants, "test") if name == setting}
-            points = [over_seeds(list(group["test"]), key) for group in groups.values()]
-            seeds, values = max(map(len, groups.values())), [point["value"] for point in points]
-            label = shorten(setting) + (f", {seeds} seeds" if seeds > 1 else "")
-            label = label if len(settings) > 1 or seeds > 1 else None
-            style = {"marker": "o", "capsize": 3, "label": label, "color": LINES[index % len(LINES)]}
-            axis.errorbar(list(groups), values, yerr=error_bars(points), **style)
-            if seeds > 1:
-                dots = [(beta, cells[key]["value"]) for beta, group in groups.items() for cells in group["test"]]
-                axis.plot(*zip(*dots, strict=True), ".", color=GREY, zorder=0)
-        beta_axis(axis, betas)
-        if key == "kl":
-            axis.set_ylim(bottom=0)
-        if key == "preference_accuracy":
-            axis.set_ylim(top=min(1.0, axis.get_ylim()[1]))
 
-    for key in dict.fromkeys([*PLOTTED, target]):
-        title = label_of(key)
-        panels.append(Panel(title, draw_png(lambda axis, key=key: draw(axis, key), title)))
-    return tuple(panels)
+def draw_betas(axis: Any, variants: pd.DataFrame, key: str) -> None:
+    """One quantity on a logarithmic axis that names each beta; the seeds as dots."""
+    settings, betas = (sorted(variants[column].unique()) for column in ("setting", "beta"))
+    for index, setting in enumerate(settings):
+        groups = {beta: list(group["test"]) for (name, beta), group in grouped(variants, "test") if name == setting}
+        seeds = max(map(len, groups.values()))
+        label = shorten(setting) + (f", {seeds} seeds" if seeds > 1 else "")
+        label = label if len(settings) > 1 or seeds > 1 else None
+        plot_estimates(axis, list(groups), [over_seeds(cells, key) for cells in groups.values()], index, label)
+        if seeds > 1:
+            dots = [(beta, each[key]["value"]) for beta, cells in groups.items() for each in cells]
+            axis.plot(*zip(*dots, strict=True), ".", color=GREY, zorder=0)
+    axis.set(xscale="log", xlabel="beta")
+    axis.minorticks_off()
+    edge = 10 ** (0.1 * (math.log10(betas[-1] / betas[0]) or 1))
+    axis.set_xlim(betas[0] / edge, betas[-1] * edge)
+    axis.set_xticks(betas, [f"{beta:g}" for beta in betas])
+    if key == "kl":
+        axis.set_ylim(bottom=0)
+    if key == "preference_accuracy":
+        axis.set_ylim(top=min(1.0, axis.get_ylim()[1]))
 
 
 def temperatures(runs: Runs) -> list[Section]:
     """Win rates over the data's completions against temperature (DPO paper, Figures 2 right and 3), for each judge."""
-    cells = {name: policy["own"] for name, policy in runs.policies.items()}
-    if best := runs.results.get("best_of"):
-        cells[best["name"]] = best["own"]
     lines = []
-    for name, own in cells.items():
-        for key, value in own.items():
+    for name, cells in runs.cells.items():
+        for key, value in cells.items():
             if match := re.fullmatch(r"win_rate\.([^.]+)\.(chosen|demonstration)(?:\.t(.+))?", key):
                 judge, opponent, temperature = match.groups()
                 lines.append([judge, opponent, name, float(temperature or 1), value])
@@ -114,12 +109,6 @@ def draw_wins(axis: Any, lines: pd.DataFrame) -> None:
     axis.axhline(0.5, color=GREY, linewidth=0.8, linestyle=":")
     for index, (policy, group) in enumerate(lines.groupby("policy", sort=False)):
         group = group.sort_values("temperature")
-        values = list(group["value"])
-        style = {
-            "marker": "o",
-            "capsize": 3,
-            "color": LINES[index % len(LINES)],
-            "label": shorten(policy.removeprefix("dpo/"), 23),
-        }
-        axis.errorbar(group["temperature"], [v["value"] for v in values], yerr=error_bars(values), **style)
+        name = shorten(policy.removeprefix("dpo/"), 23)
+        plot_estimates(axis, list(group["temperature"]), list(group["value"]), index, name)
     axis.set(xlabel="temperature", ylim=(0, 1), xticks=sorted(lines["temperature"].unique()))

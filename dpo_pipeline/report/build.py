@@ -1,36 +1,25 @@
 """The report of a name: its sections in their order, and the files they are written to."""
 
 import logging
-import os
 import time
 from pathlib import Path
 
 import pandas as pd
 from omegaconf import OmegaConf
 
-from dpo_pipeline.formatting import one_line
-from dpo_pipeline.report import betas, comparison, cost, curves, examples, frontier
-from dpo_pipeline.report.figures import join_pngs
-from dpo_pipeline.report.render import to_html, to_markdown, to_terminal
+from dpo_pipeline.formatting import escape_controls, one_line
+from dpo_pipeline.report import betas, comparison, curves, details, frontier, verdict
+from dpo_pipeline.report.page import write_page
 from dpo_pipeline.report.runs import Runs, load_runs
-from dpo_pipeline.report.section import Section
-from dpo_pipeline.report.verdict import verdict
 from dpo_pipeline.schema import Run
 
 log = logging.getLogger(__name__)
 
 SECTIONS = (
-    *(verdict, comparison.comparison, frontier.frontier, curves.training_curves, curves.sft_curves),
-    *(betas.temperatures, betas.all_variants, examples.completions, examples.changes),
-    *(comparison.own_reference, comparison.all_estimates, comparison.accuracy_by_kind, comparison.any_two),
-    *(
-        comparison.best_of_n_table,
-        comparison.safety_table,
-        comparison.bias_table,
-        cost.data_report,
-        cost.warnings,
-        cost.cost,
-    ),
+    *(verdict.verdict, comparison.comparison, frontier.frontier, curves.training_curves),
+    *(betas.temperatures, betas.all_variants, details.completions, details.changes),
+    *(comparison.all_estimates, comparison.accuracy_by_kind, comparison.by_judges, comparison.other_prompts),
+    details.run_facts,
 )
 
 
@@ -51,21 +40,11 @@ def write_report(
     write_page(home / "report", "index.html", "report.md", home.name, describe(runs), sections)
     if len(runs.variants) > 1:
         write_csv(home / "report" / "sweep.csv", runs)
+    blocks = ["\n\n".join(escape_controls(section.short) for section in sections if section.short), ""]
+    blocks.append(f"Report:  {home}/report/index.html, and report.md")
     final = home / runs.subject / "final"
-    places = [f"Report:  {home}/report/index.html, and report.md"]
-    places += [f"Policy:  {final}"] if final.is_dir() and runs.subject else []
-    return "\n".join([to_terminal(sections), "", *places])
-
-
-def write_page(folder: Path, page: str, markdown: str, title: str, lead: str, sections: list[Section]) -> None:
-    """Write sections as HTML and as Markdown, and their figures, each file atomically and none before all are made."""
-    files = {page: to_html(title, lead, sections).encode(), markdown: to_markdown(title, lead, sections).encode()}
-    files |= {part.figure: join_pngs([panel.png for panel in part.panels]) for part in sections if part.panels}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        partial_file = folder / f"{name}.{os.getpid()}.partial"
-        partial_file.write_bytes(content)
-        os.replace(partial_file, folder / name)
+    blocks += [f"Policy:  {final}"] if final.is_dir() and runs.subject else []
+    return "\n".join(blocks)
 
 
 def write_csv(file: Path, runs: Runs) -> None:

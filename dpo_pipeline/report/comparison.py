@@ -7,68 +7,49 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-from dpo_pipeline.formatting import markdown_table
+from dpo_pipeline.report.page import LABELS, Section, as_markdown, format_cell, label_of
 from dpo_pipeline.report.runs import Runs
-from dpo_pipeline.report.section import JUDGE_KEYS, ROWS, SHORT_KEYS, Section, format_cell, label_of, table_rows
 
 MAX_COLUMNS = 4  # policies beside each other; more stand below each other
-PLAIN_JUDGE_KEYS = re.compile(r"(win_rate|noise_floor|score)\.[^.]+(\.[a-z]+)?$")  # at temperature 1
 MAX_LINES = 8  # policies in the table on the terminal
+SHORT_KEYS = ["preference_accuracy", "margin_nats", "kl", "completion_tokens", "stop_rate"]  # and what a judge says
+PLAIN_JUDGE_KEYS = re.compile(r"(win_rate|noise_floor|score)\.[^.]+(\.[a-z]+)?$")  # at temperature 1
 
 
 def comparison(runs: Runs) -> list[Section]:
     """All policies against one reference; on the terminal the six numbers that matter most."""
     if not runs.policies:
         return []
-    cells = every_cell(runs)
-    text, subject = caption(runs.policies[runs.subject], runs.against), cells[runs.subject]
+    cells, text = runs.cells, caption(runs.policies[runs.subject], runs.against)
     judged = dict.fromkeys(key for cell in cells.values() for key in cell if PLAIN_JUDGE_KEYS.match(key))
     table = policy_table(cells, [*SHORT_KEYS[:2], "margin", *SHORT_KEYS[2:], *judged])
     names = ("base", runs.policies[runs.subject]["sft"], runs.subject)
     listed = {name: cells[name] for name in cells if len(cells) <= MAX_LINES or name in names}
-    judge_keys = [key for key in subject if PLAIN_JUDGE_KEYS.match(key)]
-    judge_keys = sorted(judge_keys, key=lambda key: not key.endswith((".sft", ".reference")))[:1]
-    short = f"{text}\n\n{as_markdown(policy_table(listed, [*SHORT_KEYS, *judge_keys]))}"
+    judge_keys = sorted(judged.keys() & cells[runs.subject], key=[*judged].index)
+    judge_keys.sort(key=lambda key: not key.endswith((".sft", ".reference")))
+    short = f"{text}\n\n{as_markdown(policy_table(listed, [*SHORT_KEYS, *judge_keys[:1]]))}"
     if names := preferred_ft(runs.home):
         text += f" Preferred-FT, SFT on the chosen completions: {', '.join(names)}."
     return [Section("Comparison", text, table, short=short)]
 
 
-def all_estimates(runs: Runs) -> list[Section]:
-    """All that is measured of all policies."""
-    if not runs.policies:
-        return []
-    return [Section("All estimates", table=policy_table(every_cell(runs)))]
-
-
-def every_cell(runs: Runs) -> dict[str, dict[str, Any]]:
-    """The estimates of each policy, and of Best-of-N."""
-    cells = {name: runs.cells(name, runs.against) for name in runs.policies}
-    if best := runs.results.get("best_of"):
-        cells[best["name"]] = best["own"]
-    return cells
-
-
 def policy_table(
     cells: dict[str, dict[str, Any]], keys: list[str] | None = None, max_columns: int = MAX_COLUMNS
 ) -> pd.DataFrame:
-    """Estimates by policy and key, by default of all keys that it knows; of more policies each has a line."""
-    judged = dict.fromkeys(key for cell in cells.values() for key in cell if JUDGE_KEYS.match(key))
-    keys = [key for key in keys or [*ROWS, *judged] if any(key in cell for cell in cells.values())]
-    table = cell_table({name: {label_of(key): cell.get(key, "") for key in keys} for name, cell in cells.items()})
+    """Estimates by policy and key, by default of all keys; of more policies each has a line."""
+    estimates = {
+        name: {key: value for key, value in cell.items() if isinstance(value, dict) and {"value", "low"} <= {*value}}
+        for name, cell in cells.items()
+    }
+    used = dict.fromkeys(key for cell in estimates.values() for key in cell)
+    keys = [key for key in keys or used if key in used]
+    table = cell_table({n: {label_of(key): cell.get(key, "") for key in keys} for n, cell in estimates.items()})
     return table if len(cells) <= max_columns else table.set_index("").T.rename_axis("").reset_index()
 
 
 def cell_table(cells: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """A table with a column for each policy, and a line for each label."""
-    labels = dict.fromkeys(label for cell in cells.values() for label in cell)
-    columns = {name: [cell.get(label, "") for label in labels] for name, cell in cells.items()}
-    return pd.DataFrame({"": list(labels), **columns}, dtype=object)
-
-
-def as_markdown(table: pd.DataFrame) -> str:
-    """A table as Markdown that reads in a terminal too."""
-    return markdown_table([[*table.columns], *([format_cell(cell) for cell in row] for row in table_rows(table))])
+    return pd.DataFrame(cells, dtype=object).fillna("").reset_index(names="")
 
 
 def preferred_ft(home: Path) -> list[str]:
@@ -78,7 +59,7 @@ def preferred_ft(home: Path) -> list[str]:
 
 
 def caption(policy: dict[str, Any], against: str) -> str:
-    """What a comparison is measured on, as this policy is, and against what."""
+    """What a comparison is measured on, as this policy is, and against `base`, its own `reference`, or a name."""
     settings = policy["settings"]
     name = {"base": "the base model", "reference": policy["reference"]}.get(against, against)
     sampling = f"temperature 1, at most {settings['max_new_tokens']} tokens"
@@ -91,14 +72,17 @@ def caption(policy: dict[str, Any], against: str) -> str:
     )
 
 
-def own_reference(runs: Runs) -> list[Section]:
-    """Each DPO against its own reference."""
+def all_estimates(runs: Runs) -> list[Section]:
+    """All that is measured of all policies, and of each DPO against its own reference."""
+    if not runs.policies:
+        return []
     by_reference: dict[str, Any] = {}
     for name, policy in runs.policies.items():
         if policy["reference"] and runs.against == "base":
             by_reference.setdefault(policy["reference"], {})[name] = policy["against"]["reference"]
     title = "Against DPO's own reference"
-    return [Section(f"{title}, {name}", table=policy_table(cells)) for name, cells in by_reference.items()]
+    parts = [Section(f"{title}, {name}", table=policy_table(cells)) for name, cells in by_reference.items()]
+    return [*parts, Section("All estimates", table=policy_table(runs.cells))]
 
 
 def accuracy_by_kind(runs: Runs) -> list[Section]:
@@ -107,66 +91,52 @@ def accuracy_by_kind(runs: Runs) -> list[Section]:
         return []
     result = runs.policies[runs.subject]
     against = result["against"]["reference" if result["reference"] else "base"]
-    lines: list[dict[str, Any]] = []
-    if len(by_source := against["accuracy_by_source"]) > 1:
-        lines += [{"pairs": name, "n": each["n"], "accuracy": each} for name, each in by_source.items()]
+    sources = against["accuracy_by_source"] if len(against["accuracy_by_source"]) > 1 else {}
+    lines = [{"pairs": name, "n": each["n"], "accuracy": each} for name, each in sources.items()]
     for label in ("length difference", "reference margin"):
         for quarter in against[f"accuracy_by_{label.replace(' ', '_')}"]:
             bounds = f"{label} {quarter['from']:.4g} to {quarter['to']:.4g}"
-            lines.append({"pairs": bounds, "n": quarter["accuracy"]["n"], "accuracy": quarter["accuracy"]})
-            lines[-1]["accuracy that its rewards predict"] = quarter["predicted"]
+            line = {"pairs": bounds, "n": quarter["accuracy"]["n"], "accuracy": quarter["accuracy"]}
+            lines.append({**line, "accuracy that its rewards predict": quarter["predicted"]})
     text = f"Of {runs.subject}, in quarters of chosen minus rejected: length in tokens, and the reference's margin."
     return [Section("Accuracy by kind of pair", text, pd.DataFrame(lines))]
 
 
-def any_two(runs: Runs) -> list[Section]:
-    """Every two policies by each judge: how often the first wins, and whether their scores differ."""
-    lines = []
-    for judge, rows in runs.results.get("comparisons", {}).items():
-        for row in rows:
-            line = {"judge": judge, "policy": row["one"], "against": row["other"], "wins": row["win_rate"]}
-            line |= {"difference": row["difference"], "p": row["p"], "p, of all (Holm)": row["p_adjusted"]}
-            lines.append(line)
-    text = "Wins of the first, and the mean difference of scores with its p: a paired sign-flip test."
-    return [Section("Any two policies", text, pd.DataFrame(lines))] if lines else []
+def by_judges(runs: Runs) -> list[Section]:
+    """Every two policies by each judge, and the scores of Best-of-N as N grows, with the upper bound of their KL."""
+    parts = []
+    columns = {"one": "policy", "other": "against", "win_rate": "wins", "p_adjusted": "p, of all (Holm)"}
+    lines = [{"judge": name, **row} for name, rows in runs.results.get("comparisons", {}).items() for row in rows]
+    if lines:
+        text = "Wins of the first, and the mean difference of scores with its p: a paired sign-flip test."
+        parts.append(Section("Any two policies", text, pd.DataFrame(lines).rename(columns=columns)))
+    if best := runs.results.get("best_of"):
+        points = pd.DataFrame(best["points"]).rename(columns={"n": "N", "kl_bound": "KL, at most, nats"})
+        title = f"Best of N completions of {best['policy']}, picked by {best['judge']}"
+        scores = {key: label_of(key) for key in points if key.startswith("score.")}
+        parts.append(Section(title, table=points.rename(columns=scores)))
+    return parts
 
 
-def best_of_n_table(runs: Runs) -> list[Section]:
-    """Best-of-N: the scores of the picked completions as N grows, with the upper bound of their KL."""
-    if (best := runs.results.get("best_of")) is None:
-        return []
-    lines = []
-    for point in best["points"]:
-        scores = {label_of(key): value for key, value in point.items() if key.startswith("score.")}
-        lines.append({"N": point["n"], "KL, at most, nats": f"{point['kl_bound']:.3f}", **scores})
-    return [
-        Section(f"Best of N completions of {best['policy']}, picked by {best['judge']}", table=pd.DataFrame(lines))
-    ]
-
-
-def safety_table(runs: Runs) -> list[Section]:
-    """Refusal and over-refusal, and scores, on prompts labelled safe and unsafe, a column for each policy."""
-    cells: dict[str, dict[str, Any]] = {}
+def other_prompts(runs: Runs) -> list[Section]:
+    """Refusals and scores on prompts labelled safe and unsafe, and what differs between groups of prompts."""
+    safety: dict[str, dict[str, Any]] = {}
     for policy, estimates in runs.results.get("safety", {}).items():
-        cells[policy] = {f"unreadable: {judge}": n for judge, n in estimates["unread"].items() if n}
+        safety[policy] = {f"unreadable: {judge}": n for judge, n in estimates["unread"].items() if n}
         for key in (key for key in estimates if key != "unread"):
             judge, _, label = key.removeprefix("score.").rpartition(".")
-            cells[policy][ROWS.get(key, f"score by {judge}, {label} prompts")] = estimates[key]
-    return [Section("Prompts labelled safe and unsafe", table=cell_table(cells))] if cells else []
-
-
-def bias_table(runs: Runs) -> list[Section]:
-    """What differs between groups of prompts, a column for each policy; of two groups one gap says all."""
-    cells: dict[str, dict[str, Any]] = {}
+            safety[policy][LABELS.get(key, f"score by {judge}, {label} prompts")] = estimates[key]
+    bias: dict[str, dict[str, Any]] = {}
     for policy, quantities in runs.results.get("bias", {}).items():
-        cells[policy] = {}
+        bias[policy] = {}
         for name, result in quantities.items():
             if gap := result.get("largest"):
                 rows = dict(result["groups"])
-                if len(rows) > 2:
+                if len(rows) > 2:  # of two groups one gap says all
                     rows |= {f"{group} minus the rest": value for group, value in result["against_rest"].items()}
                 rows["largest gap"] = f"{' - '.join(gap['groups'])}: {format_cell(gap['difference'])}"
-                cells[policy] |= {f"{name}, {label}": value for label, value in rows.items()}
+                bias[policy] |= {f"{name}, {label}": value for label, value in rows.items()}
             if result["unread"]:
-                cells[policy][f"{name}, unreadable"] = result["unread"]
-    return [Section("Prompts in groups", table=cell_table(cells))] if cells else []
+                bias[policy][f"{name}, unreadable"] = result["unread"]
+    parts = {"Prompts labelled safe and unsafe": safety, "Prompts in groups": bias}
+    return [Section(title, table=cell_table(cells)) for title, cells in parts.items() if cells]

@@ -9,10 +9,8 @@ import numpy as np
 import pandas as pd
 
 from dpo_pipeline.data.report import source_lines
-from dpo_pipeline.report.build import write_page
 from dpo_pipeline.report.figures import GREY, INK, ORANGE, TEAL, draw_histogram, draw_png
-from dpo_pipeline.report.render import to_text
-from dpo_pipeline.report.section import Panel, Section
+from dpo_pipeline.report.page import Panel, Section, to_text, write_page
 from dpo_pipeline.report.token_view import show_invisible
 
 MIN_PAIRS = 2000  # with fewer, reward models stay near chance (Gao et al., arXiv:2210.10760, on data size)
@@ -31,20 +29,18 @@ def write_data_page(
     sections = [
         Section("Warnings", "\n".join(f"- {sentence}" for sentence in summary["warnings"]) or "Nothing to warn of."),
         *row_sections(summary),
-        length_section(summary, sizes),
-        *completion_sections(summary, sizes, overlaps),
+        *length_sections(summary, sizes, overlaps),
         limit_section(summary),
-        repeat_section(summary),
+        Section("Repeats and leakage", table=pd.DataFrame(count_faults(summary), columns=["", "rows"], dtype=object)),
         Section("Three rows, token by token", tokens=tuple(examples)),
     ]
     write_page(folder, "data.html", "data.md", title, overview(summary), sections)
     (folder / "data.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+    def show_lines(text: str) -> str:  # a terminal obeys only its line breaks
+        return "\n".join(map(show_invisible, text.split("\n")))
+
     return to_text(title, overview(summary), sections, escape=show_lines, colour=colour)
-
-
-def show_lines(text: str) -> str:
-    """A text for a terminal: only its line breaks are obeyed."""
-    return "\n".join(map(show_invisible, text.split("\n")))
 
 
 def data_warnings(summary: dict[str, Any]) -> list[str]:
@@ -101,6 +97,17 @@ def count_dropped(summary: dict[str, Any]) -> Counter[str]:
     return sum((Counter(source["dropped"]) for source in summary["sources"].values()), Counter())
 
 
+def count_faults(summary: dict[str, Any]) -> list[tuple[str, int]]:
+    """How many rows and prompts occur more than once, and how many completions are odd."""
+    dropped, reasons = count_dropped(summary), ("exact duplicate", "contradiction", "prompt also in test")
+    counts = {f"rows dropped: {reason}": dropped[reason] for reason in reasons}
+    counts["train rows that differ in case and spaces alone"] = summary["repeats"]["alike"]
+    for split, origins in summary["leaked"].items():
+        counts[f"{split} rows with a prompt of train except for case and spaces"] = len(origins)
+    counts |= {f"train rows whose completions {name}": len(origins) for name, origins in summary["odd"].items()}
+    return [*counts.items(), ("different prompts in train", summary["repeats"]["prompts"])]
+
+
 def overview(summary: dict[str, Any]) -> str:
     """The most important numbers on one line."""
     rows, epoch, bias = summary["rows"], summary["epoch"], summary["longer_chosen"]
@@ -122,28 +129,20 @@ def row_sections(summary: dict[str, Any]) -> list[Section]:
     return parts
 
 
-def length_section(summary: dict[str, Any], sizes: Any) -> Section:
-    """The spread of token counts, with a histogram of each part."""
-    header, limit, panels = ["tokens", "mean", "5%", "median", "95%", "99%", "longest"], summary["length"]["max"], []
-    lines = [[name, *(f"{value:,.0f}" for value in spread.values())] for name, spread in summary["lengths"].items()]
+def length_sections(summary: dict[str, Any], sizes: Any, overlaps: Any) -> list[Section]:
+    """The spread of token counts; and how the two completions of a pair differ in length, and how much they share."""
+    limit, drawings = summary["length"]["max"], {}
     for name in sizes.columns.intersection(list(INK)):
         values = sizes[name].to_numpy()
         marks = {f"median {np.median(values):,.0f}": np.median(values), f"length.max {limit:,}": limit}
         edges = np.linspace(0, max(10, np.quantile(values, 0.995)), 41)
-        panels.append(histogram(f"tokens of {name}", values, edges, INK[name], "tokens", marks))
-    text, table = "Of train rows, before any cut, with end tokens.", pd.DataFrame(lines, columns=header)
-    return Section("Lengths", text, table, tuple(panels), "data_lengths.png")
-
-
-def histogram(title: str, *arguments: Any) -> Panel:
-    """A panel of one histogram, with the arguments of `draw_histogram`."""
-    return Panel(title, draw_png(lambda axis: draw_histogram(axis, *arguments), title))
-
-
-def completion_sections(summary: dict[str, Any], sizes: Any, overlaps: Any) -> list[Section]:
-    """How the two completions of a pair differ in length, and how much they share; nothing for SFT rows."""
+        drawings[f"tokens of {name}"] = (values, edges, INK[name], "tokens", marks)
+    lines = [[name, *(f"{value:,.0f}" for value in spread.values())] for name, spread in summary["lengths"].items()]
+    table = pd.DataFrame(lines, columns=["tokens", "mean", "5%", "median", "95%", "99%", "longest"])
+    text = "Of train rows, before any cut, with end tokens."
+    parts = [Section("Lengths", text, table, histograms(drawings), "data_lengths.png")]
     if (bias := summary["longer_chosen"]) is None:
-        return []
+        return parts
     text = (
         f"The longer completion is chosen in {bias['value']:.1%} of pairs [{bias['low']:.1%}, {bias['high']:.1%}] "
         "(ties count half): the accuracy of a judge of length alone."
@@ -155,12 +154,19 @@ def completion_sections(summary: dict[str, Any], sizes: Any, overlaps: Any) -> l
     edges = np.linspace(-1, 1, 42) * max(20.5, np.quantile(np.abs(difference), 0.99))
     colours = [ORANGE] * 20 + [GREY] + [TEAL] * 20  # grey: about equal
     marks = {f"median {overlaps.median():.0%}": overlaps.median()} if len(overlaps) else {}
-    titles = ("tokens of chosen minus rejected", "share of tokens in common")
-    panels = (
-        histogram(titles[0], difference, edges, colours, "rejected longer  |  chosen longer", {}),
-        histogram(titles[1], overlaps, np.linspace(0, 1, 41), GREY, "share", marks),
+    drawings = {
+        "tokens of chosen minus rejected": (difference, edges, colours, "rejected longer  |  chosen longer", {}),
+        "share of tokens in common": (overlaps, np.linspace(0, 1, 41), GREY, "share", marks),
+    }
+    return [*parts, Section("The two completions", text, None, histograms(drawings), "data_pairs.png")]
+
+
+def histograms(drawings: dict[str, tuple]) -> tuple[Panel, ...]:
+    """A histogram of each title, with these arguments."""
+    return tuple(
+        Panel(title, draw_png(lambda axis, each=arguments: draw_histogram(axis, *each), title))
+        for title, arguments in drawings.items()
     )
-    return [Section("The two completions", text, panels=panels, figure="data_pairs.png")]
 
 
 def limit_section(summary: dict[str, Any]) -> Section:
@@ -177,15 +183,3 @@ def limit_section(summary: dict[str, Any]) -> Section:
         f"prompt keeps {cut_to}, and counts once for each completion. The model can read {length['context']:,} tokens."
     )
     return Section("What length.max cuts", text, pd.DataFrame(lines, columns=header))
-
-
-def repeat_section(summary: dict[str, Any]) -> Section:
-    """Rows and prompts that occur more than once, and completions that are odd."""
-    dropped, reasons = count_dropped(summary), ("exact duplicate", "contradiction", "prompt also in test")
-    counts = {f"rows dropped: {reason}": dropped[reason] for reason in reasons}
-    counts["train rows that differ in case and spaces alone"] = summary["repeats"]["alike"]
-    for split, origins in summary["leaked"].items():
-        counts[f"{split} rows with a prompt of train except for case and spaces"] = len(origins)
-    counts |= {f"train rows whose completions {name}": len(origins) for name, origins in summary["odd"].items()}
-    counts["different prompts in train"] = summary["repeats"]["prompts"]
-    return Section("Repeats and leakage", table=pd.DataFrame(list(counts.items()), columns=["", "rows"], dtype=object))

@@ -30,10 +30,6 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "lines.linewidth": 1.6,
-    "text.color": "#0f172a",
-    "axes.labelcolor": "#334155",
-    "xtick.color": "#334155",
-    "ytick.color": "#334155",
 }
 
 
@@ -45,16 +41,15 @@ def draw_png(draw: Callable[[Any], None], title: str, size: tuple[float, float] 
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a name in letters that the font lacks
         figure, buffer = Figure(figsize=size), io.BytesIO()  # without a layout engine, which draws all twice
-        axis, rows = figure.subplots(), 0
+        axis = figure.subplots()
         draw(axis)
         axis.set(xlabel=escape_controls(axis.get_xlabel()), ylabel=escape_controls(axis.get_ylabel()))
         axis.set_title(escape_controls(title))
         axis.yaxis.set_major_formatter("{x:g}")
         handles, labels = axis.get_legend_handles_labels()
-        if labels:
-            columns = max(1, int(size[0] / (0.35 + 0.065 * max(map(len, labels)))))
-            rows = math.ceil(len(labels) / columns)
-            figure.legend(handles, map(escape_controls, labels), loc="lower center", ncols=columns)
+        columns = max(1, int(size[0] / (0.35 + 0.065 * max(map(len, labels), default=0))))
+        rows = math.ceil(len(labels) / columns)
+        figure.legend(handles, map(escape_controls, labels), loc="lower center", ncols=columns)
         ticks = axis.yaxis.get_major_formatter().format_ticks(axis.get_yticks())
         left = 0.16 + 0.07 * max(map(len, ticks)) + (0.2 if axis.get_ylabel() else 0)  # inches
         height = size[1] + 0.19 * max(0, rows - 2)
@@ -67,17 +62,16 @@ def draw_png(draw: Callable[[Any], None], title: str, size: tuple[float, float] 
 
 def join_pngs(pngs: list[bytes]) -> bytes:
     """One PNG of several of equal width, two beside each other; the shorter ones end in white."""
-    from matplotlib.image import imread, imsave
+    from PIL import Image
 
     if len(pngs) == 1:
         return pngs[0]
-    tiles = [imread(io.BytesIO(png)) for png in pngs]
-    height = max(map(len, tiles))
-    tiles = [np.pad(tile, ((0, height - len(tile)), (0, 0), (0, 0)), constant_values=1) for tile in tiles]
-    tiles += [np.ones_like(tiles[0])] * (len(tiles) % 2)
-    buffer = io.BytesIO()
-    grid = np.vstack([np.hstack(tiles[i : i + 2]) for i in range(0, len(tiles), 2)])
-    imsave(buffer, grid, format="png", pil_kwargs={"compress_level": 3})
+    tiles, buffer = [Image.open(io.BytesIO(png)) for png in pngs], io.BytesIO()
+    width, height = tiles[0].width, max(tile.height for tile in tiles)
+    grid = Image.new("RGB", (2 * width, height * math.ceil(len(tiles) / 2)), "white")
+    for i, tile in enumerate(tiles):
+        grid.paste(tile, (i % 2 * width, i // 2 * height))
+    grid.save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()
 
 
@@ -85,6 +79,12 @@ def error_bars(estimates: list[dict[str, Any]]) -> list[list[float]]:
     """Lengths of the error bars below and above, 0 where an interval is unknown."""
     known = [e if e["low"] is not None else {**e, "low": e["value"], "high": e["value"]} for e in estimates]
     return [[e["value"] - e["low"] for e in known], [e["high"] - e["value"] for e in known]]
+
+
+def plot_estimates(axis: Any, x: list[float], estimates: list[dict[str, Any]], index: int, label: str | None) -> None:
+    """Estimates over x as points on a line of the colour of this index."""
+    style = {"marker": "o", "capsize": 3, "color": LINES[index % len(LINES)], "label": label}
+    axis.errorbar(x, [each["value"] for each in estimates], yerr=error_bars(estimates), **style)
 
 
 def draw_histogram(
@@ -99,10 +99,6 @@ def draw_histogram(
     axis.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.1 * max(1, counts.max())), xlabel=unit, ylabel="rows")
 
 
-def beta_axis(axis: Any, betas: list[float]) -> None:
-    """A logarithmic axis that names each of these betas."""
-    axis.set(xscale="log", xlabel="beta")
-    axis.minorticks_off()
-    spread = math.log10(max(betas) / min(betas)) or 1
-    axis.set_xlim(min(betas) / 10 ** (0.1 * spread), max(betas) * 10 ** (0.1 * spread))
-    axis.set_xticks(betas, [f"{beta:g}" for beta in betas])
+def shorten(name: str, limit: int = 36) -> str:
+    """A name without its middle where it is too long for a figure."""
+    return name if len(name) <= limit else f"{name[: limit - 13]}…{name[-12:]}"

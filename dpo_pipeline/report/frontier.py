@@ -8,9 +8,9 @@ import pandas as pd
 from dpo_pipeline.checkpoints import TRACKER_FILE
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.record import read_json, read_metrics
-from dpo_pipeline.report.figures import GREY, LINES, WIDE, draw_png, error_bars
+from dpo_pipeline.report.figures import GREY, LINES, WIDE, draw_png, error_bars, shorten
+from dpo_pipeline.report.page import Panel, Section, label_of
 from dpo_pipeline.report.runs import Runs, tracked_score
-from dpo_pipeline.report.section import Panel, Section, label_of, shorten
 
 MARKERS = "osD^v"  # by setting
 
@@ -40,19 +40,13 @@ def frontier(runs: Runs) -> list[Section]:
         name, title = "margin", "Margin over KL: no judge scored all completions"
     if not (tracks := list_tracks(runs)):
         return []
-    finals = [track["final"] for track in tracks]
-    for track in tracks:
-        track["is_dominated"] = is_dominated(track["final"], finals)
     panel = Panel(title, draw_png(lambda axis: draw_frontier(axis, runs, tracks), title, WIDE))
     text = (
         "A thin line is the path of a run over training, on validation prompts from step 0; a large point the final "
         "policy on test prompts, with 95% intervals. Up and left is better; a hollow point is one that another has "
         "beaten with less KL."
     )
-    if best_of_n_points(runs):
-        text += " The KL of Best-of-N is its upper bound."
-    if runs.overlays and name == "reward":
-        text += f" {', '.join(runs.overlays)}: as overlay= gives it, the last point large."
+    text += " The KL of Best-of-N is its upper bound." if "best_of" in runs.results else ""
     if left_out := len(runs.measured) - sum(track["style"] == "-" for track in tracks):
         text += f" Left out: {left_out} with another reference."
     return [Section(f"{name.title()}-KL frontier", text, panels=(panel,), figure=f"{name}_kl_frontier.png")]
@@ -60,25 +54,22 @@ def frontier(runs: Runs) -> list[Section]:
 
 def list_tracks(runs: Runs) -> list[dict[str, Any]]:
     """What is drawn of each run and of each overlay: its path, its final point with error bars, and its looks."""
-    tracks, labels, target = [], set(), runs.target
+    tracks, target = [], runs.target
     settings, betas = (sorted(runs.measured[key].unique()) for key in ("setting", "beta"))
     for line in runs.measured.itertuples(index=False):
         if runs.policies[f"dpo/{line.name}"]["reference"] != runs.policies[runs.subject]["reference"]:
             continue
         kl, value = line.test["kl"], line.test[target]
         label = f"beta {line.beta:g}" + (f", {shorten(line.setting, 20)}" if len(settings) > 1 else "")
-        path = training_path(runs.home / "dpo" / line.name, line, target)
-        track = {"path": path, "style": "-", "final": (kl["value"], value["value"])}
-        track["bars"] = {"xerr": error_bars([kl]), "yerr": error_bars([value])}
+        track = {"path": training_path(runs.home / "dpo" / line.name, line, target), "style": "-", "label": label}
+        track |= {"final": (kl["value"], value["value"]), "xerr": error_bars([kl]), "yerr": error_bars([value])}
         track["colour"] = LINES[betas.index(line.beta) % len(LINES)]
-        track["marker"] = MARKERS[settings.index(line.setting) % len(MARKERS)]
-        tracks.append(track | {"label": None if label in labels else label})  # one for all seeds
-        labels.add(label)
+        tracks.append({**track, "marker": MARKERS[settings.index(line.setting) % len(MARKERS)]})
     for index, (name, points) in enumerate(runs.overlays.items() if target != "margin_nats" else ()):
-        path = pd.DataFrame({"kl": [p["kl"] for p in points], "value": [p["reward"] for p in points]})
-        track = {"path": path, "style": "--", "final": (points[-1]["kl"], points[-1]["reward"]), "bars": {}}
-        colour = LINES[-1 - index % len(LINES)]
-        tracks.append(track | {"colour": colour, "marker": "P", "label": shorten(name, 20)})
+        path = pd.DataFrame(points).rename(columns={"reward": "value"})
+        track = {"path": path, "style": "--", "final": (points[-1]["kl"], points[-1]["reward"]), "marker": "P"}
+        track |= {"xerr": None, "yerr": None, "label": shorten(name, 20)}
+        tracks.append({**track, "colour": LINES[-1 - index % len(LINES)]})
     return tracks
 
 
@@ -92,31 +83,27 @@ def training_path(folder: Path, line: Any, target: str) -> pd.DataFrame:
     return points.dropna(subset=["kl", "value"])
 
 
-def is_dominated(point: tuple[float, float], points: list[tuple[float, float]]) -> bool:
-    """Whether another point has as much reward for less KL, or more for as much."""
-    return any(other != point and other[0] <= point[0] and other[1] >= point[1] for other in points)
-
-
-def best_of_n_points(runs: Runs) -> list[dict[str, Any]]:
-    """The points of Best-of-N, where it drew from the reference and its target is known."""
-    best, reference = runs.results.get("best_of"), runs.policies[runs.subject]["reference"]
-    return [point for point in best["points"] if runs.target in point] if best and best["policy"] == reference else []
-
-
 def draw_frontier(axis: Any, runs: Runs, tracks: list[dict[str, Any]]) -> None:
-    """Paths and final points, the reference at a KL of 0, and Best-of-N."""
+    """Paths and final points, the reference at a KL of 0, and Best-of-N; one that another dominates is hollow."""
     reference, target = runs.policies[runs.subject]["reference"] or "base", runs.target
     if start := runs.policies.get(reference, {"own": {}})["own"].get(target):
         style = {"fmt": "D", "color": GREY, "capsize": 2, "label": shorten(reference, 20)}
         axis.errorbar([0], [start["value"]], yerr=error_bars([start]), **style)
+    labels: set[str] = set()
     for track in tracks:
         thin = {"color": track["colour"], "linewidth": 1, "marker": ".", "markersize": 4, "alpha": 0.6}
         axis.plot(track["path"]["kl"], track["path"]["value"], track["style"], **thin)
+        kl, value = final = track["final"]
+        others = [each["final"] for each in tracks if each["final"] != final]
+        is_dominated = any(other[0] <= kl and other[1] >= value for other in others)
         style = {"fmt": track["marker"], "color": track["colour"], "markersize": 8, "capsize": 2, "elinewidth": 0.8}
-        face = "white" if track["is_dominated"] else track["colour"]
-        axis.errorbar(*track["final"], **track["bars"], **style, markerfacecolor=face, label=track["label"], zorder=4)
-    if points := best_of_n_points(runs):
-        bounds, values = [point["kl_bound"] for point in points], [point[target]["value"] for point in points]
-        axis.plot(bounds, values, "k-.", linewidth=1.2, label=f"Best-of-N to {points[-1]['n']}")
+        style |= {"markerfacecolor": "white"} if is_dominated else {}
+        label = None if track["label"] in labels else track["label"]  # one for all seeds
+        labels.add(track["label"])
+        axis.errorbar(*final, xerr=track["xerr"], yerr=track["yerr"], **style, label=label, zorder=4)
+    best = runs.results.get("best_of")
+    if best and best["policy"] == reference and target in best["points"][0]:
+        bounds, values = zip(*((point["kl_bound"], point[target]["value"]) for point in best["points"]), strict=True)
+        axis.plot(bounds, values, "k-.", linewidth=1.2, label=f"Best-of-N to {best['n']}")
     axis.set(xlabel=f"KL from {shorten(reference)}, nats", ylabel=shorten(label_of(target)))
     axis.set_xlim(left=0)

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.estimates import Estimate, mean
 from dpo_pipeline.record import read_json
+from dpo_pipeline.report.page import format_cell
 from dpo_pipeline.run_folder import run_state
 
 DATA_KEYS = ("data", "pairs", "prompts", "prompts_file", "max_new_tokens")  # of the settings in an eval.json
@@ -50,9 +51,12 @@ class Runs:
         """What all policies are measured against: the `base`, or a `reference` where there is none."""
         return "base" if "base" in self.policies else "reference"
 
-    def cells(self, name: str, against: str) -> dict[str, Any]:
-        """The estimates of a policy by itself, and against `base` or `reference`."""
-        return self.policies[name]["own"] | self.policies[name]["against"][against]
+    @property
+    def cells(self) -> dict[str, dict[str, Any]]:
+        """All estimates of each policy, and of Best-of-N."""
+        cells = {name: policy["against"][self.against] | policy["own"] for name, policy in self.policies.items()}
+        best = self.results.get("best_of")
+        return cells | ({best["name"]: best["own"]} if best else {})
 
 
 def load_runs(
@@ -91,28 +95,23 @@ def load_variants(home: Path, policies: dict[str, Any], failed: dict[str, str]) 
     results = {name: policies[f"dpo/{name}"] for name in names if name not in failed and f"dpo/{name}" in policies}
     data = {name: tuple(result["settings"][key] for key in DATA_KEYS) for name, result in results.items()}
     common = Counter(data.values()).most_common(1)
-    against = "reference" if len({reference_weights(result) for result in results.values()}) == 1 else "base"
+    starts = {result["settings"]["weights"][result["reference"] or "base"] for result in results.values()}
+    against = "reference" if len(starts) == 1 else "base"
     lines, labels = [], {}
     for name in names:
         folder, test = home / "dpo" / name, results.get(name)
         identity = (read_json(folder / "manifest.json") or {"identity": {"beta": None, "seed": None}})["identity"]
         problem = failed.get(name) or unfinished(folder) or ("" if test else "not measured: repeat its command")
         if not problem and data[name] != common[0][0]:
-            settings = test["settings"]
-            size = f"{settings['pairs']} pairs and {settings['prompts']} prompts"
-            problem = f"measured on {size}, or others: run evaluate"
+            _, pairs, prompts, *_ = data[name]
+            problem = f"measured on {pairs} pairs and {prompts} prompts, or others: run evaluate"
         setting = json.dumps({key: value for key, value in identity.items() if key not in ("beta", "seed")})
         label = labels.setdefault(setting, BETA_SEED.sub("", name))
         sources = ((test, against), (read_json(folder / "validation.json"), "reference"))
         estimates = [{**r["against"][key], **r["own"]} if r and not problem else {} for r, key in sources]
-        reference = test["reference"] if test and against == "reference" else "base"
-        lines.append([name, label, identity["beta"], identity["seed"], reference or "base", problem, *estimates])
+        reference = (test["reference"] if test and against == "reference" else None) or "base"
+        lines.append([name, label, identity["beta"], identity["seed"], reference, problem, *estimates])
     return pd.DataFrame(lines, columns=COLUMNS).sort_values(COLUMNS[1:4], ignore_index=True)
-
-
-def reference_weights(result: dict[str, Any]) -> str:
-    """The hash of a policy's own reference, or of the base, from its eval.json."""
-    return result["settings"]["weights"][result["reference"] or "base"]
 
 
 def unfinished(folder: Path) -> str:
@@ -161,28 +160,27 @@ def recommend(variants: pd.DataFrame, target: str, kl_budget: float) -> tuple[st
 
     The target is a reward, else margin_nats; never the margin with beta, which grows with beta alone.
     """
-    groups = {key: list(group["validation"]) for key, group in grouped(variants, "validation")}
-    allowed = {k: over_seeds(m, target) for k, m in groups.items() if over_seeds(m, "kl")["value"] <= kl_budget}
-    if not groups:
-        return "Recommended: none; nothing is measured.", None
+    groups = dict(iter(grouped(variants, "validation")))
+    kls = {key: over_seeds(list(group["validation"]), "kl")["value"] for key, group in groups.items()}
+    allowed = {k: over_seeds(list(groups[k]["validation"]), target) for k, kl in kls.items() if kl <= kl_budget}
     if not allowed:
-        sentence = f"no beta has a KL of at most {kl_budget:g} nats on validation. Take larger betas."
-        return f"Recommended: none; {sentence}", None
+        reason = f"no beta has a KL of at most {kl_budget:g} nats on validation. Take larger betas."
+        return f"Recommended: none; {reason if groups else 'nothing is measured.'}", None
     best = max(allowed, key=lambda key: allowed[key]["value"])
     # Without an interval (one row) no beta is worse beyond noise.
     low = -math.inf if allowed[best]["low"] is None else allowed[best]["low"]
     near = [key for key, e in allowed.items() if key != best and (e["high"] is None or e["high"] >= low)]
     has_settings = len({setting for setting, _ in allowed}) > 1
     names = {key: f"beta {key[1]:g}" + (f" ({key[0]})" if has_settings else "") for key in allowed}
-    name, value = ("margin_nats" if target == "margin_nats" else "reward"), allowed[best]
-    rule = f"largest {name} on validation with a KL of at most {kl_budget:g} nats"
-    interval = "" if value["low"] is None else f" [{value['low']:.3f}, {value['high']:.3f}]"
-    text = f"Recommended: {names[best]}, {name} {value['value']:.3f}{interval} ({rule})."
+    name = "margin_nats" if target == "margin_nats" else "reward"
+    text = (
+        f"Recommended: {names[best]}, {name} {format_cell(allowed[best])} (largest {name} on validation with a KL of "
+        f"at most {kl_budget:g} nats)."
+    )
     if near:
         listed = ", ".join(names[key] for key in near)
         text += f" Within noise of it: {listed}; more seeds or evaluation.prompts may separate them."
-    first = next(group["name"].iloc[0] for key, group in grouped(variants, "validation") if key == best)
-    return text, first
+    return text, groups[best]["name"].iloc[0]
 
 
 def grouped(variants: pd.DataFrame, split: str) -> Any:

@@ -2,21 +2,25 @@
 
 from typing import Any
 
-from dpo_pipeline.formatting import format_estimate
+from dpo_pipeline.report.page import Section, format_cell
 from dpo_pipeline.report.runs import Runs
-from dpo_pipeline.report.section import Section, format_cell
 
 
 def verdict(runs: Runs) -> list[Section]:
     """The policy against its SFT by each judge, its accuracy and KL, and warnings; a sentence each."""
     if not runs.policies:
         return []
-    result = runs.policies[runs.subject]
-    against = result["against"]["reference" if result["reference"] else "base"]
-    sentences = judge_sentences(runs, runs.subject, result["sft"])
+    result, comparisons = runs.policies[runs.subject], runs.results.get("comparisons", {})
+    against, sides = result["against"]["reference" if result["reference"] else "base"], {runs.subject, result["sft"]}
+    sentences = [
+        judge_sentence(judge, row, runs.subject, result)
+        for judge, rows in comparisons.items()
+        for row in rows
+        if judge != "length" and {row["one"], row["other"]} == sides  # a judge of length is a control
+    ]
     accuracy, kl = against["preference_accuracy"], against["kl"]
     sentences.append(
-        f"{'It' if sentences else runs.subject} prefers the chosen completion in {format_estimate(accuracy)} of "
+        f"{'It' if sentences else runs.subject} prefers the chosen completion in {format_cell(accuracy)} of "
         f"{accuracy['n']} test pairs, at a KL of {format_cell(kl)} nats from {result['reference'] or 'the base'}."
     )
     if warnings := list_warnings(runs, result, kl["value"]):
@@ -24,28 +28,18 @@ def verdict(runs: Runs) -> list[Section]:
     return [Section("Verdict", "\n\n".join(sentences), short="\n".join(sentences))]
 
 
-def judge_sentences(runs: Runs, subject: str, opponent: str | None) -> list[str]:
-    """What each judge says of the subject against its opponent; one of length is a control, and says nothing."""
-    sentences, own = [], runs.policies[subject]["own"]
-    for judge, rows in runs.results.get("comparisons", {}).items():
-        row = next((row for row in rows if {row["one"], row["other"]} == {subject, opponent}), None)
-        if row is None or judge == "length":
-            continue
-        difference = row["difference"]
-        if row["one"] != subject:
-            bounds = {"value": -difference["value"]}
-            if difference["low"] is not None:
-                bounds |= {"low": -difference["high"], "high": -difference["low"]}
-            difference = difference | bounds
-        word = f"better than {opponent}" if difference["value"] > 0 else f"worse than {opponent}"
-        if row["p"] >= 0.05:
-            word = f"no different from {opponent} beyond noise"
-        wins = own.get(f"win_rate.{judge}.sft") or own.get(f"win_rate.{judge}.reference")
-        won = f", it wins {format_cell(wins)}" if wins else ""
-        sentences.append(
-            f"{subject} is {word} by {judge}: difference {format_cell(difference)}, p {row['p']:.2g}{won}."
-        )
-    return sentences
+def judge_sentence(judge: str, row: dict[str, Any], subject: str, result: dict[str, Any]) -> str:
+    """What a judge says of the subject against the policy to beat, which the row may name first."""
+    difference, opponent = row["difference"], result["sft"]
+    if row["one"] != subject:
+        low, high = (None if (bound := difference[key]) is None else -bound for key in ("high", "low"))
+        difference = {**difference, "value": -difference["value"], "low": low, "high": high}
+    word = f"{'better' if difference['value'] > 0 else 'worse'} than {opponent}"
+    if row["p"] >= 0.05:
+        word = f"no different from {opponent} beyond noise"
+    keys = [key for key in (f"win_rate.{judge}.sft", f"win_rate.{judge}.reference") if key in result["own"]]
+    won = f", it wins {format_cell(result['own'][keys[0]])}" if keys else ""
+    return f"{subject} is {word} by {judge}: difference {format_cell(difference)}, p {row['p']:.2g}{won}."
 
 
 def list_warnings(runs: Runs, result: dict[str, Any], kl: float) -> list[str]:
