@@ -66,13 +66,14 @@ def train_dpo(run: Run, record: RunRecord, args: Any, start: Any, data: Any, tra
     from dpo_pipeline.hardware import peak_memory
     from dpo_pipeline.training import callbacks, memory, preflight, reference, reward_kl, saving, tracking, trainer
     from dpo_pipeline.training.guards import NumericalGuard
+    from dpo_pipeline.training.pair_trainer import PairTrainer
     from dpo_pipeline.training.starting_policy import load_reference, load_start
 
     tables, options = data.tables, data.load_options
     with memory.explain_oom(run, "dpo", data):
         with record.timed("model and trainer"):
             dpo = trainer.make_trainer(
-                trainer.PairTrainer,
+                PairTrainer,
                 model=load_start(run, start),
                 ref_model=load_reference(run, start),
                 args=args,

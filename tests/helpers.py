@@ -17,8 +17,9 @@ from dpo_pipeline.report.runs import COLUMNS, Runs
 from dpo_pipeline.schema import Run
 from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training.arguments import training_arguments
+from dpo_pipeline.training.pair_trainer import PairTrainer
 from dpo_pipeline.training.starting_policy import load_reference, load_start, resolve_starting_policy
-from dpo_pipeline.training.trainer import PairTrainer, label_completions, make_trainer
+from dpo_pipeline.training.trainer import label_completions, make_trainer
 
 # The embedded task shrunken to seconds.
 SMALL = (

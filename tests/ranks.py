@@ -24,6 +24,7 @@ from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.evaluation import compare
 from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training import callbacks, reference, trainer
+from dpo_pipeline.training.pair_trainer import PairTrainer
 from tests.commands import TWO_RANKS, launch, run_two_ranks
 
 LAUNCH = CONF.parent / "launch" / "accelerate"
@@ -88,7 +89,7 @@ def run_rank() -> None:
     prepare.tokenize, reference.add_reference_logps, trainer.train = count_tables, note_logps, note_training
     callbacks.Metrics.on_step_end = send_signal
     if receiver == "launcher" and rank == 0:
-        SFTTrainer._save_optimizer_and_scheduler = trainer.PairTrainer._save_optimizer_and_scheduler = save_slowly
+        SFTTrainer._save_optimizer_and_scheduler = PairTrainer._save_optimizer_and_scheduler = save_slowly
     facts_of_all = []
     for stage, *overrides in json.loads(os.environ["COMMANDS"]):
         sys.argv[1:] = overrides

@@ -13,7 +13,7 @@ from dpo_pipeline import checkpoints, record, run_folder
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.training import callbacks, guards
-from dpo_pipeline.training.trainer import PairTrainer
+from dpo_pipeline.training.pair_trainer import PairTrainer
 from tests.helpers import train
 
 

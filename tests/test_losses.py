@@ -11,9 +11,10 @@ from trl import DPOConfig
 
 from dpo_pipeline.config import compose
 from dpo_pipeline.training.arguments import training_arguments
+from dpo_pipeline.training.pair_trainer import PairTrainer
 from dpo_pipeline.training.reference import add_reference_logps
 from dpo_pipeline.training.tiny import word_tokenizer
-from dpo_pipeline.training.trainer import PairTrainer, make_trainer
+from dpo_pipeline.training.trainer import make_trainer
 
 BETA, SMOOTHING, VOCAB = 0.5, 0.1, 30
 

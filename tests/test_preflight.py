@@ -26,9 +26,10 @@ from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import OneRankError, PipelineError
 from dpo_pipeline.models import load_options, load_policy
 from dpo_pipeline.sft import run_sft
-from dpo_pipeline.training import arguments, memory, preflight, trainer
+from dpo_pipeline.training import arguments, memory, preflight
 from dpo_pipeline.training.arguments import training_arguments
 from dpo_pipeline.training.before_loading import check_learning_rate, plan_steps
+from dpo_pipeline.training.pair_trainer import PairTrainer
 from dpo_pipeline.training.similar_lengths import row_lengths
 from tests.helpers import SMALL, build
 from tests.test_models import save_base
@@ -92,18 +93,18 @@ def test_a_reference_named_on_purpose_is_told_and_trains(small, sft):
 def test_an_sft_policy_that_was_not_loaded_is_refused(lora, built, small, sft):
     run = small(f"lora={lora}")
     fingerprint = record.read_json(sft[lora] / "manifest.json")["final"]["probe"]
-    preflight.check_start(built("dpo", f"lora={lora}").trainer, fingerprint, True, "the SFT")
+    fingerprint.check_start(built("dpo", f"lora={lora}").trainer, fingerprint, True, "the SFT")
     base = load_policy(run.model.path, load_options(run), trainable=True)
     wrong = built("dpo", "lora=none", policy=base).trainer
     with pytest.raises(PipelineError, match="not what SFT ended with .*its weights or its adapter were not loaded"):
-        preflight.check_start(wrong, fingerprint, True, "the SFT")
+        fingerprint.check_start(wrong, fingerprint, True, "the SFT")
 
 
 def test_an_sft_that_changed_nothing_is_refused(built, sft):
     fingerprint = record.read_json(sft["none"] / "manifest.json")["final"]["probe"]
     unchanged = {**fingerprint, "after": fingerprint["before"]}
     with pytest.raises(PipelineError, match="is the bare base, .*train it again"):
-        preflight.check_start(built("dpo", "lora=none").trainer, unchanged, True, "the SFT")
+        fingerprint.check_start(built("dpo", "lora=none").trainer, unchanged, True, "the SFT")
 
 
 def test_a_continued_adapter_that_is_all_zero_is_refused(built, small, sft):
@@ -226,7 +227,7 @@ def test_the_longest_batch_leaves_everything_bit_for_bit(stage, typed, built, mo
 @pytest.mark.parametrize("typed", ["lora=none", "lora=r8 model.dtype=float32"])
 def test_bf16_is_that_of_training_in_preflight_too(typed, small, sft, monkeypatch):
     seen = set()
-    compute_loss = trainer.PairTrainer._compute_loss
+    compute_loss = PairTrainer._compute_loss
 
     def look(self, *args, **options):
         (layer,) = [m for name, m in self.model.named_modules() if name.endswith("layers.0.mlp.down_proj")]
@@ -237,7 +238,7 @@ def test_bf16_is_that_of_training_in_preflight_too(typed, small, sft, monkeypatc
         hook.remove()
         return loss
 
-    monkeypatch.setattr(trainer.PairTrainer, "_compute_loss", look)
+    monkeypatch.setattr(PairTrainer, "_compute_loss", look)
     run = small(*typed.split(), "precision=bf16", "reference=frozen", "variant=bf16-" + typed[5:7], *STEPS)
     run_dpo(run)
     assert seen == {(False, True), (True, True)}

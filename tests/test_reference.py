@@ -14,9 +14,9 @@ from datasets import Dataset
 
 from dpo_pipeline.models import load_options
 from dpo_pipeline.sft import run_sft
+from dpo_pipeline.training.pair_trainer import PairTrainer
 from dpo_pipeline.training.reference import add_reference_logps, reference_key
 from dpo_pipeline.training.similar_lengths import row_lengths
-from dpo_pipeline.training.trainer import PairTrainer
 from tests.helpers import build, prepare_run, train
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")

@@ -10,10 +10,11 @@ from dpo_pipeline.data.splits import load_splits
 from dpo_pipeline.dpo import run_dpo
 from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.record import read_metrics
+from dpo_pipeline.training.pair_trainer import PairTrainer
 from dpo_pipeline.training.reference import add_reference_logps
 from dpo_pipeline.training.similar_lengths import BATCH_LOSSES
 from dpo_pipeline.training.tiny import word_tokenizer
-from dpo_pipeline.training.trainer import PairTrainer, make_trainer
+from dpo_pipeline.training.trainer import make_trainer
 from tests.helpers import prepare_run, train
 from tests.ranks import two_ranks
 from tests.test_data import counts_of, pairs, write

@@ -11,6 +11,9 @@ import numpy as np
 import pyarrow.compute as pc
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import Sampler
+from trl import DPOTrainer
+
+from dpo_pipeline.distributed import processes
 
 BATCH_LOSSES = {"sft", "aot", "aot_unpaired"}  # of all tokens, or of the sorted pairs, of a micro batch
 
@@ -53,3 +56,19 @@ def row_lengths(table: Any) -> np.ndarray:
     """Tokens that each row pads a batch to: all of an SFT row; else the prompt with its longest completion."""
     counts = token_counts(table)
     return counts.pop("prompt_ids", 0) + np.max([*counts.values()], axis=0)
+
+
+def use_similar_lengths(trainer: Any) -> None:
+    """Order rows as similar_lengths.py explains, in training and in the validation of pairs, where no loss changes by
+    the rows beside a pair.
+    """
+    args = trainer.args
+    is_of_pairs = isinstance(trainer, DPOTrainer)
+    if is_of_pairs and BATCH_LOSSES & {*trainer.loss_types}:
+        return
+    if args.train_sampling_strategy == "random":
+        step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes()
+        lengths = row_lengths(trainer.train_dataset)
+        trainer._get_train_sampler = lambda table: SimilarLengths(lengths, step_rows, args.data_seed)
+    if is_of_pairs and "weight" not in trainer.eval_dataset.column_names:
+        trainer._get_eval_sampler = lambda table: longest_first(row_lengths(table)).tolist()
