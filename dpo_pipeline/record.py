@@ -60,11 +60,6 @@ def parse_state(path: Path, text: str, *keys: str) -> Any:
     return content
 
 
-def config_dict(run: Run) -> dict[str, Any]:
-    """The resolved config as nested dicts."""
-    return run.model_dump()
-
-
 @dataclass
 class RunRecord:
     """What a run writes about itself; rank 0 alone writes, and nobody where the record is `read_only`.
@@ -157,7 +152,7 @@ def start_record(run: Run, stage: str, folder: Path, decision: str, identity: di
     record = RunRecord(folder, decision, manifest, status)
     record.save_manifest()  # first: a folder without a manifest belongs to no run
     record.save_status()
-    config = mask_secrets(OmegaConf.to_yaml(OmegaConf.create(config_dict(run))))
+    config = mask_secrets(OmegaConf.to_yaml(OmegaConf.create(run.model_dump())))
     (folder / "config.yaml").write_text(config, encoding="utf-8")
     return record
 

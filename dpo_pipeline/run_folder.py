@@ -15,7 +15,7 @@ from dpo_pipeline.errors import PipelineError
 from dpo_pipeline.formatting import mask_secrets
 from dpo_pipeline.locks import lock_owner, run_lock
 from dpo_pipeline.naming import is_identity
-from dpo_pipeline.record import RunRecord, config_dict, read_json, run_logging, start_record, write_json
+from dpo_pipeline.record import RunRecord, read_json, run_logging, start_record, write_json
 from dpo_pipeline.schema import Run
 
 log = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def identity(run: Run, stage: str) -> dict[str, Any]:
 
     The identity of a DPO from an SFT holds the hash of that SFT's weights, once it is finished.
     """
-    fields = {key: value for key, value in sorted(flatten(config_dict(run)).items()) if is_identity(key, run, stage)}
+    fields = {key: value for key, value in sorted(flatten(run.model_dump()).items()) if is_identity(key, run, stage)}
     for key in [key for key in fields if key.startswith("model.learning_rate.")]:
         del fields[key]  # it is resolved into sft.learning_rate and dpo.learning_rate
     for key in [key for key in fields if re.fullmatch(DATA_PATHS, key)]:

@@ -54,10 +54,8 @@ def training_arguments(run: Run, stage: str, folder: Path) -> Any:
     if not run.check:
         check_device(f"dpo_pipeline.{stage}")
     launcher_flags = {os.environ.get(name) for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")}
-    if run.quantization is not None and "true" in launcher_flags:
-        raise PipelineError(
-            "quantized weights cannot be sharded: start it with launch/accelerate/ddp.yaml, or take quantization= out"
-        )
+    if run.quantization and "true" in launcher_flags:
+        raise PipelineError("quantized weights cannot be sharded: start it with launch/accelerate/ddp.yaml")
     config_class = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}[stage]
     pipeline_fields = {
         **batch_arguments(run),
@@ -184,7 +182,7 @@ def check_fields(stage: str, fields: dict[str, Any], pipeline_fields: dict[str, 
     if fields.get("train_sampling_strategy") == "batch_rebalance":
         raise PipelineError(
             f"{stage}.train_sampling_strategy=batch_rebalance makes micro batches of several sizes, which a step "
-            "averages equally: take it out, each step puts rows of similar length together anyway"
+            "averages equally: take it out, similar lengths are together anyway"
         )
     if stage == "dpo":
         losses = re.findall(r"`'(\w+)'`", config_fields["loss_type"].metadata["help"])
