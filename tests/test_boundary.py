@@ -123,5 +123,5 @@ def test_text_is_read_and_written_in_utf_8_whatever_the_locale_says():
             name = getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
             calls += [ast.unparse(node)] if name in ("open", "read_text", "write_text") else []
     assert len(calls) > 10
-    is_binary = re.compile(r"^os\.open|^gzip\.open\(file\)$|\.open\('[rwx]b'\)")
+    is_binary = re.compile(r"^os\.open|^Image\.open|^gzip\.open\(file\)$|\.open\('[rwx]b'\)")
     assert [call for call in calls if "utf-8" not in call and not is_binary.search(call)] == []

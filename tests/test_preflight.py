@@ -29,6 +29,7 @@ from dpo_pipeline.sft import run_sft
 from dpo_pipeline.training import arguments, memory, preflight
 from dpo_pipeline.training.arguments import training_arguments
 from dpo_pipeline.training.before_loading import check_learning_rate, plan_steps
+from dpo_pipeline.training.fingerprint import check_start
 from dpo_pipeline.training.pair_trainer import PairTrainer
 from dpo_pipeline.training.similar_lengths import row_lengths
 from tests.helpers import SMALL, build
@@ -93,18 +94,18 @@ def test_a_reference_named_on_purpose_is_told_and_trains(small, sft):
 def test_an_sft_policy_that_was_not_loaded_is_refused(lora, built, small, sft):
     run = small(f"lora={lora}")
     fingerprint = record.read_json(sft[lora] / "manifest.json")["final"]["probe"]
-    fingerprint.check_start(built("dpo", f"lora={lora}").trainer, fingerprint, True, "the SFT")
+    check_start(built("dpo", f"lora={lora}").trainer, fingerprint, True, "the SFT")
     base = load_policy(run.model.path, load_options(run), trainable=True)
     wrong = built("dpo", "lora=none", policy=base).trainer
     with pytest.raises(PipelineError, match="not what SFT ended with .*its weights or its adapter were not loaded"):
-        fingerprint.check_start(wrong, fingerprint, True, "the SFT")
+        check_start(wrong, fingerprint, True, "the SFT")
 
 
 def test_an_sft_that_changed_nothing_is_refused(built, sft):
     fingerprint = record.read_json(sft["none"] / "manifest.json")["final"]["probe"]
     unchanged = {**fingerprint, "after": fingerprint["before"]}
     with pytest.raises(PipelineError, match="is the bare base, .*train it again"):
-        fingerprint.check_start(built("dpo", "lora=none").trainer, unchanged, True, "the SFT")
+        check_start(built("dpo", "lora=none").trainer, unchanged, True, "the SFT")
 
 
 def test_a_continued_adapter_that_is_all_zero_is_refused(built, small, sft):
