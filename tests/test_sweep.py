@@ -51,7 +51,9 @@ def test_a_job_that_fails_leaves_the_others_running_and_the_command_runs_what_is
     assert [": failed: " in gap for gap in gaps] == [True, *[False] * (len(gaps) - 1)]
     text = (small().home / "report" / "report.md").read_text()
     assert sum("| failed: " in line for line in text.splitlines()) == 1
-    assert len(re.findall(r"^- sigmoid\S+: .*\bdpo.learning_rate=1e\+20\b", text, flags=re.MULTILINE)) == 1  # beside a hash
+    assert (
+        len(re.findall(r"^- sigmoid\S+: .*\bdpo.learning_rate=1e\+20\b", text, flags=re.MULTILINE)) == 1
+    )  # beside a hash
     for file in ("index.html", "sweep.csv", "betas.png", "reward_kl_frontier.png"):
         assert (small().home / "report" / file).stat().st_size > 100
     again = run(*call)

@@ -566,7 +566,7 @@ def test_sharded_weights_with_a_cached_reference_have_no_kl(full, tmp_path, capl
     assert [point[key] for key in ("kl", "kl_low", "kl_high", "reward")] == [None] * 4
     assert {key: point[key] for key in LOGGED[2:]} == {key: full.points[-1][key] for key in LOGGED[2:]}
     assert record.read_json(tmp_path / checkpoints.TRACKER_FILE) == [point]
-    for key, value in (("dpo_best", "kl"), ("guard", SimpleNamespace(action="stop"))):
+    for key, value in (("dpo_best", "kl"), ("guard", SimpleNamespace(action="stop", kl_max=1.0))):
         needing = copy.copy(run)
         setattr(needing, key, value)
         with pytest.raises(PipelineError, match="dpo_best or guard.action=stop needs it: type reference=frozen"):

@@ -82,8 +82,7 @@ def training_arguments(run: Run, stage: str, folder: Path) -> Any:
 
 def batch_arguments(run: Run) -> dict[str, Any]:
     """Rows at once on each process, and the steps that accumulate to a global batch."""
-    micro, size = run.batch.micro_size, run.batch.global_size
-    rows = micro * processes()
+    micro, size, rows = run.batch.micro_size, run.batch.global_size, run.batch.micro_size * processes()
     if size % rows:
         raise PipelineError(
             f"batch.global_size={size} is no multiple of batch.micro_size={micro} times {processes()} process(es): "

@@ -5,7 +5,6 @@ On completions that the policy in training gives to a fixed set of validation pr
 
 import logging
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,18 +21,13 @@ from dpo_pipeline.sampling import sample
 from dpo_pipeline.schema import Run
 from dpo_pipeline.training.callbacks import CheckpointOnInterrupt
 from dpo_pipeline.training.kept_reference import keep_reference
+from dpo_pipeline.training.over_optimization import OverOptimizationWarnings
 from dpo_pipeline.training.preflight import random_state_kept
 from dpo_pipeline.training.trainer import sharding
 
 log = logging.getLogger(__name__)
 
 OVER_BUDGET = -1e9  # below any reward
-REPEAT_FACTOR = 1.5  # a warning comes again where its number is this many times as bad
-MAX_ACCURACY = 0.95  # a few labels in a hundred are wrong in most data: beyond this those are learnt as well
-MAX_STOP_RATE_FALL = 0.3  # or half of the stop rate at step 0, where that is less
-# Log-prob of the chosen completions over that under the reference. Healthy runs lower it too: the card of
-# Zephyr-7B-beta goes from -254 to -299 nats, a ratio of 1.18, in three epochs.
-MAX_CHOSEN_RATIO = 1.5
 
 Sampled = list[tuple[list[int], float | None]]  # completion ids, log pi - log pi_ref in nats
 
@@ -49,9 +43,7 @@ class RewardKLTracker(TrainerCallback):
     def __init__(self, trainer: Any, run: Run, record: RunRecord, eval_set: Any, judges: dict, reference_weights: Any):
         self.trainer, self.run, self.record, self.eval_set = trainer, run, record, eval_set
         self.points: list[dict[str, Any]] = []
-        self.train_accuracies: list[float] = []  # since the last evaluation
-        self.validation_losses: dict[int, float] = {}  # by step
-        self.warned_sizes: dict[str, float] = {}  # by kind of warning
+        self.warnings = OverOptimizationWarnings(run.beta, run.dpo["learning_rate"], run.guard.kl_max)
         self.has_judge_failed = False
         self.interrupt = CheckpointOnInterrupt()  # from on_train_begin on that of the trainer
         self.judge = next((judge for judge in judges.values() if judge.score and not judge.post_training_only), None)
@@ -87,7 +79,7 @@ class RewardKLTracker(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "rewards/accuracies" in logs:
-            self.train_accuracies.append(logs["rewards/accuracies"])
+            self.warnings.train_accuracies.append(logs["rewards/accuracies"])
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         step, guard = state.global_step, self.run.guard
@@ -96,7 +88,7 @@ class RewardKLTracker(TrainerCallback):
             metrics.update(tracked)
         if guard.action == "off" or (self.prompts and not tracked):
             return
-        self.warn(step, metrics)
+        self.warnings.warn(step, metrics, self.points)
         kl = self.points[-1]["kl"] if self.points else None
         if guard.action == "stop" and kl is not None and kl > guard.kl_max and step < state.max_steps:
             log.warning("stopped at step %d of %d: guard.action=stop, and KL is %.3g", step, state.max_steps, kl)
@@ -190,53 +182,6 @@ class RewardKLTracker(TrainerCallback):
                 log.warning("the judge failed at step %d, so the tracker has no reward: %s", step, error)
             self.has_judge_failed = True
             return None
-
-    def warn(self, step: int, metrics: dict[str, float]) -> None:
-        """Warn of each kind of over-optimization once, and again where its number is much worse."""
-        self.validation_losses[step] = metrics["eval_loss"]
-        earlier = "".join(f" (dpo.max_steps={before})" for before in list(self.validation_losses)[-2:-1])
-        rate = self.run.dpo["learning_rate"]
-        advice = f"stop earlier{earlier}, raise beta above {self.run.beta:g} or lower dpo.learning_rate={rate:g}"
-        for kind, size, sentence in self.find_problems(step, metrics):
-            if size > REPEAT_FACTOR * self.warned_sizes.get(kind, 0.0):
-                self.warned_sizes[kind] = size
-                log.warning("%s: %s", sentence, advice)
-        self.train_accuracies.clear()
-
-    def find_problems(self, step: int, metrics: dict[str, float]) -> Iterator[tuple[str, float, str]]:
-        """Signs of over-optimization: kind, size (above 0, more is worse), and a sentence."""
-        accuracy = sum(self.train_accuracies) / max(1, len(self.train_accuracies))
-        if accuracy > MAX_ACCURACY:
-            yield "accuracy", accuracy, f"train accuracy is {accuracy:.3f} by step {step} (above {MAX_ACCURACY})"
-        chosen = metrics["eval_logps/chosen"]
-        reference = chosen - metrics["eval_rewards/chosen"] / self.run.beta
-        if chosen < MAX_CHOSEN_RATIO * reference:
-            sizes = f"from {reference:.1f} under the reference to {chosen:.1f} nats at step {step}"
-            yield "chosen", chosen / reference, f"the log-prob of the chosen completions falls {sizes}"
-        if len(self.points) < 2:
-            return
-        first, now, limit = self.points[0], self.points[-1], self.run.guard.kl_max
-        if now["kl"] is not None and now["kl"] > limit / 2:
-            kind, bound = ("too far", limit) if now["kl"] > limit else ("high", limit / 2)
-            yield kind, now["kl"], f"KL {format_point(now, 'kl')} nats at step {step} is {kind} (above {bound:g})"
-        # Shares and scores have fallen where their intervals do not overlap.
-        fall = first["stop_rate"] - now["stop_rate"]
-        if fall > min(MAX_STOP_RATE_FALL, first["stop_rate"] / 2) and now["stop_rate_high"] < first["stop_rate_low"]:
-            rates = f"{format_point(first, 'stop_rate')} at step {first['step']}, {format_point(now, 'stop_rate')}"
-            yield "stop rate", fall, f"fewer completions come to an end: {rates} at step {step}"
-        best = max((p for p in self.points if p["reward_low"] is not None), key=lambda p: p["reward"], default=now)
-        before, loss = self.validation_losses.get(best["step"]), self.validation_losses[step]
-        before = next(iter(self.validation_losses.values())) if before is None else before
-        if now["reward_high"] is not None and now["reward_high"] < best["reward_low"] and loss < before:
-            scores = f"{format_point(best, 'reward')} at step {best['step']} to {format_point(now, 'reward')}"
-            sentence = f"the judge's score fell from {scores} at step {step} while the validation loss fell from"
-            yield "reward", best["reward"] - now["reward"], f"{sentence} {before:.3f} to {loss:.3f}"
-
-
-def format_point(point: dict[str, Any], name: str) -> str:
-    """A number of a point with its interval, if it has one."""
-    low, high = point[f"{name}_low"], point[f"{name}_high"]
-    return f"{point[name]:.3g}" if low is None else f"{point[name]:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def reward_within_budget(point: dict[str, Any], budget: float) -> float:
