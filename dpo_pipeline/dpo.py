@@ -69,7 +69,6 @@ def train_dpo(run: Run, record: RunRecord, args: Any, start: Any, data: Any, tra
     from dpo_pipeline.training.pair_trainer import PairTrainer
     from dpo_pipeline.training.starting_policy import load_reference, load_start
 
-    tables, options = data.tables, data.load_options
     with memory.explain_oom(run, "dpo", data):
         with record.timed("model and trainer"):
             dpo = trainer.make_trainer(
@@ -77,12 +76,12 @@ def train_dpo(run: Run, record: RunRecord, args: Any, start: Any, data: Any, tra
                 model=load_start(run, start),
                 ref_model=load_reference(run, start),
                 args=args,
-                train_dataset=tables["train"],
-                eval_dataset=tables["validation"],
+                train_dataset=data.tables["train"],
+                eval_dataset=data.tables["validation"],
                 processing_class=data.tokenizer,
                 peft_config=start.lora,
             )
-        log.info("DPO of %s on %d pairs, beta %g -> %s", start, len(tables["train"]), run.beta, record.folder)
+        log.info("DPO of %s on %d pairs, beta %g -> %s", start, len(data.tables["train"]), run.beta, record.folder)
         reference_weights = run.reference.path or start.weights
         reference_name = f"{run.reference.path or start.source} ({run.reference.mode})"
         record.save_manifest(**trainer.manifest_facts(dpo, data, start), handoff=str(start), reference=reference_name)
@@ -91,7 +90,7 @@ def train_dpo(run: Run, record: RunRecord, args: Any, start: Any, data: Any, tra
         if args.precompute_ref_log_probs:
             with record.timed("reference pass"):
                 digest = on_main_process(lambda: weights_hash(reference_weights, run.model.revision))
-                reference.add_reference_logps(dpo, reference.reference_key(digest, options, args))
+                reference.add_reference_logps(dpo, reference.reference_key(digest, data.load_options, args))
         tracker = reward_kl.RewardKLTracker(dpo, run, record, tracker_set, judges, reference_weights)
         dpo.evaluate = record.timed("validation")(dpo.evaluate)
         dpo._save_checkpoint = record.timed("saving")(dpo._save_checkpoint)
@@ -99,7 +98,9 @@ def train_dpo(run: Run, record: RunRecord, args: Any, start: Any, data: Any, tra
             trainer.train(dpo, record.folder, [callbacks.Metrics(record), tracker, NumericalGuard(dpo)])
         record.save_manifest(peak_memory_bytes=peak_memory())
         with record.timed("saving"):
-            record.save_manifest(final=saving.save_final(dpo, data.tokenizer, record.folder, options, fingerprint))
+            record.save_manifest(
+                final=saving.save_final(dpo, data.tokenizer, record.folder, data.load_options, fingerprint)
+            )
 
 
 if __name__ == "__main__":
