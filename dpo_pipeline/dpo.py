@@ -98,9 +98,8 @@ def train_dpo(run: Run, record: RunRecord, args: Any, start: Any, data: Any, tra
             trainer.train(dpo, record.folder, [callbacks.Metrics(record), tracker, NumericalGuard(dpo)])
         record.save_manifest(peak_memory_bytes=peak_memory())
         with record.timed("saving"):
-            record.save_manifest(
-                final=saving.save_final(dpo, data.tokenizer, record.folder, data.load_options, fingerprint)
-            )
+            final = saving.save_final(dpo, data.tokenizer, record.folder, data.load_options, fingerprint)
+        record.save_manifest(final=final)
 
 
 if __name__ == "__main__":
