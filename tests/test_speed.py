@@ -22,7 +22,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from dpo_pipeline.config import compose
 from dpo_pipeline.errors import PipelineError
-from dpo_pipeline.training import lm_head, memory, shared_prefix, trainer
+from dpo_pipeline.training import lm_head, memory, preflight, shared_prefix, trainer
 from dpo_pipeline.training.arguments import training_arguments
 from dpo_pipeline.training.pair_trainer import PairTrainer
 from dpo_pipeline.training.shared_prefix import check_shared_prefix, prompts_shared, share_prompts
@@ -332,6 +332,13 @@ def test_a_model_that_fails_on_shared_rows_is_trained_plainly(tmp_path, monkeypa
     assert dpo.compute_ref_log_probs(dpo.model, dpo.data_collator(list(dpo.train_dataset.select(range(2)))))
 
 
+def test_one_training_row_is_enough_for_preflight(tmp_path):
+    dpo = pair_trainer(tmp_path)
+    for rows in (1, 2, 29):
+        dpo.train_dataset = pair_table(rows)
+        assert len(preflight.two_rows(dpo)["input_ids"]) == 2 * min(2, rows)
+
+
 def test_a_sampler_of_unequal_micro_batches_is_refused():
     run = compose(["++dpo.train_sampling_strategy=batch_rebalance"])
     with pytest.raises(PipelineError, match="dpo.train_sampling_strategy=batch_rebalance .* take it out"):
@@ -352,7 +359,7 @@ def test_activation_checkpointing_comes_where_memory_asks_for_it(
         return
     caplog.set_level("INFO")
     memory.check_memory(dpo, data, may_checkpoint)
-    assert "fits with activation checkpointing alone" in caplog.text
+    assert "does not fit: activation checkpointing is on" in caplog.text
     assert dpo.args.activation_checkpointing
     dpo.train()
     assert dpo.model.is_activation_checkpointing

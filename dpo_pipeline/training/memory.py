@@ -66,7 +66,9 @@ def check_memory(trainer: Any, data: Any, may_checkpoint: bool = False) -> None:
             raise
         is_full = True
     if may_checkpoint and trainer.accelerator.gather(torch.tensor([is_full], device=trainer.args.device)).any():
-        log.info("preflight: the longest batch fits with activation checkpointing alone (same result, a fifth slower)")
+        log.info(
+            "preflight: the longest batch does not fit: activation checkpointing is on (same result, a fifth slower)"
+        )
         trainer.args.activation_checkpointing = True
         rehearse(trainer, lengths)
 

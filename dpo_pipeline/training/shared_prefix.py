@@ -24,7 +24,7 @@ from dpo_pipeline.training.similar_lengths import row_lengths, token_counts
 
 log = logging.getLogger(__name__)
 
-MIN_SAVED = 0.1  # share of all positions, below which the mask costs more than the tokens
+MIN_SAVED = 0.1  # share of all positions that sharing must save, since its mask costs something too; ours
 
 
 @dataclass
