@@ -62,7 +62,7 @@ def count_rows(rows: Rows) -> dict[str, Any]:
             "kept": {split: int((kept["split"] == split).sum()) for split in SPLITS},
             "dropped": part["reason"].value_counts(sort=False).to_dict(),
             "cut": kept["cut"].value_counts(sort=False).to_dict(),
-            "retokenized": int((kept["retokenized"] == True).sum()),  # noqa: E712 (None where not tokenized)
+            "retokenized": int(kept["retokenized"].eq(True).sum()),  # None where not tokenized
             "unused_columns": list(dict.fromkeys(chain.from_iterable(part["unused"].dropna()))),
         }
     for column in ("reason", "cut"):
